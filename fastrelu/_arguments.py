@@ -1,0 +1,249 @@
+"""Every check and every error message.  What passes here cannot fail below.
+
+Messages name the argument, what was expected and what came.  A wrong kind of thing is
+a TypeError, a wrong value of the right kind a ValueError.
+"""
+
+import math
+import numbers
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from fastrelu.mask import Mask
+
+Array = Any
+
+FLOATS = "float16, bfloat16, float32 or float64"
+REALS = f"{FLOATS}, or an integer dtype"
+_FLOAT_CODES = frozenset("efd")
+_REAL_CODES = frozenset("bBhHiIlLqQefd")
+
+
+def _kind(value: object) -> str:
+    """Name the type of a value, and the dtype where it has one."""
+    name = type(value).__name__
+    dtype = getattr(value, "dtype", None)
+    return name if dtype is None else f"{name} of dtype {dtype}"
+
+
+def is_accepted(dtype: np.dtype[Any], integers: bool) -> bool:
+    codes = _REAL_CODES if integers else _FLOAT_CODES
+    return dtype.char in codes or (
+        dtype.name == "bfloat16" and dtype.type.__module__.startswith("ml_dtypes")
+    )
+
+
+def array(name: str, value: Any, *, integers: bool = False) -> Array:
+    """Return value as a native numpy.ndarray of an accepted dtype."""
+    if isinstance(value, np.ma.MaskedArray):
+        msg = f"{name} must be a plain array, got a MaskedArray: fill its gaps first"
+        raise TypeError(msg)
+    try:
+        result = np.asarray(value)
+    except Exception as error:
+        msg = f"{name} must be an array of numbers, got {_kind(value)}: {error}"
+        raise TypeError(msg) from error
+    if not is_accepted(result.dtype, integers):
+        expected = REALS if integers else FLOATS
+        came = f"{type(value).__name__} of dtype {result.dtype}"
+        msg = f"{name} must have dtype {expected}, got {came}"
+        raise TypeError(msg)
+    if not result.dtype.isnative:
+        result = result.astype(result.dtype.newbyteorder("="))
+    return result
+
+
+def like(name: str, value: Any, other_name: str, other: Array) -> Array:
+    """Return value as an array of the dtype and shape of another argument."""
+    result = array(name, value, integers=True)
+    if result.dtype != other.dtype:
+        msg = (
+            f"{name} must have the dtype of {other_name}, {other.dtype}, "
+            f"got {result.dtype}"
+        )
+        raise TypeError(msg)
+    if result.shape != other.shape:
+        msg = (
+            f"{name} must have the shape of {other_name}, {other.shape}, "
+            f"got {result.shape}"
+        )
+        raise ValueError(msg)
+    return result
+
+
+def flag(name: str, value: object) -> bool:
+    """Return a bool that is one."""
+    if not isinstance(value, (bool, np.bool_)):
+        msg = f"{name} must be True or False, got {_kind(value)}"
+        raise TypeError(msg)
+    return bool(value)
+
+
+def slope(value: Any) -> float:
+    """Return a finite real slope as a float."""
+    real = isinstance(value, (numbers.Real, np.floating, np.integer))
+    if not real or isinstance(value, bool):
+        msg = f"negative_slope must be a real number, got {_kind(value)}"
+        raise TypeError(msg)
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
+    if not math.isfinite(number):
+        msg = f"negative_slope must be finite, got {value}"
+        raise ValueError(msg)
+    return number
+
+
+def output(
+    inplace: object, out: Any, name: str, original: Any, checked: Array
+) -> tuple[Any, Array | None]:
+    """Return the object to give back and the array to write to; None for a fresh one.
+
+    `original` is the first argument as it came, `checked` what `array` made of it.
+    """
+    if flag("inplace", inplace):
+        if out is not None:
+            msg = "inplace=True and out= were both given; out= the first array is in place"
+            raise ValueError(msg)
+        return original, writeable(name, original, checked, "must be an array in place")
+    if out is None:
+        return None, None
+    return out, writeable("out", out, checked, "must be an array")
+
+
+def writeable(name: str, value: Any, model: Array, expected: str) -> Array:
+    """Return value as an array that can take a result shaped and typed like model."""
+    if not isinstance(value, np.ndarray) or isinstance(value, np.ma.MaskedArray):
+        msg = f"{name} {expected} (numpy.ndarray), got {_kind(value)}"
+        raise TypeError(msg)
+    if value.dtype != model.dtype or not value.dtype.isnative:
+        came = value.dtype if value.dtype.isnative else f"byte-swapped {value.dtype}"
+        msg = f"{name} must have the native dtype {model.dtype}, got {came}"
+        raise TypeError(msg)
+    if value.shape != model.shape:
+        msg = f"{name} must have shape {model.shape}, got {value.shape}"
+        raise ValueError(msg)
+    if not value.flags.writeable:
+        msg = f"{name} must be writeable, got a read-only array"
+        raise ValueError(msg)
+    result = np.asarray(value)
+    if _shares_elements(result):
+        msg = (
+            f"{name} must not share memory between its own elements, got shape "
+            f"{value.shape} with strides {value.strides}"
+        )
+        raise ValueError(msg)
+    return result
+
+
+def _shares_elements(x: Array) -> bool:
+    """Say whether two elements of x have a byte in common."""
+    if x.size < 2 or x.flags.c_contiguous:
+        return False
+    reach = x.itemsize
+    for stride, size in sorted(
+        (abs(stride), size)
+        for stride, size in zip(x.strides, x.shape, strict=True)
+        if size > 1
+    ):
+        if stride < reach:
+            break
+        reach += stride * (size - 1)
+    else:
+        return False  # each axis steps over all that the finer ones reach
+    # Rare and crafted: compare the slices along one axis after another, exactly.
+    axis = max(range(x.ndim), key=lambda i: x.shape[i])
+    if x.shape[axis] < 2:
+        return False
+    slices = np.moveaxis(x, axis, 0)
+    first = slices[0, ...]
+    for i in range(1, len(slices)):
+        if not np.may_share_memory(first, slices[i, ...]):
+            break
+        if np.shares_memory(first, slices[i, ...]):
+            return True
+    return _shares_elements(first)
+
+
+def distinct(first_name: str, first: Array, second_name: str, second: Array) -> None:
+    """Refuse two outputs in the same memory."""
+    if np.shares_memory(first, second):
+        msg = f"{first_name} and {second_name} must not share memory"
+        raise ValueError(msg)
+
+
+def saved(value: Any, name: str, model: Array) -> Array | Mask:
+    """Return the saved state: a mask of the right shape, or an array like model."""
+    if not isinstance(value, Mask):
+        return like("saved", value, name, model)
+    if value.shape != model.shape:
+        msg = (
+            f"saved must be a mask of shape {model.shape}, as {name} is, "
+            f"got one of shape {value.shape}"
+        )
+        raise ValueError(msg)
+    return value
+
+
+def weight(value: Any, x: Array, axis: Any) -> tuple[Array, Array]:
+    """Return the weight as an array, and reshaped to broadcast against x."""
+    given = array("weight", value)
+    mixed = given.dtype == np.float32 and x.dtype.itemsize == 2
+    if given.dtype != x.dtype and not mixed:
+        expected = f"{x.dtype} or float32" if x.dtype.itemsize == 2 else str(x.dtype)
+        msg = f"weight must have the dtype of x, {expected}, got {given.dtype}"
+        raise TypeError(msg)
+    if isinstance(axis, (bool, np.bool_)):
+        msg = f"axis must be an integer, got {_kind(axis)}"
+        raise TypeError(msg)
+    try:
+        position = operator.index(axis)
+    except TypeError as error:
+        msg = f"axis must be an integer, got {_kind(axis)}"
+        raise TypeError(msg) from error
+    if given.ndim > 1:
+        lengths = zip(given.shape[::-1], x.shape[::-1], strict=False)
+        grows = any(size not in (1, length) for size, length in lengths)
+        if given.ndim > x.ndim or grows:
+            msg = (
+                f"weight must broadcast against x, of shape {x.shape}, without growing "
+                f"it, got shape {given.shape}"
+            )
+            raise ValueError(msg)
+        return given, given.reshape((1,) * (x.ndim - given.ndim) + given.shape)
+    shared = given.size == 1
+    if not -x.ndim <= position < x.ndim and not (shared and position == 1):
+        if position == 1:
+            msg = (
+                f"weight must have one element where x has {x.ndim} dimensions and no "
+                f"other axis is named, got shape {given.shape}"
+            )
+        else:
+            msg = f"axis must be in [{-x.ndim}, {x.ndim}), got {position}"
+        raise ValueError(msg)
+    shape = [1] * x.ndim
+    if not shared:
+        if given.size != x.shape[position]:
+            msg = (
+                f"weight must have one element, or {x.shape[position]} as x has along "
+                f"axis {position}, got {given.size}"
+            )
+            raise ValueError(msg)
+        shape[position] = given.size
+    return given, given.reshape(shape)
+
+
+def pair(value: Any) -> Sequence[Any]:
+    """Return prelu_backward's out as (grad_input, grad_weight)."""
+    if isinstance(value, tuple):
+        if len(value) != 2:
+            msg = (
+                f"out must be one array or (grad_input, grad_weight), got {len(value)}"
+            )
+            raise ValueError(msg)
+        return value
+    return value, None

@@ -1,0 +1,256 @@
+"""How each dtype is read, computed and written: the only file that speaks LLVM.
+
+Numba's CPU target knows neither half floats, nor bit masks, nor stores that bypass the
+cache.  The intrinsics below add them.  They are plain LLVM vector code, which every
+target can lower, so nothing here belongs to one processor.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import llvmlite.binding as llvm
+import numba
+import numpy as np
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils, config
+from numba.extending import intrinsic, register_jitable
+
+WORD = 64  # elements whose mask bits are packed at once; every chunk is cut at one
+
+_BIT, _BYTE, _I16, _I32 = (ir.IntType(width) for width in (1, 8, 16, 32))
+_HALF, _FLOAT = ir.HalfType(), ir.FloatType()
+_LINE = ir.VectorType(_I32, 16)  # 64 bytes, one cache line
+
+
+def _conversion(
+    source: types.Type, target: types.Type, emit: Callable[..., Any]
+) -> Any:
+    """Return an intrinsic that turns one `source` scalar into a `target` scalar."""
+
+    @intrinsic
+    def convert(typingctx, value):
+        def codegen(context, builder, signature, args):
+            return emit(builder, args[0])
+
+        return target(source), codegen
+
+    return convert
+
+
+_float_bits = _conversion(types.float32, types.uint32, lambda b, v: b.bitcast(v, _I32))
+_bits_float = _conversion(
+    types.uint32, types.float32, lambda b, v: b.bitcast(v, _FLOAT)
+)
+
+
+@register_jitable
+def _same(value):
+    return value
+
+
+@register_jitable
+def _bfloat16_to_float(bits):
+    return _bits_float(np.uint32(bits) << np.uint32(16))
+
+
+@register_jitable
+def _float_to_bfloat16(value):
+    bits = _float_bits(value)
+    # Half a unit in the last place, less one where the kept bit is even: ties to even.
+    half = np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))
+    rounded = bits | np.uint32(0x400000) if np.isnan(value) else np.uint32(bits + half)
+    return np.uint16(rounded >> np.uint32(16))
+
+
+@register_jitable
+def _half_to_float_by_bits(half):
+    magnitude = np.uint32(half & np.uint16(0x7FFF)) << np.uint32(13)
+    sign = np.uint32(half & np.uint16(0x8000)) << np.uint32(16)
+    if magnitude >= np.uint32(0x0F800000):  # infinity or NaN
+        return _bits_float(sign | magnitude | np.uint32(0x7F800000))
+    scaled = _bits_float(magnitude) * np.float32(2.0**112)  # exact, subnormals included
+    return _bits_float(sign | _float_bits(scaled))
+
+
+@register_jitable
+def _float_to_half_by_bits(value):
+    bits = _float_bits(value)
+    sign = (bits >> np.uint32(16)) & np.uint32(0x8000)
+    magnitude = bits & np.uint32(0x7FFFFFFF)
+    if magnitude > np.uint32(0x7F800000):
+        half = np.uint32(0x7E00)
+    elif magnitude >= np.uint32(0x47800000):  # 65536 and above
+        half = np.uint32(0x7C00)
+    elif magnitude < np.uint32(0x38800000):  # subnormal: let the addition round
+        half = _float_bits(_bits_float(magnitude) + np.float32(0.5)) - np.uint32(
+            0x3F000000
+        )
+    else:  # a carry out of the fraction is the right exponent, up to infinity
+        odd = (magnitude >> np.uint32(13)) & np.uint32(1)
+        half = (
+            magnitude - np.uint32(0x38000000) + np.uint32(0xFFF) + odd
+        ) >> np.uint32(13)
+    return np.uint16(sign | half)
+
+
+def _has_half_instructions() -> bool:
+    """Say whether LLVM converts half floats itself instead of calling a library."""
+    if llvm.get_process_triple().startswith(("aarch64", "arm64")):
+        return True
+    features = config.CPU_FEATURES
+    if features is None:
+        features = llvm.get_host_cpu_features().flatten()
+    return "+f16c" in features
+
+
+if _has_half_instructions():
+    _half_to_float = _conversion(
+        types.uint16, types.float32, lambda b, v: b.fpext(b.bitcast(v, _HALF), _FLOAT)
+    )
+    _float_to_half = _conversion(
+        types.float32, types.uint16, lambda b, v: b.bitcast(b.fptrunc(v, _HALF), _I16)
+    )
+else:
+    _half_to_float, _float_to_half = _half_to_float_by_bits, _float_to_half_by_bits
+
+
+@dataclass(frozen=True)
+class Lane:
+    """One dtype as the loops see it."""
+
+    name: str
+    storage: np.dtype[Any]  # what the loops index: the dtype itself, or uint16
+    compute: Any  # the Numba type of every product
+    load: Any  # storage -> a number
+    store: Any  # a number -> storage
+    pack: Any  # pack(x, bits): the mask bits of whole words
+
+
+def _packer(positive: Callable[[Any, Any], Any]) -> Any:
+    """Return `pack(x, bits, words)`; `positive` tests a vector of 64 stored values."""
+
+    @intrinsic
+    def pack(typingctx, x, bits, words):
+        def codegen(context, builder, signature, args):
+            vector = ir.VectorType(context.get_value_type(x.dtype), WORD)
+            word = ir.IntType(WORD)
+            source = _pointer(context, builder, x, args[0], vector)
+            target = _pointer(context, builder, bits, args[1], word)
+            with cgutils.for_range(builder, args[2]) as loop:
+                value = builder.load(builder.gep(source, [loop.index]), align=1)
+                packed = builder.bitcast(positive(builder, value), word)
+                builder.store(packed, builder.gep(target, [loop.index]), align=1)
+            return context.get_dummy_value()
+
+        return types.void(x, bits, types.intp), codegen
+
+    return pack
+
+
+def _pointer(context: Any, builder: Any, array: Any, value: Any, element: Any) -> Any:
+    """Return the address of an array's first element as a pointer to `element`."""
+    data = context.make_array(array)(context, builder, value).data
+    return builder.bitcast(data, element.as_pointer())
+
+
+def _splat(vector: Any, number: float) -> Any:
+    return ir.Constant(vector.type, [number] * WORD)
+
+
+def _positive_bits(infinity: int) -> Callable[[Any, Any], Any]:
+    """Test 16-bit floats as integers: 1 <= bits <= infinity."""
+
+    def positive(builder: Any, value: Any) -> Any:
+        below = builder.sub(value, _splat(value, 1))
+        return builder.icmp_unsigned("<", below, _splat(value, infinity))
+
+    return positive
+
+
+_pack_float = _packer(lambda b, v: b.fcmp_ordered(">", v, _splat(v, 0.0)))
+_pack_signed = _packer(lambda b, v: b.icmp_signed(">", v, _splat(v, 0)))
+_pack_unsigned = _packer(lambda b, v: b.icmp_unsigned("!=", v, _splat(v, 0)))
+
+
+def _lane(dtype: np.dtype[Any]) -> Lane:
+    pack = {"f": _pack_float, "i": _pack_signed, "u": _pack_unsigned}[dtype.kind]
+    compute = numba.float32 if dtype == np.float32 else numba.float64
+    return Lane(dtype.name, dtype, compute, _same, _same, pack)
+
+
+_UINT16 = np.dtype(np.uint16)
+_FLOAT16 = Lane(
+    "float16",
+    _UINT16,
+    numba.float32,
+    _half_to_float,
+    _float_to_half,
+    _packer(_positive_bits(0x7C00)),
+)
+_BFLOAT16 = Lane(
+    "bfloat16",
+    _UINT16,
+    numba.float32,
+    _bfloat16_to_float,
+    _float_to_bfloat16,
+    _packer(_positive_bits(0x7F80)),
+)
+_LANES = {np.dtype(code): _lane(np.dtype(code)) for code in "bBhHiIlLqQfd"}
+_LANES[np.dtype(np.float16)] = _FLOAT16
+
+
+def lane_of(dtype: np.dtype[Any]) -> Lane:
+    """Return the lane of a native dtype that the arguments' check has let through."""
+    return _LANES.get(dtype, _BFLOAT16)
+
+
+@intrinsic
+def unpack(typingctx, bits, flags, words):
+    """Spread whole words of mask bits into bytes of 0 and 1."""
+
+    def codegen(context, builder, signature, args):
+        vector = ir.VectorType(_BYTE, WORD)
+        source = _pointer(context, builder, bits, args[0], ir.IntType(WORD))
+        target = _pointer(context, builder, flags, args[1], vector)
+        with cgutils.for_range(builder, args[2]) as loop:
+            word = builder.load(builder.gep(source, [loop.index]), align=1)
+            active = builder.bitcast(word, ir.VectorType(_BIT, WORD))
+            spread = builder.zext(active, vector)
+            builder.store(spread, builder.gep(target, [loop.index]), align=1)
+        return context.get_dummy_value()
+
+    return types.void(bits, flags, types.intp), codegen
+
+
+@intrinsic
+def stream(typingctx, target, source, lines):
+    """Copy 64-byte lines past the cache; `target` must start on a line.
+
+    An ordinary store reads the line it is about to overwrite.  On arrays that do not
+    fit the cache that is a third of all traffic.
+    """
+
+    def codegen(context, builder, signature, args):
+        to = _pointer(context, builder, target, args[0], _LINE)
+        start = _pointer(context, builder, source, args[1], _LINE)
+        hint = builder.module.add_metadata([ir.Constant(_I32, 1)])
+        with cgutils.for_range(builder, args[2]) as loop:
+            line = builder.load(builder.gep(start, [loop.index]), align=1)
+            store = builder.store(line, builder.gep(to, [loop.index]), align=64)
+            store.set_metadata("nontemporal", hint)
+        return context.get_dummy_value()
+
+    return types.void(target, source, types.intp), codegen
+
+
+@intrinsic
+def fence(typingctx):
+    """Make streamed lines visible before anything that follows."""
+
+    def codegen(context, builder, signature, args):
+        builder.fence("seq_cst")
+        return context.get_dummy_value()
+
+    return types.void(), codegen

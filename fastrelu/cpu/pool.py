@@ -1,0 +1,214 @@
+"""Recycled memory for large results.
+
+A fresh large array costs more in page faults than the arithmetic that fills it.  Blocks
+behind results that nobody can see any more are kept and handed out again, as CuPy's
+memory pool does on a GPU.
+"""
+
+import os
+import threading
+from collections import OrderedDict
+from typing import Any, Literal
+
+import numpy as np
+
+SMALLEST = 1 << 19  # bytes; what is smaller, malloc recycles by itself
+_PAGE = 4096
+_LINE = 64
+
+
+class _Owner:
+    """Holds a block while any view of it lives: the base of every view leads here."""
+
+    __slots__ = ("__array_interface__", "block", "pool")
+
+    def __init__(self, pool: "MemoryPool", block: Any) -> None:
+        self.pool, self.block = pool, block
+        self.__array_interface__ = block.__array_interface__
+
+    def __del__(self) -> None:
+        # The collector may run this in the middle of any line, the pool's included:
+        # an append is atomic, and _drain never waits.
+        self.pool._returned.append(self.block)
+        self.pool._drain()
+
+
+class MemoryPool:
+    """Memory for results, with the names of CuPy's ``MemoryPool``.
+
+    A block is handed out again only when no array, view, ``memoryview`` or DLPack
+    capsule refers to it any more.
+
+    Parameters
+    ----------
+    limit : int, optional
+        The most bytes kept idle.  The default is a quarter of the machine's memory, at
+        most 1 GiB; the environment variable ``FASTRELU_POOL_LIMIT`` (bytes) sets
+        another.
+
+    Examples
+    --------
+    >>> import fastrelu
+    >>> pool = fastrelu.get_default_memory_pool()
+    >>> pool.free_all_blocks()
+    >>> pool.free_bytes()
+    0
+    """
+
+    def __init__(self, limit: int | None = None) -> None:
+        self._lock = threading.Lock()
+        self._idle: OrderedDict[int, list[Any]] = (
+            OrderedDict()
+        )  # by size, stalest first
+        self._returned: list[Any] = []
+        self._used = self._free = 0
+        self._limit = _default_limit() if limit is None else limit
+
+    def empty_like(self, x: Any, order: Literal["K", "C"] = "K") -> Any:
+        """Return an array as ``numpy.empty_like(x, order=order)`` would make it.
+
+        Parameters
+        ----------
+        x : numpy.ndarray
+            Gives the shape and the dtype.
+        order : {"K", "C"}
+            The memory order: that of x, or C.
+
+        Returns
+        -------
+        numpy.ndarray
+            Not initialised.
+        """
+        if x.nbytes < SMALLEST:
+            return np.empty_like(x, order=order, subok=False)
+        size = -(-x.nbytes // _PAGE) * _PAGE
+        with self._lock:
+            self._collect()
+            blocks = self._idle.get(size)
+            block = blocks.pop() if blocks else None
+            if block is not None:
+                self._free -= size
+                self._idle.move_to_end(size)
+        if block is None:
+            try:
+                raw = np.empty(size + _LINE, np.uint8)
+            except MemoryError:
+                self.free_all_blocks()
+                raw = np.empty(size + _LINE, np.uint8)
+            block = raw[-raw.ctypes.data % _LINE :][:size]
+        memory = np.asarray(_Owner(self, block))
+        with self._lock:
+            self._used += size
+        plain = order == "C" or x.flags.c_contiguous
+        strides = None if plain else np.empty_like(x, subok=False).strides
+        return np.ndarray(x.shape, x.dtype, memory, 0, strides)
+
+    def used_bytes(self) -> int:
+        """Return the bytes behind arrays that are still in use."""
+        self._drain()
+        return self._used
+
+    def free_bytes(self) -> int:
+        """Return the bytes kept for the next results."""
+        self._drain()
+        return self._free
+
+    def total_bytes(self) -> int:
+        """Return the bytes in use and kept."""
+        return self.used_bytes() + self.free_bytes()
+
+    def free_all_blocks(self) -> None:
+        """Hand all idle memory back to the system."""
+        with self._lock:
+            self._collect()
+            self._idle.clear()
+            self._free = 0
+
+    def get_limit(self) -> int:
+        """Return the most bytes kept idle."""
+        return self._limit
+
+    def set_limit(self, size: int) -> None:
+        """Change the most bytes kept idle; 0 keeps none.
+
+        Parameters
+        ----------
+        size : int
+            Bytes.
+
+        Raises
+        ------
+        ValueError
+            If `size` is negative.
+        """
+        if size < 0:
+            msg = f"size must be at least 0, got {size}"
+            raise ValueError(msg)
+        with self._lock:
+            self._limit = size
+            self._collect()
+
+    def _drain(self) -> None:
+        """Take back what was returned, unless someone is at it already."""
+        while self._returned and self._lock.acquire(blocking=False):
+            try:
+                self._collect()
+            finally:
+                self._lock.release()
+
+    def _collect(self) -> None:
+        """Take back what was returned and keep to the limit.  The lock is held."""
+        while self._returned:
+            block = self._returned.pop()
+            self._used -= block.nbytes
+            self._free += block.nbytes
+            self._idle.setdefault(block.nbytes, []).append(block)
+            self._idle.move_to_end(block.nbytes)
+        while self._free > self._limit:
+            size, blocks = next(iter(self._idle.items()))
+            if blocks:
+                blocks.pop()
+                self._free -= size
+            else:
+                del self._idle[size]
+
+    def _after_fork(self) -> None:
+        self._lock = threading.Lock()  # its holder may not exist in the child
+
+
+def _default_limit() -> int:
+    given = os.environ.get("FASTRELU_POOL_LIMIT")
+    if given is not None:
+        if not given.isdecimal():
+            msg = f"FASTRELU_POOL_LIMIT must be a number of bytes, got {given!r}"
+            raise ValueError(msg)
+        return int(given)
+    try:
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):  # not a POSIX system
+        return 1 << 28
+    return min(memory // 4, 1 << 30)
+
+
+_DEFAULT = MemoryPool()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_DEFAULT._after_fork)
+
+
+def get_default_memory_pool() -> MemoryPool:
+    """Return the pool that large results come from.
+
+    Returns
+    -------
+    MemoryPool
+
+    Examples
+    --------
+    >>> import fastrelu
+    >>> fastrelu.get_default_memory_pool().get_limit() > 0
+    True
+    """
+    return _DEFAULT
+
+
+empty_like = _DEFAULT.empty_like

@@ -1,0 +1,196 @@
+"""The grid that the tests walk: library x dtype x shape x layout."""
+
+import importlib.util
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import reference
+
+from fastrelu.activations import ACTIVATIONS
+
+FLOATS = ("float16", "bfloat16", "float32", "float64")
+INTEGERS = tuple(f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64))
+SLOPES = ("-0.5", "-0.0", "0", "1e-30", "0.01", "1", "2")
+SHAPES = {
+    "0d": (),
+    "empty": (0,),
+    "one": (1,),
+    "17": (17,),
+    "3x0x2": (3, 0, 2),
+    "2x3": (2, 3),
+    "4x4x4x4": (4, 4, 4, 4),
+    "2x3x5x7": (2, 3, 5, 7),
+}
+LARGE = 300_001  # beyond the sizes where threads and streaming stores set in
+
+
+class Library(NamedTuple):
+    """How a NumPy array becomes an array of the library, and comes back"""
+
+    put: Callable
+    get: Callable
+    array_type: type
+
+
+def _read_only(a):
+    a = a.view()
+    a.flags.writeable = False
+    return a
+
+
+LIBRARIES = {
+    "numpy": Library(lambda a: a, lambda a: a, np.ndarray),
+    "numpy-readonly": Library(_read_only, lambda a: a, np.ndarray),
+}
+
+
+@pytest.fixture(params=LIBRARIES)
+def library(request):
+    return LIBRARIES[request.param]
+
+
+def dtype_of(name):
+    if name == "bfloat16":
+        return np.dtype(pytest.importorskip("ml_dtypes").bfloat16)
+    return np.dtype(name)
+
+
+@pytest.fixture
+def dtype(request):
+    return dtype_of(request.param)
+
+
+def each(*dtypes, where=lambda row: True):
+    """Run a test for every activation and each of these types that it takes"""
+    pairs = [
+        (name, dtype)
+        for name, row in ACTIVATIONS.items()
+        for dtype in dtypes
+        if where(row) and (dtype in FLOATS or reference.DEFINITIONS[name].integers)
+    ]
+    return pytest.mark.parametrize(("name", "dtype"), pairs, indirect=["dtype"])
+
+
+def floats_here():
+    """The float types that need nothing that is not installed"""
+    missing = importlib.util.find_spec("ml_dtypes") is None
+    return [name for name in FLOATS if not (missing and name == "bfloat16")]
+
+
+class Layout(NamedTuple):
+    """A window of the wanted shape on a dense array of another shape"""
+
+    outer: Callable  # the window's shape -> the dense array's shape
+    window: Callable  # (the dense array, the window's shape) -> the window
+
+
+def _every(cut, ndim):
+    return (..., *[cut] * ndim)  # the ellipsis keeps a 0-d array an array
+
+
+def _same(shape):
+    return shape
+
+
+LAYOUTS = {
+    "c": Layout(_same, lambda b, s: b),
+    "fortran": Layout(lambda s: s[::-1], lambda b, s: b.T),
+    "permuted": Layout(
+        lambda s: s[1:] + s[:1], lambda b, s: np.moveaxis(b, -1, 0) if s else b
+    ),
+    "transposed": Layout(
+        lambda s: s[:-2] + s[-2:][::-1],
+        lambda b, s: b.swapaxes(-1, -2) if len(s) > 1 else b,
+    ),
+    "step": Layout(
+        lambda s: tuple(2 * n for n in s),
+        lambda b, s: b[_every(slice(None, None, 2), len(s))],
+    ),
+    "negative": Layout(_same, lambda b, s: b[_every(slice(None, None, -1), len(s))]),
+    "offset": Layout(
+        lambda s: tuple(n + 2 for n in s), lambda b, s: b[_every(slice(1, -1), len(s))]
+    ),
+    "broadcast": Layout(
+        lambda s: tuple(min(n, 1) for n in s[:1]) + s[1:],
+        lambda b, s: np.broadcast_to(b, s),
+    ),
+    "misaligned": Layout(_same, lambda b, s: b),
+    "swapped": Layout(_same, lambda b, s: b),
+}
+OUT_LAYOUTS = [name for name in LAYOUTS if name not in ("broadcast", "swapped")]
+GUARD = 64
+
+
+def place(values, layout, dtype=None):
+    """An array of this layout with these values, and the guarded memory it lies in.
+
+    What a broadcast array repeats is the first of the values along its first axis.
+    """
+    outer, window = LAYOUTS[layout]
+    dtype = values.dtype if dtype is None else dtype
+    if layout == "swapped":
+        if dtype.kind not in "iuf":
+            pytest.skip(f"{dtype} has one byte order")
+        dtype = dtype.newbyteorder()
+    shape = outer(values.shape)
+    size = 2 * GUARD + math.prod(shape)
+    skew = int(layout == "misaligned")
+    memory = np.zeros(size * dtype.itemsize + skew, np.uint8)[skew:].view(dtype)
+    memory[:] = np.arange(size) % 5 + 1
+    dense = memory[GUARD : size - GUARD].reshape(shape)
+    array = window(dense, values.shape)
+    if layout == "broadcast":
+        dense[...] = values[:1] if values.ndim else values
+    else:
+        array[...] = values
+    return array, memory
+
+
+def sample(shape, dtype, seed=0):
+    """Random numbers, and among them every kind of number that is special"""
+    rng = np.random.default_rng(seed)
+    if dtype.kind in "iu":
+        low, high = np.iinfo(dtype).min, np.iinfo(dtype).max
+        values = rng.integers(low, high, shape, dtype, endpoint=True)
+        special = np.array([low, high, 0, 1, high // 2 + 1], dtype)
+    else:
+        values = rng.standard_normal(shape).astype(dtype)
+        special = specials(dtype)
+    odd = rng.random(shape) < 0.4
+    return np.where(odd, rng.choice(special, shape), values)
+
+
+def specials(dtype):
+    """Infinities, NaN, both zeros, the largest, the subnormal, and two plain numbers"""
+    one = dtype.type
+    tiny, huge = np.spacing(one(0)), np.nextafter(one(np.inf), one(0))
+    positive = np.array([np.inf, np.nan, 0, huge, tiny, 3 * tiny, 1, 1.5], dtype)
+    return np.concatenate([positive, -positive])
+
+
+def normal(shape, dtype, seed=0):
+    return np.random.default_rng(seed).standard_normal(shape).astype(dtype)
+
+
+def slopes_for(name, x, slope=0.2, seed=9):
+    """The keyword arguments that activation `name` takes beside the array x"""
+    if ACTIVATIONS[name].parameter == "negative_slope":
+        return {"negative_slope": slope}
+    if ACTIVATIONS[name].parameter == "weight":
+        channels = x.shape[1] if x.ndim > 1 else 1
+        return {"weight": normal(channels, reference.native(x.dtype), seed)}
+    return {}
+
+
+def gradient_of(name, *arrays, **more):
+    """The gradient towards x, without the weight's"""
+    result = ACTIVATIONS[name].backward(*arrays, **more)
+    return result[0] if ACTIVATIONS[name].parameter == "weight" else result
+
+
+def strides(a):
+    """Those that say anything"""
+    return [s for s, n in zip(a.strides, a.shape, strict=True) if n > 1 and a.size]

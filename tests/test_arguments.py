@@ -1,0 +1,660 @@
+"""Everything that can be wrong with an argument, and all that only looks wrong."""
+
+import inspect
+
+import numpy as np
+import pytest
+import reference
+from conftest import LARGE, normal, place
+from numpy.lib.stride_tricks import as_strided
+from reference import assert_same
+
+import fastrelu as F
+from fastrelu.activations import ACTIVATIONS
+
+FLOAT32 = np.dtype(np.float32)
+FUNCTIONS = {
+    function.__name__: function
+    for row in ACTIVATIONS.values()
+    for function in (row.forward, row.backward)
+}
+ARRAYS = ("x", "grad_output", "saved", "weight")
+each_function = pytest.mark.parametrize("function", FUNCTIONS)
+
+
+def takes(*wanted):
+    """Run a test for every function with these parameters"""
+    names = [
+        name
+        for name, function in FUNCTIONS.items()
+        if {*wanted} <= {*inspect.signature(function).parameters}
+    ]
+    return pytest.mark.parametrize("function", names)
+
+
+each_array = pytest.mark.parametrize(
+    ("function", "argument"),
+    [
+        (name, argument)
+        for name, function in FUNCTIONS.items()
+        for argument in inspect.signature(function).parameters
+        if argument in ARRAYS
+    ],
+)
+each_input = pytest.mark.parametrize(
+    ("function", "argument"), [p for p in each_array.args[1] if p[1] != "weight"]
+)
+each_first_array = pytest.mark.parametrize(
+    ("function", "argument"),
+    [
+        (name, next(iter(inspect.signature(f).parameters)))
+        for name, f in FUNCTIONS.items()
+    ],
+)
+
+
+def sound(function, shape=(2, 3), dtype=FLOAT32):
+    """Arrays that the function takes, by the names of its parameters"""
+    shapes = dict.fromkeys(ARRAYS, shape) | {"weight": shape[1:2]}
+    names = [
+        n for n in inspect.signature(FUNCTIONS[function]).parameters if n in ARRAYS
+    ]
+    return {name: normal(shapes[name], dtype, i) for i, name in enumerate(names)}
+
+
+def call(function, given):
+    parameters = inspect.signature(FUNCTIONS[function]).parameters.values()
+    first = [p.name for p in parameters if p.kind is p.POSITIONAL_ONLY]
+    rest = {name: value for name, value in given.items() if name not in first}
+    return FUNCTIONS[function](*(given[name] for name in first), **rest)
+
+
+def several(results):
+    return results if isinstance(results, tuple) else (results,)
+
+
+def refuses(error, argument, function, given):
+    """The call fails, names the argument, and leaves every array as it was"""
+    values = [value for given in given.values() for value in several(given)]
+    arrays = [a for a in values if isinstance(a, np.ndarray)]
+    before = [a.tobytes() for a in arrays]
+    with pytest.raises(error, match=rf"\b{argument}\b"):
+        call(function, given)
+    assert [a.tobytes() for a in arrays] == before
+
+
+NO_ARRAYS = {
+    "None": None,
+    "str": "1.5",
+    "bytes": b"1.5",
+    "object": object(),
+    "dict": {0: 1.0},
+    "set": {1.0},
+    "type": float,
+    "complex": 1j,
+    "bool": True,
+    "list of bool": [True, False],
+    "list of None": [None, 1.0],
+    "list of str": ["1.5"],
+}
+KINDS = ("?", "F", "D", "g", "G", "O", "S4", "U4", "V8", "M8[s]", "m8[s]", "f4,f4")
+
+
+@pytest.mark.parametrize("kind", NO_ARRAYS)
+@each_array
+def test_no_array(function, argument, kind):
+    refuses(
+        TypeError, argument, function, sound(function) | {argument: NO_ARRAYS[kind]}
+    )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@each_array
+def test_kinds_of_array(function, argument, kind):
+    if kind == "g" and np.dtype("g").itemsize == 8:
+        pytest.skip("long double is double here")
+    given = sound(function)
+    wrong = np.zeros(given[argument].shape, kind)
+    refuses(TypeError, argument, function, given | {argument: wrong})
+
+
+@each_array
+def test_masked_arrays(function, argument):
+    given = sound(function)
+    given[argument] = np.ma.masked_array(given[argument], given[argument] > 0)
+    refuses(TypeError, argument, function, given)
+
+
+@each_array
+def test_ragged_lists(function, argument):
+    given = sound(function) | {argument: [[1.0, 2.0], [3.0]]}
+    refuses((TypeError, ValueError), argument, function, given)
+
+
+@pytest.mark.parametrize("dtype", ["int8", "int64", "uint16"])
+@each_array
+def test_integers(function, argument, dtype):
+    name = function.removesuffix("_backward")
+    given = sound(function)
+    given = {key: a.astype(dtype) for key, a in given.items() if key != "weight"}
+    if reference.DEFINITIONS[name].integers:
+        assert call(function, given).dtype == dtype
+    else:
+        given = sound(function) | {
+            argument: np.ones_like(sound(function)[argument], dtype)
+        }
+        refuses(TypeError, argument, function, given)
+
+
+@each_first_array
+@pytest.mark.parametrize("kind", ["list", "float", "numpy scalar"])
+def test_in_place_needs_an_array(function, argument, kind):
+    value = {"list": [[1.0, -2.0, 3.0]] * 2, "float": 1.5}.get(kind, np.float64(1.5))
+    given = sound(function, np.shape(value), np.dtype(float))
+    given |= {"weight": np.ones(1)} if "weight" in given else {}
+    given |= {argument: value, "inplace": True}
+    refuses(TypeError, f"({argument}|inplace)", function, given)
+
+
+@each_first_array
+def test_in_place_needs_a_writeable_array(function, argument):
+    given = sound(function) | {"inplace": True}
+    given[argument].flags.writeable = False
+    refuses(ValueError, argument, function, given)
+
+
+@each_first_array
+def test_in_place_needs_the_native_byte_order(function, argument):
+    given = sound(function) | {"inplace": True}
+    given[argument] = given[argument].astype(FLOAT32.newbyteorder())
+    refuses(TypeError, argument, function, given)
+
+
+@each_first_array
+def test_in_place_needs_memory_of_its_own_for_every_element(function, argument):
+    given = sound(function) | {"inplace": True}
+    given[argument] = as_strided(given[argument], (2, 3), (0, 4))
+    refuses(ValueError, argument, function, given)
+
+
+# Slopes and axes
+
+
+SLOPES = {
+    "None": (TypeError, None),
+    "str": (TypeError, "0.1"),
+    "complex": (TypeError, 0.1 + 0j),
+    "bool": (TypeError, True),
+    "numpy bool": (TypeError, np.True_),
+    "array": (TypeError, np.array([0.1, 0.2])),
+    "array of one": (TypeError, np.array([0.1])),
+    "list": (TypeError, [0.1]),
+    "nan": (ValueError, float("nan")),
+    "inf": (ValueError, float("inf")),
+    "-inf": (ValueError, -float("inf")),
+    "numpy nan": (ValueError, np.float32("nan")),
+    "10**400": (ValueError, 10**400),
+}
+
+
+@pytest.mark.parametrize("slope", SLOPES)
+@takes("negative_slope")
+def test_slopes(function, slope):
+    error, value = SLOPES[slope]
+    given = sound(function) | {"negative_slope": value}
+    refuses(error, "negative_slope", function, given)
+    refuses(error, "negative_slope", function, given | {"inplace": True})
+
+
+AXES = {
+    "2": (ValueError, 2),
+    "-3": (ValueError, -3),
+    "2**70": (ValueError, 2**70),
+    "float": (TypeError, 1.0),
+    "str": (TypeError, "1"),
+    "None": (TypeError, None),
+    "bool": (TypeError, True),
+    "numpy bool": (TypeError, np.True_),
+    "tuple": (TypeError, (1,)),
+}
+
+
+@pytest.mark.parametrize("axis", AXES)
+@takes("axis")
+def test_axes(function, axis):
+    error, value = AXES[axis]
+    refuses(error, "axis", function, sound(function) | {"axis": value})
+    given = sound(function) | {"axis": value, "inplace": True}
+    refuses(error, "axis", function, given)
+
+
+# Weights
+
+
+WRONG_WEIGHTS = [  # the shapes of data, weight, and the axis
+    "2 3 / 2 /",
+    "2 3 / 4 /",
+    "2 3 / 0 /",
+    "2 3 / 3 / 0",
+    "2 3 4 / 4 /",
+    "2 3 4 / 3 / -1",
+    "2 3 3 / 9 /",
+    "3 / 3 /",
+    " / 2 /",
+    "0 / 0 /",
+    "1 3 / 2 3 /",
+    "2 1 / 2 3 /",
+    "2 3 / 1 2 3 /",
+    "3 / 1 3 /",
+    "2 3 / 3 1 /",
+    "2 3 4 / 3 2 /",
+]
+
+
+@pytest.mark.parametrize("shapes", WRONG_WEIGHTS)
+@takes("weight")
+def test_weights_of_the_wrong_shape(function, shapes):
+    shape, weight, axis = shapes.split("/")
+    given = sound(function, tuple(map(int, shape.split())))
+    given["weight"] = np.ones(tuple(map(int, weight.split())), np.float32)
+    given |= {"axis": int(axis)} if axis.strip() else {}
+    refuses(ValueError, "weight", function, given)
+    refuses(ValueError, "weight", function, given | {"inplace": True})
+
+
+@pytest.mark.parametrize(
+    "types",
+    ["float32 float64", "float64 float32", "float32 float16", "float16 float64"],
+)
+@takes("weight")
+def test_weights_of_the_wrong_type(function, types):
+    data, weight = types.split()
+    given = sound(function, dtype=np.dtype(data))
+    given["weight"] = given["weight"].astype(weight)
+    refuses(TypeError, "weight", function, given)
+
+
+@takes("weight")
+def test_the_other_half_is_no_weight(function):
+    bfloat16 = pytest.importorskip("ml_dtypes").bfloat16
+    for data, weight in ((bfloat16, np.float16), (np.float16, bfloat16)):
+        given = sound(function, dtype=np.dtype(data))
+        given["weight"] = given["weight"].astype(weight)
+        refuses(TypeError, "weight", function, given)
+
+
+# What the forward pass saved
+
+
+SECOND = {
+    name: list(sound(name))[1] for name, f in FUNCTIONS.items() if "_back" in name
+}
+each_second_array = pytest.mark.parametrize(("function", "argument"), SECOND.items())
+
+
+@pytest.mark.parametrize(
+    "shape", ["2", "3", "3 2", "1 3", "2 1", "6", "2 3 1", "0 3", ""]
+)
+@each_second_array
+def test_saved_of_another_shape(function, argument, shape):
+    given = sound(function)
+    given[argument] = np.ones(tuple(map(int, shape.split())), np.float32)
+    refuses(ValueError, argument, function, given)
+    refuses(ValueError, argument, function, given | {"inplace": True})
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float64", "int32"])
+@each_second_array
+def test_saved_of_another_type(function, argument, dtype):
+    given = sound(function)
+    given[argument] = given[argument].astype(dtype)
+    refuses(TypeError, argument, function, given)
+
+
+@pytest.mark.parametrize("shape", ["3 2", "6", "2 3 1", "1 6", "2 4", "5", ""])
+@takes("saved")
+def test_mask_of_another_shape(function, shape):
+    _, mask = F.relu(np.ones(tuple(map(int, shape.split()))), return_mask=True)
+    given = sound(function) | {"saved": mask}
+    refuses(ValueError, "saved", function, given)
+    refuses(ValueError, "saved", function, given | {"inplace": True})
+
+
+@pytest.mark.parametrize("argument", ["x", "grad_output", "weight"])
+def test_a_mask_is_no_array(argument):
+    _, mask = F.relu(np.ones((2, 3), np.float32), return_mask=True)
+    given = sound("prelu_backward") | {argument: mask}
+    refuses(TypeError, argument, "prelu_backward", given)
+
+
+# out
+
+
+def _swapped(shape):
+    return np.ones(shape, FLOAT32.newbyteorder())
+
+
+def _read_only(shape):
+    a = np.ones(shape, np.float32)
+    a.flags.writeable = False
+    return a
+
+
+WRONG_OUTS = {
+    "list": (TypeError, lambda s: [[0.0] * s[1]] * s[0]),
+    "str": (TypeError, lambda s: "out"),
+    "scalar": (TypeError, lambda s: np.float32(1)),
+    "type": (TypeError, lambda s: np.ndarray),
+    "memoryview": (TypeError, lambda s: memoryview(np.ones(s, np.float32))),
+    "masked": (TypeError, lambda s: np.ma.ones(s, np.float32)),
+    "float64": (TypeError, lambda s: np.ones(s)),
+    "float16": (TypeError, lambda s: np.ones(s, np.float16)),
+    "int32": (TypeError, lambda s: np.ones(s, np.int32)),
+    "swapped": (TypeError, _swapped),
+    "flat": (ValueError, lambda s: np.ones(s[0] * s[1], np.float32)),
+    "turned": (ValueError, lambda s: np.ones(s[::-1], np.float32)),
+    "larger": (ValueError, lambda s: np.ones((s[0] + 1, s[1]), np.float32)),
+    "more dimensions": (ValueError, lambda s: np.ones((1, *s), np.float32)),
+    "read-only": (ValueError, _read_only),
+    "broadcast": (
+        ValueError,
+        lambda s: as_strided(np.ones(s[1], np.float32), s, (0, 4)),
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", WRONG_OUTS)
+@each_function
+def test_out(function, kind):
+    error, make = WRONG_OUTS[kind]
+    refuses(error, "out", function, sound(function) | {"out": make((2, 3))})
+
+
+@pytest.mark.parametrize("kind", ["tuple", "pair"])
+@takes("return_mask")
+def test_out_is_no_tuple_where_there_is_one_result(function, kind):
+    out = tuple(np.ones((2, 3), np.float32) for _ in range(1 + (kind == "pair")))
+    refuses(TypeError, "out", function, sound(function) | {"out": out})
+
+
+@each_function
+def test_out_and_in_place(function):
+    first = next(iter(sound(function)))
+    for out in (np.ones((2, 3), np.float32), first):
+        given = sound(function)
+        given |= {"inplace": True, "out": given[first] if out is first else out}
+        refuses((TypeError, ValueError), "out", function, given)
+
+
+SELF_OVERLAPS = {  # float64 windows on one buffer: shape, strides in bytes
+    "8 12": ((2, 2), (8, 12)),
+    "12 8": ((2, 2), (12, 8)),
+    "8 8": ((3, 3), (8, 8)),
+    "4": ((5,), (4,)),
+    "1": ((2,), (1,)),
+    "0": ((2,), (0,)),
+    "16 8": ((2, 3), (16, 8)),
+    "8 -8": ((2, 2), (8, -8)),
+    "-8 12": ((2, 2), (-8, 12)),
+    "24 16": ((3, 4), (24, 16)),
+    "0 64 8": ((2, 2, 2), (0, 64, 8)),
+    "40 24 16": ((2, 2, 2), (40, 24, 16)),
+    "large": ((1000, 1000), (8 * 999, 8)),
+}
+ODD_BUT_SOUND = {
+    "24 16": ((2, 3), (24, 16)),
+    "16 24": ((3, 2), (16, 24)),
+    "12 24": ((2, 2), (12, 24)),
+    "12": ((5,), (12,)),
+    "-12": ((5,), (-12,)),
+    "8 -64": ((2, 2), (8, -64)),
+    "0 of one": ((1, 3), (0, 8)),
+    "0 of none": ((2, 0), (0, 0)),
+    "40 64 16": ((2, 2, 2), (40, 64, 16)),
+    "large": ((1000, 1000), (8 * 1001, 8)),
+}
+
+
+def window(shape, strides):
+    reach = sum(abs(s) * n for s, n in zip(strides, shape, strict=True)) // 8 + 8
+    memory = np.arange(2.0 * reach)
+    return as_strided(memory[reach:], shape, strides), memory
+
+
+@pytest.mark.parametrize("case", SELF_OVERLAPS)
+@each_function
+def test_out_with_elements_that_share_memory(function, case):
+    shape, strides = SELF_OVERLAPS[case]
+    out, memory = window(shape, strides)
+    before = memory.copy()
+    given = sound(function, shape, np.dtype(float))
+    if "weight" in given:
+        given["weight"] = np.ones(1)
+    refuses(ValueError, "out", function, given | {"out": out})
+    first = next(iter(given))
+    given |= {first: out, "inplace": True}
+    refuses(ValueError, first, function, given)
+    assert_same(memory, before)
+
+
+@pytest.mark.parametrize("case", ODD_BUT_SOUND)
+@each_function
+def test_out_with_odd_strides(function, case):
+    shape, strides = ODD_BUT_SOUND[case]
+    out, memory = window(shape, strides)
+    given = sound(function, shape, np.dtype(float))
+    if "weight" in given:
+        given["weight"] = np.ones(1) * 0.5
+    like, around = window(shape, strides)
+    like[...] = several(call(function, given))[0]
+    call(function, given | {"out": out})
+    assert_same(memory, around)
+
+
+PAIRS = {
+    "one": (ValueError, lambda dx, dw: (dx,)),
+    "three": (ValueError, lambda dx, dw: (dx, dw, dw)),
+    "list": (TypeError, lambda dx, dw: [dx, dw]),
+    "weight gradient of another shape": (ValueError, lambda dx, dw: (dx, dw[:2])),
+    "weight gradient with more dimensions": (ValueError, lambda dx, dw: (dx, dw[None])),
+    "weight gradient of another type": (
+        TypeError,
+        lambda dx, dw: (dx, dw.astype(float)),
+    ),
+    "weight gradient in a list": (TypeError, lambda dx, dw: (dx, [0.0] * 3)),
+    "swapped": (TypeError, lambda dx, dw: (dx, _swapped(3))),
+    "read-only": (ValueError, lambda dx, dw: (dx, _read_only(3))),
+    "repeating": (ValueError, lambda dx, dw: (dx, as_strided(dw, (3,), (0,)))),
+    "turned": (ValueError, lambda dx, dw: (dx.T, dw)),
+    "another type": (TypeError, lambda dx, dw: (dx.astype(float), dw)),
+    "exchanged": (ValueError, lambda dx, dw: (dw, dx)),
+    "shared": (ValueError, lambda dx, dw: (dx, dx[0])),
+}
+
+
+@pytest.mark.parametrize("case", PAIRS)
+def test_out_of_two(case):
+    error, make = PAIRS[case]
+    out = make(np.ones((2, 3), np.float32), np.ones(3, np.float32))
+    if case in ("one", "three"):
+        error = (TypeError, ValueError)
+    refuses(error, "out", "prelu_backward", sound("prelu_backward") | {"out": out})
+
+
+# Overlap
+
+
+def square(memory):
+    return memory[: int(memory.size**0.5) ** 2].reshape(2 * [int(memory.size**0.5)])
+
+
+OVERLAPS = {  # memory -> an input and an output on it
+    "ahead": lambda m: (m[:-1], m[1:]),
+    "behind": lambda m: (m[1:], m[:-1]),
+    "far ahead": lambda m: (m[:-100], m[100:]),
+    "reversed": lambda m: (m, m[::-1]),
+    "stretched": lambda m: (m[: m[::2].size], m[::2]),
+    "compressed": lambda m: (m[::2], m[: m[::2].size]),
+    "interleaved": lambda m: (m[:-1:2], m[1::2]),
+    "transposed": lambda m: (square(m), square(m).T),
+    "one byte": lambda m: (m[:-1], m.view(np.uint8)[1:-3].view(m.dtype)),
+    "the same": lambda m: (m[1:], m[1:]),
+    "half reversed": lambda m: (m[1:], m[:0:-1]),
+    "repeated": lambda m: (np.broadcast_to(m[5:6], m.shape), m),
+}
+
+
+@pytest.mark.parametrize("size", ["400", "large"])
+@pytest.mark.parametrize("how", OVERLAPS)
+@each_input
+def test_overlap(function, argument, how, size):
+    memory = normal(LARGE - 1 if size == "large" else 400, FLOAT32, 5)
+    overlapping, out = OVERLAPS[how](memory)
+    given = sound(function, out.shape)
+    given |= {argument: overlapping.copy()}
+    given |= {"weight": np.full(1, 0.3, np.float32)} if "weight" in given else {}
+    expected = several(call(function, given))
+    got = several(call(function, given | {argument: overlapping, "out": out}))
+    assert got[0] is out
+    for a, b in zip(got, expected, strict=True):
+        assert_same(a, b)
+
+
+@pytest.mark.parametrize("how", OVERLAPS)
+@each_second_array
+def test_overlap_in_place(function, argument, how):
+    memory = normal(400, FLOAT32, 5)
+    overlapping, out = OVERLAPS[how](memory)
+    given = sound(function, out.shape) | {argument: overlapping.copy()}
+    given |= {"weight": np.full(1, 0.3, np.float32)} if "weight" in given else {}
+    first = next(iter(given))
+    given[first] = out.copy()
+    expected = call(function, given)
+    call(function, given | {first: out, argument: overlapping, "inplace": True})
+    assert_same(out, several(expected)[0])
+
+
+@pytest.mark.parametrize("how", ["inplace", "out"])
+@pytest.mark.parametrize("row", ["0", "-1"])
+@pytest.mark.parametrize("size", ["7", "1000"])
+@takes("weight")
+def test_weight_within_the_output(function, size, row, how):
+    given = sound(function, (300, int(size)))
+    first = next(iter(given))
+    memory = given[first].copy()
+    weight = memory[int(row)]
+    expected = call(function, given | {"weight": weight.copy()})
+    more = {first: memory, "inplace": True} if how == "inplace" else {"out": memory}
+    got = call(function, given | {"weight": weight} | more)
+    for a, b in zip(several(got), several(expected), strict=True):
+        assert_same(a, b)
+    assert several(got)[0] is memory
+
+
+@pytest.mark.parametrize("size", ["7", "1000"])
+@pytest.mark.parametrize("argument", ["weight", "x", "grad_output"])
+def test_weight_gradient_onto_an_input(argument, size):
+    given = sound("prelu_backward", (300, int(size)))
+    expected = F.prelu_backward(*given.values())
+    taken = given[argument]
+    dw = {"weight": taken, "x": taken[-1], "grad_output": taken[0]}[argument]
+    dx = np.empty_like(given["x"])
+    result = call("prelu_backward", given | {"out": (dx, dw)})
+    assert result[0] is dx
+    assert result[1] is dw
+    for got, want in zip(result, expected, strict=True):
+        assert_same(got, want)
+
+
+def test_weight_and_its_gradient_may_overlap_in_part():
+    memory = normal(8, FLOAT32)
+    given = sound("prelu_backward", (30, 7))
+    for weight, dw in ((memory[1:], memory[:-1]), (memory[:7], memory[6::-1])):
+        given["weight"] = weight.copy()
+        expected = call("prelu_backward", given)
+        out = (np.empty_like(given["x"]), dw)
+        call("prelu_backward", given | {"weight": weight, "out": out})
+        assert_same(out[0], expected[0])
+        assert_same(dw, expected[1])
+
+
+# What looks wrong and is not
+
+
+@each_first_array
+@pytest.mark.parametrize("kind", ["list", "tuple", "float", "float64", "0-d"])
+def test_what_asarray_takes(function, argument, kind):
+    make = {
+        "list": np.ndarray.tolist,
+        "tuple": lambda a: tuple(map(tuple, a.tolist())),
+        "float": float,
+        "float64": np.float64,
+        "0-d": np.array,
+    }[kind]
+    shape = (2, 3) if kind in ("list", "tuple") else ()
+    given = sound(function, shape, np.dtype(float))
+    if "weight" in given and not shape:
+        given["weight"] = np.array(0.5)
+    expected = several(call(function, given))
+    got = several(call(function, given | {argument: make(given[argument])}))
+    for a, b in zip(got, expected, strict=True):
+        assert_same(np.asarray(a), b)
+
+
+def test_lists_throughout():
+    assert_same(F.relu([1, -2]), np.array([1, 0]))
+    assert_same(F.leaky_relu([[1.0, -2.0]], 0.5), np.array([[1.0, -1.0]]))
+    assert_same(F.prelu([[1.0, -2.0]], [3.0, 0.5]), np.array([[1.0, -1.0]]))
+    dx, dw = F.prelu_backward([[1.0, 5.0]], [[1.0, -2.0]], [3.0, 0.5])
+    assert_same(dx, np.array([[1.0, 2.5]]))
+    assert_same(dw, np.array([0.0, -10.0]))
+
+
+@each_function
+def test_arrays_without_dimensions_stay_arrays(function):
+    given = sound(function, (), np.dtype(float)) | (
+        {"weight": np.array(0.5)} if "weight" in sound(function) else {}
+    )
+    for result in several(call(function, given)):
+        assert type(result) is np.ndarray
+        assert result.shape == ()
+
+
+@each_array
+@pytest.mark.parametrize("kind", ["swapped", "misaligned"])
+def test_odd_memory(function, argument, kind):
+    given = sound(function)
+    expected = several(call(function, given))
+    got = several(call(function, given | {argument: place(given[argument], kind)[0]}))
+    for a, b in zip(got, expected, strict=True):
+        assert_same(a, b)
+
+
+@each_function
+def test_memmap(function, tmp_path):
+    given = sound(function)
+    first = next(iter(given))
+    expected = several(call(function, given))[0]
+    mapped = np.memmap(tmp_path / "data", np.float32, "w+", shape=(2, 3))
+    mapped[...] = given[first]
+    assert_same(several(call(function, given | {first: mapped}))[0], expected)
+    for more in ({first: mapped, "inplace": True}, {"out": mapped}):
+        assert several(call(function, given | more))[0] is mapped
+        mapped.flush()
+        written = np.fromfile(tmp_path / "data", np.float32).reshape(2, 3)
+        assert_same(written, expected)
+
+
+@pytest.mark.filterwarnings("ignore:the matrix subclass:PendingDeprecationWarning")
+@each_function
+def test_matrix(function):
+    given = sound(function)
+    first = next(iter(given))
+    expected = several(call(function, given))[0]
+    for argument in given.keys() - {"weight"}:
+        got = call(function, given | {argument: np.matrix(given[argument])})
+        assert_same(several(got)[0], expected)
+    matrix = np.matrix(given[first])
+    got = call(function, given | {first: matrix, "inplace": True})
+    assert several(got)[0] is matrix
+    assert_same(matrix, expected)
