@@ -1,10 +1,12 @@
 """ReLU, Leaky ReLU and PReLU for NumPy arrays, compiled by Numba."""
 
 from fastrelu import activations
-from fastrelu.activations import *  # noqa: F403
-from fastrelu.cpu.pool import get_default_memory_pool
-from fastrelu.mask import Mask
+from fastrelu.activations import *
+from fastrelu.cpu.pool import get_default_memory_pool as get_default_memory_pool
+from fastrelu.mask import Mask as Mask
 
 __version__ = "0.1.0"
 
-__all__ = sorted(["Mask", "get_default_memory_pool", *activations.__all__])
+__all__ = sorted(  # noqa: PLE0605
+    ["Mask", "get_default_memory_pool", *activations.__all__]
+)

@@ -9,8 +9,9 @@ from numpy import empty_like, ndarray
 
 from fastrelu import cpu
 from fastrelu._arguments import is_accepted
+from fastrelu.mask import Mask
 
-PLAIN = 1 << 13  # elements up to which a call costs more than its loop
+PLAIN = 1 << 18  # bytes up to which one thread is quickest and the pool not asked
 
 
 def engine_of(name: str, value: object) -> ModuleType:
@@ -45,36 +46,53 @@ class PlainCalls(dict[np.dtype[Any], Any]):
         self[dtype] = loops
         return loops
 
-    def run(self, a: Any, b: Any, slope: Any, inplace: Any, out: Any) -> Any:
-        """Return the result, or None for the long way."""
-        if type(a) is not ndarray or a.size > PLAIN or not a.flags.carray:
+    def run(
+        self, a: Any, b: Any, slope: Any, inplace: Any, out: Any, return_mask: Any
+    ) -> Any:
+        """Return the result, or None for the long way.
+
+        `b` is the saved state, or `a` again where there is none.
+        """
+        if type(a) is not ndarray or a.nbytes > PLAIN or not a.flags.carray:
             return None
-        dtype = a.dtype
-        loops = self[dtype]
+        loops = self[a.dtype]
         if loops is None or type(slope) is not float or slope - slope != 0.0:
             return None
-        flat = a.ravel()
-        if b is a:
+        if inplace is True and out is None:
+            out = a
+        elif inplace is not False or not (out is None or out is a or _fits(out, a)):
+            return None
+        (serial, serial_inplace), masked, storage = loops
+        flat = a.ravel() if storage is None else a.ravel().view(storage)
+        mask = None
+        if return_mask is True:
+            mask = Mask.__new__(Mask)
+            mask.shape = a.shape
+            mask.bits = other = np.empty((a.size + 7) >> 3, np.uint8)
+            serial, serial_inplace = masked
+        elif return_mask is not False:
+            return None
+        elif b is a:
             other = flat
+        elif type(b) is Mask and b.shape == a.shape and type(b.bits) is ndarray:
+            other = b.bits
+            if not other.flags.carray:
+                return None
+            serial, serial_inplace = masked
         elif _fits(b, a):
-            other = b.ravel()
+            other = b.ravel() if storage is None else b.ravel().view(storage)
         else:
             return None
-        serial, serial_inplace, storage = loops
-        if storage is not None:
-            flat = flat.view(storage)
-            other = flat if b is a else other.view(storage)
-        if inplace is False:
+        if out is a:
+            ran = serial_inplace(flat, other, slope)
+        else:
             if out is None:
                 out = empty_like(a)
-            elif not _fits(out, a):
-                return None
             target = out.ravel() if storage is None else out.ravel().view(storage)
-            return out if serial(flat, other, target, slope) else None
-        if inplace is not True or out is not None:
+            ran = serial(flat, other, target, slope)
+        if not ran:  # the arrays overlap
             return None
-        serial_inplace(flat, other, slope)
-        return a
+        return out if mask is None else (out, mask)
 
 
 def _fits(x: Any, a: Any) -> bool:

@@ -92,10 +92,9 @@ def relu(
     >>> fastrelu.relu(np.array([-2.0, -0.0, 3.0, np.nan]))
     array([ 0.,  0.,  3., nan])
     """
-    if return_mask is False:
-        y = _relu_calls.run(x, x, 0.0, inplace, out)
-        if y is not None:
-            return y
+    y = _relu_calls.run(x, x, 0.0, inplace, out, return_mask)
+    if y is not None:
+        return y
     return _forward(_relu, x, 0.0, inplace, out, return_mask, integers=True)
 
 
@@ -150,7 +149,7 @@ def relu_backward(
     >>> fastrelu.relu_backward(np.array([10.0, 10.0, 10.0]), mask)
     array([ 0.,  0., 10.])
     """
-    dx = _relu_backward_calls.run(grad_output, saved, 0.0, inplace, out)
+    dx = _relu_backward_calls.run(grad_output, saved, 0.0, inplace, out, False)
     if dx is not None:
         return dx
     return _backward(
@@ -234,10 +233,9 @@ def leaky_relu(
     >>> fastrelu.leaky_relu(np.array([-2.0, 0.0, 3.0]), 0.1)
     array([-0.2,  0. ,  3. ])
     """
-    if return_mask is False:
-        y = _leaky_relu_calls.run(x, x, negative_slope, inplace, out)
-        if y is not None:
-            return y
+    y = _leaky_relu_calls.run(x, x, negative_slope, inplace, out, return_mask)
+    if y is not None:
+        return y
     return _forward(_leaky_relu, x, negative_slope, inplace, out, return_mask)
 
 
@@ -293,7 +291,7 @@ def leaky_relu_backward(
     array([ 1.,  1., 10.])
     """
     dx = _leaky_relu_backward_calls.run(
-        grad_output, saved, negative_slope, inplace, out
+        grad_output, saved, negative_slope, inplace, out, False
     )
     if dx is not None:
         return dx
@@ -526,7 +524,7 @@ ACTIVATIONS = {
     "prelu": Activation(prelu, prelu_backward, "weight"),
 }
 
-__all__ = sorted(
+__all__ = sorted(  # noqa: PLE0605
     function.__name__
     for row in ACTIVATIONS.values()
     for function in (row.forward, row.backward)

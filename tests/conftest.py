@@ -24,7 +24,8 @@ SHAPES = {
     "4x4x4x4": (4, 4, 4, 4),
     "2x3x5x7": (2, 3, 5, 7),
 }
-LARGE = 300_001  # beyond the sizes where threads and streaming stores set in
+LARGE = 300_001  # elements: more than one thread's share
+PAST_CACHE = 1 << 25  # bytes of one array: with another more than most caches hold
 
 
 class Library(NamedTuple):

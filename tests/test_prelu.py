@@ -55,6 +55,12 @@ SHAPES = [
     "300 2 / 2 /",
     "2 300 / 300 /",
     "2 2 300 / 2 /",
+    "2 2 16385 / 2 /",
+    "3 2500 / 2500 /",
+    "1001 3 / 3 /",
+    "1001 3 2 / 3 /",
+    "2 5 3 70 / 2 1 3 1 /",
+    "2 3 5 70 / 3 1 70 /",
     "2 3 5 7 / 3 1 1 /",
     "2 3 5 7 / 1 3 1 1 /",
     "2 3 5 7 / 7 /  3",
@@ -226,8 +232,22 @@ def test_half_products_are_not_rounded(dtype, weight):
     assert_same(F.prelu_backward(g, x, w, axis=0)[1], np.array(expected, w.dtype))
 
 
+@pytest.mark.parametrize("own", ["float16", "float32"])
+@pytest.mark.parametrize("into", ["fresh", "out"])
+def test_a_weight_gradient_beyond_its_type_is_infinite(into, own):
+    x, g = np.full((2, 4000), -30, np.float16), np.full((2, 4000), 30, np.float16)
+    g[1] = 1
+    w = np.ones(2, own)
+    more = {"out": (np.empty_like(x), np.empty_like(w))} if into == "out" else {}
+    expected = [-3_600_000, -120_000] if own == "float32" else [-inf, -inf]
+    dw = F.prelu_backward(g, x, w, axis=0, **more)[1]
+    assert_same(dw, np.array(expected, own))
+
+
 LARGE = [
     "8 64 64 64 / 64 /",
+    "8 64 128 128 / 64 /",
+    "20000 300 / 300 /",
     "2048 1000 / 1000 /",
     "8 64 64 64 / 64 / -1",
     "2000003 / /",
@@ -276,7 +296,7 @@ def test_weight_gradient_bits_repeat_in_every_layout(layout, all_threads):
 @pytest.mark.parametrize("dtype", FLOATS, indirect=True)
 def test_long_sums(dtype, cancels):
     # The running sum outgrows the digits of an accumulator that adds one by one.
-    n = 2**20
+    n = 2**18
     x, g = -np.ones(n, dtype), np.full(n, 0.1).astype(dtype)
     if cancels == "cancels":
         g[n // 2 :] = -g[: n // 2]

@@ -11,6 +11,7 @@ from conftest import (
     LARGE,
     LAYOUTS,
     OUT_LAYOUTS,
+    PAST_CACHE,
     SHAPES,
     SLOPES,
     each,
@@ -197,6 +198,33 @@ def test_large_with_a_mask(name, dtype):
     )
 
 
+@pytest.mark.parametrize("skew", ["0", "13"])
+@each("float16", "float32")
+def test_past_the_cache(name, dtype, skew):
+    row = ACTIVATIONS[name]
+    n = PAST_CACHE // dtype.itemsize - 5
+    memory = np.resize(sample((1021, 3), dtype), (n // 3 + 9, 3))
+    x = memory.reshape(-1)[int(skew) :][: n // 3 * 3].reshape(-1, 3)
+    slopes = slopes_for(name, x)
+    y, dx = (
+        reference.forward(name, x, **slopes),
+        reference.backward(name, x, x, **slopes),
+    )
+    assert_same(row.forward(x, **slopes), y)
+    out = np.empty_like(memory).reshape(-1)[int(skew) // 2 :][: x.size].reshape(x.shape)
+    assert row.forward(x, out=out, **slopes) is out
+    assert_same(out, y)
+    gradient_of(name, x, x, out=out, **slopes)
+    assert_same(out, dx)
+    if has_mask(row):
+        _, mask = row.forward(x, out=out, return_mask=True, **slopes)
+        assert_same(out, y)
+        assert_same(mask.bits, reference.mask_bits(x))
+        assert_same(row.backward(x, mask, **slopes), dx)
+    gradient_of(name, x, x, inplace=True, **slopes)
+    assert_same(x, dx)
+
+
 def test_definitions_by_hand():
     inf, nan, tiny = np.inf, np.nan, 5e-324
     x = np.array([nan, -inf, -2.0, -tiny, -0.0, 0.0, tiny, 2.0, inf])
@@ -346,6 +374,12 @@ def test_mask_of_another_layout(name, layout):
         assert_same(mask.unpack(), reference.active(x))
         expected = reference.backward(name, grad, x, **slopes)
         assert_same(ACTIVATIONS[name].backward(grad, mask, **slopes), expected)
+        if mine in OUT_LAYOUTS:
+            _, mask = ACTIVATIONS[name].forward(
+                x, inplace=True, return_mask=True, **slopes
+            )
+            assert_same(x, y)
+            assert_same(mask.unpack(), reference.active(values))
 
 
 def test_a_mask_outlives_its_array():

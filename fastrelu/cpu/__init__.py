@@ -116,16 +116,25 @@ def _lies_on(x: Array, y: Array) -> bool:
 
 
 def plain(formula: Function, dtype: np.dtype[Any], *, gradient: bool) -> Any:
-    """Return the serial loops, out of place and in place, for small plain arrays.
+    """Return what small plain arrays need: loops, loops with a mask, and a dtype.
 
-    The third of the three is the dtype to view the arrays as, or None for their own.
+    Each pair of loops runs on one thread, the first out of place and the second in
+    place.  The dtype is what to view the arrays as, or None for their own.
     """
-    block, lane = loops.backward if gradient else loops.forward, lane_of(dtype)
-    return (
-        loops.compiled(loops.serial, block, formula, lane),
-        loops.compiled(loops.serial_inplace, block, formula, lane),
-        None if lane.storage == dtype else lane.storage,
+    lane = lane_of(dtype)
+    blocks = (
+        (loops.backward, loops.backward_mask)
+        if gradient
+        else (loops.forward, loops.forward_mask)
     )
+    pairs = [
+        tuple(
+            loops.compiled(driver, block, formula, lane)
+            for driver in (loops.serial, loops.serial_inplace)
+        )
+        for block in blocks
+    ]
+    return *pairs, None if lane.storage == dtype else lane.storage
 
 
 def _run(

@@ -149,7 +149,11 @@ def serial(a, b, y, slope):
 
 
 def serial_inplace(a, b, slope):
+    """Return whether it ran: `b` must be `a` or clear of it."""
+    if _overlap(a, b):
+        return False
     by_tile(a, b, a, slope, 0, a.size, False)
+    return True
 
 
 def parallel(a, b, y, slope, team):

@@ -1,0 +1,610 @@
+"""The command line: ``python -m fastrelu train`` and ``python -m fastrelu info``."""
+
+import argparse
+import contextlib
+import ctypes
+import importlib
+import importlib.metadata
+import importlib.util
+import math
+import os
+import platform
+import shutil
+import signal
+import sys
+import textwrap
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from fastrelu import __version__, nn
+
+Array = Any
+
+WIDTHS = (1024,) * 5 + (512,) * 8
+CLASSES = 10
+
+# How to make each activation, and the slope that the weights before it are drawn for.
+ACTIVATIONS: dict[str, tuple[Callable[[], nn.Layer], float]] = {
+    "relu": (nn.ReLU, 0.0),
+    "leaky_relu": (nn.LeakyReLU, 0.01),
+    "prelu": (nn.PReLU, 0.25),
+}
+
+PACKAGES = ("NumPy", "Numba", "llvmlite")
+
+# What LLVM calls the features that decide how wide and how fast the loops are.
+FEATURES = (
+    *("avx", "avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512vl"),
+    *("avx512fp16", "avx512bf16", "neon", "fullfp16", "bf16", "sve", "sve2"),
+)
+
+INTERRUPTED = 128 + signal.SIGINT
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line."""
+
+    def error(self, message: str) -> Any:
+        """Print the message and exit with status 2."""
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def parser() -> Parser:
+    """Return the parser of the whole command line."""
+    top = Parser(
+        prog="fastrelu", description="ReLU, Leaky ReLU and PReLU for NumPy arrays."
+    )
+    top.add_argument("--version", action="version", version=f"fastrelu {__version__}")
+    commands = top.add_subparsers(metavar="command", required=True)
+
+    command = commands.add_parser(
+        "train",
+        help="train a network of 14 layers on handwritten digits",
+        description="Train a network of 14 layers on the handwritten digits that "
+        "scikit-learn ships.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    command.add_argument("--activation", choices=ACTIVATIONS, default="relu")
+    command.add_argument("--epochs", type=whole(1), default=15, metavar="N")
+    command.add_argument("--batch-size", type=whole(1), default=64, metavar="N")
+    command.add_argument(
+        "--learning-rate",
+        type=positive,
+        default=0.005,
+        metavar="X",
+        help="the highest of the schedule",
+    )
+    command.add_argument(
+        "--seed",
+        type=whole(0, 2**32 - 1),
+        default=0,
+        metavar="N",
+        help="of the split, the weights and the batches",
+    )
+    command.add_argument(
+        "--plot",
+        type=plot_file,
+        metavar="FILE",
+        help="draw loss and accuracy as PNG, PDF or SVG",
+    )
+    command.set_defaults(run=train, fail=command.error)
+
+    command = commands.add_parser("info", help="print what fastrelu runs on")
+    command.set_defaults(run=info)
+    return top
+
+
+def whole(low: int, high: float = math.inf) -> Callable[[str], int]:
+    """Return the reader of an integer argument from ``low`` to ``high``."""
+
+    def read(text: str) -> int:
+        try:
+            number = int(text)
+        except ValueError:
+            number = low - 1
+        if not low <= number <= high:
+            limits = f"at least {low}" if high == math.inf else f"{low} to {high}"
+            msg = f"expected a whole number, {limits}, got {text!r}"
+            raise argparse.ArgumentTypeError(msg)
+        return number
+
+    return read
+
+
+def positive(text: str) -> float:
+    """Read a positive, finite number."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not 0 < number < math.inf:
+        msg = f"expected a positive number, got {text!r}"
+        raise argparse.ArgumentTypeError(msg)
+    return number
+
+
+def plot_file(text: str) -> Path:
+    """Read the name of a picture that can be written, which is tried at once."""
+    path = Path(text)
+    if path.suffix.lower() not in {".png", ".pdf", ".svg"}:
+        msg = f"expected a name that ends in .png, .pdf or .svg, got {text!r}"
+        raise argparse.ArgumentTypeError(msg)
+    is_new = not os.path.lexists(path)
+    try:
+        path.open("ab").close()
+        if is_new:
+            path.unlink()
+    except OSError as error:
+        msg = f"cannot write {text!r}: {error.strerror}"
+        raise argparse.ArgumentTypeError(msg) from error
+    return path
+
+
+class Digits(NamedTuple):
+    """Images as rows of 64 numbers around 0, and the digits they show."""
+
+    train_x: Array
+    train_y: Array
+    test_x: Array
+    test_y: Array
+
+
+def load_digits(seed: int) -> Digits:
+    """Return scikit-learn's digits, a fifth of each class kept for the test."""
+    from sklearn import datasets, model_selection
+
+    x, y = datasets.load_digits(return_X_y=True)
+    train_x, test_x, train_y, test_y = model_selection.train_test_split(
+        x.astype(np.float32), y, test_size=0.2, stratify=y, random_state=seed
+    )
+    # One scale for all pixels: those at the rim hardly vary and carry only noise.
+    mean, std = train_x.mean(axis=0), train_x.std()
+    return Digits((train_x - mean) / std, train_y, (test_x - mean) / std, test_y)
+
+
+def network(activation: str, rng: np.random.Generator) -> nn.Sequential:
+    """Return the network: 13 hidden layers with an activation each, and the scores."""
+    make, slope = ACTIVATIONS[activation]
+    layers: list[nn.Layer] = []
+    features = 64
+    for width in WIDTHS:
+        layers += [nn.Dense(features, width, negative_slope=slope, rng=rng), make()]
+        features = width
+    return nn.Sequential(
+        *layers, nn.Dense(features, CLASSES, negative_slope=1, rng=rng)
+    )
+
+
+class Epoch(NamedTuple):
+    """The means over one epoch, and what the network made of the test set after it."""
+
+    loss: float
+    accuracy: float
+    test_loss: float
+    test_accuracy: float
+
+
+class Run:
+    """A training run, which can be left after any step."""
+
+    def __init__(self, args: argparse.Namespace, digits: Digits) -> None:
+        self.digits = digits
+        self.rng = np.random.default_rng(args.seed)
+        self.model = network(args.activation, self.rng)
+        self.optimiser = nn.SGD(self.model.parameters, args.learning_rate, momentum=0.9)
+        self.learning_rate: float = args.learning_rate
+        self.epochs: int = args.epochs
+        # As many batches as the size asks for, but even ones: a small rest would
+        # weigh as much as a full batch.
+        self.batches: int = math.ceil(len(digits.train_x) / args.batch_size)
+        self.history: list[Epoch] = []
+        self.steps = 0
+
+    @property
+    def epoch(self) -> int:
+        """The epoch of the latest step, from 1."""
+        return max(1, -(-self.steps // self.batches))
+
+    def warm_up(self) -> None:
+        """Compile every loop that training needs; learn nothing."""
+        rows = np.array_split(np.arange(len(self.digits.train_x)), self.batches)[0]
+        self.model.backward(self.model.forward(self.digits.train_x[rows]))
+        self.test()
+
+    def __iter__(self) -> Iterator[Array]:
+        """Train; yield the mean loss and accuracy of the epoch after each step."""
+        for _ in range(self.epochs):
+            seen, means = 0, np.zeros(2)
+            order = self.rng.permutation(len(self.digits.train_x))
+            for rows in np.array_split(order, self.batches):
+                seen += len(rows)
+                means += (self.step(rows) - means) * len(rows) / seen
+                if seen == len(order):
+                    self.history.append(Epoch(*means, *self.test()))
+                yield means
+
+    def step(self, rows: Array) -> Array:
+        """Learn from some rows; return the loss and the accuracy before that."""
+        x, labels = self.digits.train_x[rows], self.digits.train_y[rows]
+        logits = self.model.forward(x)
+        scores, grad = judge(logits, labels)
+        self.model.backward(grad)
+        # Up for two epochs, which a deep network without normalisation needs, then
+        # half a cosine down.
+        up = min(1.0, (self.steps + 1) / (2 * self.batches))
+        down = (1 + math.cos(math.pi * self.steps / (self.epochs * self.batches))) / 2
+        self.optimiser.lr = self.learning_rate * up * down
+        self.optimiser.step()
+        self.steps += 1
+        return scores
+
+    def test(self) -> Array:
+        """Return the loss and the accuracy on the test set."""
+        logits = self.model.forward(self.digits.test_x, training=False)
+        return judge(logits, self.digits.test_y)[0]
+
+
+def judge(logits: Array, labels: Array) -> tuple[Array, Array]:
+    """Return the loss and the accuracy, and the gradient of the loss.
+
+    Raises
+    ------
+    FloatingPointError
+        If the loss is not finite.
+    """
+    loss, grad = nn.softmax_cross_entropy(logits, labels)
+    if not np.isfinite(loss):
+        msg = f"the loss is {loss}"
+        raise FloatingPointError(msg)
+    return np.array([loss, (logits.argmax(axis=1) == labels).mean()]), grad
+
+
+def train(args: argparse.Namespace) -> int:
+    """Train the network and report on it; return the exit status."""
+    try:
+        for name in ("sklearn", "rich", "matplotlib"):
+            importlib.import_module(name)
+        threadpoolctl = importlib.import_module("threadpoolctl")
+    except ModuleNotFoundError as error:
+        args.fail(f'{error}; it comes with pip install "fastrelu[demo]"')
+    from rich.console import Console
+
+    # One thread for the matrix products: those of OpenBLAS spin while they wait for
+    # each other, and beside one other busy program two take ten times as long as one.
+    # It also makes a seed's run the same on every number of cores.
+    threadpoolctl.threadpool_limits(1, user_api="blas")
+    # Control characters are for terminals only, whatever FORCE_COLOR says.
+    console = Console(
+        force_terminal=sys.stdout.isatty(), markup=False, emoji=False, highlight=False
+    )
+    with busy(console, "Loading the digits, compiling"):
+        digits = load_digits(args.seed)
+        if args.batch_size > len(digits.train_x):
+            args.fail(
+                "argument --batch-size: expected at most the number of training "
+                f"images, {len(digits.train_x)}, got {args.batch_size}"
+            )
+        run = Run(args, digits)
+        run.warm_up()
+    size = sum(p.value.size for p in run.model.parameters)
+    console.print(
+        f"A network of {len(WIDTHS) + 1} layers and {size / 1e6:.1f} million weights "
+        f"with {args.activation} learns {len(digits.train_x)} images of handwritten "
+        f"digits; {len(digits.test_x)} others test it."
+    )
+
+    start = time.perf_counter()
+    try:
+        with (
+            deferred_interrupt() as interrupted,
+            progress(console, run) as show,
+            # A diverging run overflows before its loss does; it is told once.
+            np.errstate(over="ignore", invalid="ignore"),
+        ):
+            for loss, accuracy in run:
+                show(loss, accuracy)
+                if interrupted.is_set():
+                    break
+            accuracy = run.test()[1]
+    except FloatingPointError as error:
+        print(
+            f"fastrelu train: training diverged in epoch {run.epoch}: {error}; try a "
+            f"--learning-rate below {args.learning_rate:g}",
+            file=sys.stderr,
+        )
+        return 1
+    seconds = time.perf_counter() - start
+
+    if interrupted.is_set():
+        console.print(f"Interrupted in epoch {run.epoch} of {run.epochs}. So far:")
+    console.print(
+        f"Test accuracy {accuracy:.1%} after {run.steps} steps in {seconds:.1f} s."
+    )
+    console.print("\nUnits that no test image activates:")
+    console.print(layer_table(run))
+    if args.plot is not None and run.history:
+        try:
+            draw(args.plot, run.history)
+        except OSError as error:
+            args.fail(f"cannot write {str(args.plot)!a}: {error.strerror}")
+        console.print(f"Loss and accuracy are drawn in {str(args.plot)!a}.")
+    if interrupted.is_set():
+        return INTERRUPTED
+    with busy(console, "Comparing with the NumPy idioms"):
+        times = time_activations(run)
+    console.print("Time in activations while training:")
+    console.print(time_table(times))
+    return 0
+
+
+@contextlib.contextmanager
+def deferred_interrupt() -> Iterator[threading.Event]:
+    """Turn Ctrl-C into an event, so that it never falls into the middle of a step."""
+    event = threading.Event()
+    before = signal.signal(signal.SIGINT, lambda *_: event.set())
+    try:
+        yield event
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def busy(console: Any, what: str) -> contextlib.AbstractContextManager[Any]:
+    """Say what takes its time, where the line can be wiped away afterwards."""
+    if console.is_interactive:
+        status: contextlib.AbstractContextManager[Any] = console.status(what)
+        return status
+    return contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def progress(console: Any, run: Run) -> Iterator[Callable[[float, float], None]]:
+    """Yield what shows the progress of a run: a bar, or in a file a line an epoch."""
+    if not console.is_interactive:
+
+        def show(loss: float, accuracy: float) -> None:
+            if run.steps % run.batches == 0:
+                console.print(
+                    f"epoch {run.epoch:{len(str(run.epochs))}}/{run.epochs}  "
+                    f"loss {loss:.4f}  accuracy {accuracy:.1%}  "
+                    f"test {run.history[-1].test_accuracy:.1%}"
+                )
+
+        yield show
+        return
+
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = [
+        TextColumn("{task.description}"),
+        BarColumn(None),
+        TextColumn("{task.fields[means]}"),
+    ]
+    if console.width >= 64:
+        columns.append(TimeElapsedColumn())
+    with Progress(*columns, console=console, expand=True) as bar:
+        task = bar.add_task("", total=run.epochs * run.batches, means="")
+
+        def show(loss: float, accuracy: float) -> None:
+            bar.update(
+                task,
+                completed=run.steps,
+                description=f"epoch {run.epoch}/{run.epochs}",
+                means=f"loss {loss:.4f} accuracy {accuracy:.1%}",
+            )
+
+        yield show
+
+
+def layer_table(run: Run) -> Any:
+    """Return a table of the units that are never active on the test set."""
+    from rich import box
+    from rich.table import Table
+
+    activations = [a for a in run.model.layers if isinstance(a, nn.Activation)]
+    slopes = [a.weight.value.item() for a in activations if isinstance(a, nn.PReLU)]
+    table = Table(box=box.SIMPLE)
+    for header in ("layer", "units", "never active", *(["slope"] if slopes else [])):
+        table.add_column(header, justify="right")
+    dead = nn.dead_units(run.model, run.digits.test_x)
+    for i, units in enumerate(dead):
+        row = [i + 1, units.size, units.sum(), *(f"{a:.3f}" for a in slopes[i : i + 1])]
+        table.add_row(*map(str, row))
+    return table
+
+
+def draw(path: Path, history: list[Epoch]) -> None:
+    """Draw loss and accuracy over the epochs."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+    figure = Figure(figsize=(8, 3.5), layout="constrained")
+    axes = figure.subplots(1, 2)
+    epochs = range(1, len(history) + 1)
+    for axis, name in zip(axes, ("loss", "accuracy"), strict=True):
+        for label, field in (("training", name), ("test", f"test_{name}")):
+            values = [getattr(epoch, field) for epoch in history]
+            axis.plot(epochs, values, marker=".", label=label)
+        axis.set(xlabel="epoch", ylabel=name)
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axis.legend()
+    axes[0].set_yscale("log")
+    axes[1].yaxis.set_major_formatter(PercentFormatter(1))
+    figure.savefig(path)
+
+
+class Idiom(nn.Layer):
+    """An activation as it is commonly written in NumPy."""
+
+    def __init__(self, layer: Any) -> None:
+        self.layer = layer
+
+    def forward(self, x: Array, /, *, training: bool = True, out: Any = None) -> Array:
+        """Return a new array; ``out`` goes unused."""
+        self._saved = x
+        if isinstance(self.layer, nn.ReLU):
+            return np.maximum(x, 0)
+        return np.where(x > 0, x, self.slope * x)
+
+    def backward(self, grad_output: Array, /, *, out: Any = None) -> Array:
+        """Return a new array; ``out`` goes unused."""
+        x = self._take()
+        if isinstance(self.layer, nn.ReLU):
+            return grad_output * (x > 0)
+        if isinstance(self.layer, nn.PReLU):
+            self.layer.weight.grad[:] = np.sum(np.where(x > 0, 0, x * grad_output))
+        return np.where(x > 0, grad_output, self.slope * grad_output)
+
+    @property
+    def slope(self) -> Any:
+        """The slope below 0."""
+        if isinstance(self.layer, nn.PReLU):
+            return self.layer.weight.value
+        return self.layer.negative_slope
+
+
+class Timed(nn.Layer):
+    """A layer with a stopwatch."""
+
+    def __init__(self, layer: nn.Layer) -> None:
+        self.layer = layer
+        self.inplace = layer.inplace
+        self.seconds = 0.0
+
+    def forward(self, x: Array, /, **options: Any) -> Array:
+        """Time the layer's forward pass."""
+        start = time.perf_counter()
+        y = self.layer.forward(x, **options)
+        self.seconds += time.perf_counter() - start
+        return y
+
+    def backward(self, grad_output: Array, /, **options: Any) -> Array:
+        """Time the layer's backward pass."""
+        start = time.perf_counter()
+        grad = self.layer.backward(grad_output, **options)
+        self.seconds += time.perf_counter() - start
+        return grad
+
+
+def time_activations(run: Run, steps: int = 30) -> dict[str, tuple[float, float]]:
+    """Return the seconds in activations and in all of a step, for us and for NumPy.
+
+    Whole training steps are repeated, on the network as trained and on the same
+    batches, because an activation's time depends on what the matrix products left in
+    the caches.  The two networks share every layer but the activations, and they take
+    turns, so that both see the same machine.  The learning rate is 0: the work is
+    that of training, the weights stay.  Medians of ``steps`` steps, after one that is
+    not counted.
+    """
+    networks: dict[str, nn.Sequential] = {}
+    for name, wrap in (("fastrelu", Timed), ("NumPy", lambda a: Timed(Idiom(a)))):
+        networks[name] = nn.Sequential(
+            *(wrap(a) if isinstance(a, nn.Activation) else a for a in run.model.layers)
+        )
+    optimiser = nn.SGD(run.model.parameters, lr=0.0, momentum=0.9)
+    order = np.arange(len(run.digits.train_x))
+    batches = np.array_split(order, run.batches)
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in networks}
+    for i in range(steps + 1):
+        rows = batches[i % len(batches)]
+        x, labels = run.digits.train_x[rows], run.digits.train_y[rows]
+        for name, model in networks.items():
+            watches = [a for a in model.layers if isinstance(a, Timed)]
+            for watch in watches:
+                watch.seconds = 0.0
+            start = time.perf_counter()
+            model.backward(judge(model.forward(x), labels)[1])
+            optimiser.step()
+            whole_step = time.perf_counter() - start
+            times[name].append((sum(w.seconds for w in watches), whole_step))
+    return {name: tuple(np.median(t[1:], axis=0)) for name, t in times.items()}
+
+
+def time_table(times: dict[str, tuple[float, float]]) -> Any:
+    """Return a table of the time in activations."""
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE)
+    table.add_column("activations by")
+    for header in ("ms per step", "share of step"):
+        table.add_column(header, justify="right")
+    for name, (seconds, step) in times.items():
+        table.add_row(name, f"{seconds * 1e3:.2f}", f"{seconds / step:.1%}")
+    return table
+
+
+def info(args: argparse.Namespace) -> int:
+    """Print what fastrelu runs on; return the exit status."""
+    import llvmlite.binding
+    import numba
+
+    from fastrelu.cpu.threads import threading_layer
+
+    found = llvmlite.binding.get_host_cpu_features()
+    features = [name for name in FEATURES if found.get(name)]
+    layer = threading_layer() or "none that can be used: loops run on one thread"
+    lines = {
+        "fastrelu": __version__,
+        "Python": f"{platform.python_version()} ({platform.platform()})",
+        **{name: importlib.metadata.version(name) for name in PACKAGES},
+        "CPU": f"{llvmlite.binding.get_host_cpu_name()}, {platform.machine()}",
+        "features": " ".join(features) or "none of those that matter here",
+        "threads": f"{numba.get_num_threads()} of {numba.config.NUMBA_NUM_THREADS}",
+        "layer": layer,
+        "CUDA": f"not used: this version computes on the CPU only ({cuda()})",
+    }
+    width = max(map(len, lines)) + 2
+    columns = max(shutil.get_terminal_size().columns, 40)
+    for name, text in lines.items():
+        label = name.ljust(width)
+        print(
+            textwrap.fill(
+                text, columns, initial_indent=label, subsequent_indent=" " * width
+            )
+        )
+    return 0
+
+
+def cuda() -> str:
+    """Say what is there to compute on a GPU with, and the first thing that is not."""
+    try:
+        driver = ctypes.CDLL("nvcuda" if sys.platform == "win32" else "libcuda.so.1")
+    except OSError:
+        return "no NVIDIA driver found"
+    count, version = ctypes.c_int(), ctypes.c_int()
+    error = (
+        driver.cuInit(0)
+        or driver.cuDeviceGetCount(ctypes.byref(count))
+        or driver.cuDriverGetVersion(ctypes.byref(version))
+    )
+    if error:
+        return f"the NVIDIA driver answers with error {error}"
+    devices = f"{count.value} GPU" + "s" * (count.value != 1)
+    release = f"CUDA {version.value // 1000}.{version.value % 1000 // 10}"
+    found = f"found {devices} and a driver for {release}"
+    if importlib.util.find_spec("numba_cuda") is None:
+        return f"{found}; numba-cuda is not installed"
+    return f"{found}, and numba-cuda"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command; return the exit status."""
+    args = parser().parse_args(argv)
+    try:
+        status: int = args.run(args)
+    except KeyboardInterrupt:
+        print("fastrelu: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    return status
+
+
+if __name__ == "__main__":
+    if hasattr(signal, "SIGPIPE"):
+        # End without a word where nobody reads on, as in `... | head`.
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    sys.exit(main())

@@ -1,0 +1,754 @@
+"""Layers, a loss and an optimiser for small networks on plain arrays.
+
+Every layer has ``forward`` and ``backward``, and `Parameter` objects that `SGD`
+updates.  The activations are fastrelu's; everything else is asked of the
+namespace that the arrays come from, so NumPy and CuPy arrays both work.
+
+>>> import numpy as np
+>>> rng = np.random.default_rng(0)
+>>> model = Sequential(Dense(2, 16, rng=rng), ReLU(), Dense(16, 2, rng=rng))
+>>> optimiser = SGD(model.parameters, lr=0.1, momentum=0.9)
+>>> x = np.array([[0, 0], [0, 1], [1, 0], [1, 1]], dtype=np.float32)
+>>> labels = np.array([0, 1, 1, 0])
+>>> for _ in range(100):
+...     loss, grad = softmax_cross_entropy(model.forward(x), labels)
+...     _ = model.backward(grad)
+...     optimiser.step()
+>>> model.forward(x, training=False).argmax(axis=1)
+array([0, 1, 1, 0])
+"""
+
+import math
+import sys
+from collections.abc import Iterable
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+from numpy.typing import DTypeLike
+
+from fastrelu.activations import (
+    leaky_relu,
+    leaky_relu_backward,
+    prelu,
+    prelu_backward,
+    relu,
+    relu_backward,
+)
+
+__all__ = [
+    "SGD",
+    "Activation",
+    "Dense",
+    "Layer",
+    "LeakyReLU",
+    "PReLU",
+    "Parameter",
+    "ReLU",
+    "Sequential",
+    "dead_units",
+    "softmax_cross_entropy",
+]
+
+Array = Any  # an array of any namespace that follows NumPy's
+
+
+def _namespace(x: Array) -> Any:
+    """Return the library of an array (numpy, cupy), which is imported already."""
+    return sys.modules[type(x).__module__.partition(".")[0]]
+
+
+class Parameter:
+    """An array that is learned, and the gradient of the loss towards it.
+
+    Parameters
+    ----------
+    value : array
+        The start value, updated in place by `SGD`.
+    decay : bool
+        Whether weight decay applies.
+
+    Attributes
+    ----------
+    grad : array
+        The latest gradient, overwritten (never added to) by each ``backward``.
+    """
+
+    def __init__(self, value: Array, *, decay: bool = True) -> None:
+        self.value = value
+        self.grad = _namespace(value).zeros_like(value)
+        self.decay = decay
+
+
+class Layer:
+    """What `Sequential` asks of a layer.
+
+    Attributes
+    ----------
+    inplace : bool
+        Whether ``forward`` may be given its own input as ``out``, also when
+        training.
+    parameters : list of Parameter
+        What the layer learns.
+
+    Notes
+    -----
+    ``forward(x, training=True, out=None)`` returns a new array, or ``out`` once
+    written, but never ``x`` itself or a view of it.  With ``training=False`` it
+    saves nothing and leaves what is saved alone.  ``backward(grad_output,
+    out=None)`` overwrites the gradients of the parameters, returns the gradient
+    towards ``x`` and frees what was saved: once per forward pass.  Its ``out`` may
+    be the ``x`` of the forward pass, which is how `Sequential` needs no memory
+    for gradients.
+    """
+
+    inplace = False
+    _saved: Any = None
+
+    @property
+    def parameters(self) -> list[Parameter]:
+        """The parameters, in a fixed order."""
+        return []
+
+    def output_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Return the shape of the output for an input of the given shape."""
+        return shape
+
+    def forward(
+        self, x: Array, /, *, training: bool = True, out: Array | None = None
+    ) -> Array:
+        """Return the output for ``x``."""
+        raise NotImplementedError
+
+    def backward(self, grad_output: Array, /, *, out: Array | None = None) -> Array:
+        """Return the gradient towards the input of the latest forward pass."""
+        raise NotImplementedError
+
+    def _take(self) -> Any:
+        """Return what the forward pass saved, and forget it."""
+        saved, self._saved = self._saved, None
+        if saved is None:
+            msg = (
+                f"{type(self).__name__}.backward needs a forward pass with "
+                "training=True before it, and each serves one backward pass"
+            )
+            raise RuntimeError(msg)
+        return saved
+
+
+class Dense(Layer):
+    r"""A fully connected layer.
+
+    .. math:: y = x W^T + b
+
+    Parameters
+    ----------
+    in_features, out_features : int
+        Columns of the input and of the output.
+    negative_slope : float
+        Slope below zero of the activation that follows: 0 for ReLU, the slope for
+        Leaky ReLU and PReLU, 1 where none follows.  The weights are drawn from a
+        normal distribution of variance ``2 / ((1 + slope**2) * in_features)``, so
+        that the signal keeps its size from layer to layer [1]_.  The bias is 0.
+    rng : numpy.random.Generator or int, optional
+        Where the weights are drawn from.
+    dtype : data-type
+        Of the parameters and of every input.
+    xp : module
+        The namespace whose arrays the parameters are: numpy or cupy.
+
+    Attributes
+    ----------
+    weight, bias : Parameter
+        Of shapes ``(out_features, in_features)``, as in PyTorch, and
+        ``(out_features,)``.
+
+    Notes
+    -----
+    When training, the layer holds ``x`` itself, not a copy: do not change ``x``
+    between ``forward`` and ``backward``.
+
+    References
+    ----------
+    .. [1] K. He, X. Zhang, S. Ren, J. Sun, "Delving Deep into Rectifiers",
+       ICCV 2015, arXiv:1502.01852.
+
+    Examples
+    --------
+    >>> layer = Dense(64, 10, negative_slope=1, rng=0)
+    >>> layer.forward(np.ones((3, 64), dtype=np.float32)).shape
+    (3, 10)
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        negative_slope: float = 0.0,
+        rng: np.random.Generator | int | None = None,
+        dtype: DTypeLike = np.float32,
+        xp: ModuleType = np,
+    ) -> None:
+        self.in_features = in_features
+        self.out_features = out_features
+        std = math.sqrt(2 / ((1 + negative_slope**2) * in_features))
+        weight = np.random.default_rng(rng).normal(
+            scale=std, size=(out_features, in_features)
+        )
+        self.weight = Parameter(xp.asarray(weight, dtype=dtype))
+        self.bias = Parameter(xp.zeros(out_features, dtype=dtype))
+
+    @property
+    def parameters(self) -> list[Parameter]:
+        """The weight and the bias."""
+        return [self.weight, self.bias]
+
+    def output_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Return ``(batch, out_features)``."""
+        return (shape[0], self.out_features)
+
+    def forward(
+        self, x: Array, /, *, training: bool = True, out: Array | None = None
+    ) -> Array:
+        """Return ``x @ weight.T + bias``.
+
+        Parameters
+        ----------
+        x : array of shape (batch, in_features)
+            Of the layer's dtype.
+        training : bool
+            Whether to keep ``x`` for ``backward``.
+        out : array of shape (batch, out_features), optional
+            Where to write the result.
+
+        Raises
+        ------
+        ValueError
+            If ``x`` has another shape.
+        TypeError
+            If ``x`` has another dtype.
+        """
+        if x.ndim != 2 or x.shape[1] != self.in_features:
+            msg = f"x must have shape (batch, {self.in_features}), got {x.shape}"
+            raise ValueError(msg)
+        if x.dtype != self.weight.value.dtype:
+            msg = f"x must have dtype {self.weight.value.dtype}, got {x.dtype}"
+            raise TypeError(msg)
+        y = _namespace(x).matmul(x, self.weight.value.T, out=out)
+        y += self.bias.value
+        if training:
+            self._saved = x
+        return y
+
+    def backward(self, grad_output: Array, /, *, out: Array | None = None) -> Array:
+        """Return ``grad_output @ weight``; write the gradients of the parameters.
+
+        Raises
+        ------
+        RuntimeError
+            Without a forward pass with ``training=True`` before it.
+        """
+        x = self._take()
+        xp = _namespace(x)
+        xp.matmul(grad_output.T, x, out=self.weight.grad)
+        xp.sum(grad_output, axis=0, out=self.bias.grad)
+        # Last, because out may be x.
+        return xp.matmul(grad_output, self.weight.value, out=out)
+
+
+class Activation(Layer):
+    """A layer that works element by element; a unit is active where ``x > 0``."""
+
+
+class ReLU(Activation):
+    r"""Rectified linear unit: ``0 if x <= 0 else x``.
+
+    The gradient is ``grad_output`` where ``x > 0`` and 0 elsewhere.  What is saved
+    is a mask of 1 bit per element, so the input may be overwritten.  Takes any
+    shape and float dtype, as `fastrelu.relu` does.
+
+    References
+    ----------
+    .. [1] V. Nair, G. E. Hinton, "Rectified Linear Units Improve Restricted
+       Boltzmann Machines", ICML 2010.
+    .. [2] X. Glorot, A. Bordes, Y. Bengio, "Deep Sparse Rectifier Neural
+       Networks", AISTATS 2011.
+
+    Examples
+    --------
+    >>> layer = ReLU()
+    >>> layer.forward(np.array([-2.0, 0.0, 3.0]))
+    array([0., 0., 3.])
+    >>> layer.backward(np.array([1.0, 1.0, 1.0]))
+    array([0., 0., 1.])
+    """
+
+    inplace = True
+
+    def forward(
+        self, x: Array, /, *, training: bool = True, out: Array | None = None
+    ) -> Array:
+        """Return ``relu(x)``, in place if ``out`` is ``x``."""
+        if not training:
+            return relu(x, out=out)
+        y, self._saved = relu(x, out=out, return_mask=True)
+        return y
+
+    def backward(self, grad_output: Array, /, *, out: Array | None = None) -> Array:
+        """Return the gradient towards ``x``, in place if ``out`` is ``grad_output``.
+
+        Raises
+        ------
+        RuntimeError
+            Without a forward pass with ``training=True`` before it.
+        """
+        return relu_backward(grad_output, self._take(), out=out)
+
+
+class LeakyReLU(Activation):
+    r"""Leaky rectified linear unit: ``x if x > 0 else negative_slope * x``.
+
+    The gradient is ``grad_output`` where ``x > 0`` and ``negative_slope *
+    grad_output`` elsewhere.  What is saved is a mask of 1 bit per element, so the
+    input may be overwritten whatever the slope.  Takes any shape and float dtype,
+    as `fastrelu.leaky_relu` does.
+
+    Parameters
+    ----------
+    negative_slope : float
+        Any finite number.
+
+    References
+    ----------
+    .. [1] A. L. Maas, A. Y. Hannun, A. Y. Ng, "Rectifier Nonlinearities Improve
+       Neural Network Acoustic Models", ICML 2013.
+
+    Examples
+    --------
+    >>> layer = LeakyReLU(0.1)
+    >>> layer.forward(np.array([-2.0, 0.0, 3.0]))
+    array([-0.2,  0. ,  3. ])
+    >>> layer.backward(np.array([1.0, 1.0, 1.0]))
+    array([0.1, 0.1, 1. ])
+    """
+
+    inplace = True
+
+    def __init__(self, negative_slope: float = 0.01) -> None:
+        self.negative_slope = negative_slope
+
+    def forward(
+        self, x: Array, /, *, training: bool = True, out: Array | None = None
+    ) -> Array:
+        """Return ``leaky_relu(x, negative_slope)``, in place if ``out`` is ``x``."""
+        if not training:
+            return leaky_relu(x, self.negative_slope, out=out)
+        y, self._saved = leaky_relu(x, self.negative_slope, out=out, return_mask=True)
+        return y
+
+    def backward(self, grad_output: Array, /, *, out: Array | None = None) -> Array:
+        """Return the gradient towards ``x``, in place if ``out`` is ``grad_output``.
+
+        Raises
+        ------
+        RuntimeError
+            Without a forward pass with ``training=True`` before it.
+        """
+        return leaky_relu_backward(
+            grad_output, self._take(), self.negative_slope, out=out
+        )
+
+
+class PReLU(Activation):
+    r"""Parametric rectified linear unit: ``x if x > 0 else weight * x``.
+
+    The gradient towards ``x`` is ``grad_output`` where ``x > 0`` and ``weight *
+    grad_output`` elsewhere; towards the weight it is the sum of ``x *
+    grad_output`` over the inactive elements (of each channel).
+
+    Parameters
+    ----------
+    num_parameters : int
+        1 for one slope shared by the layer, or the length of ``axis`` for one
+        slope per channel.
+    init : float
+        The start value of the slopes.
+    axis : int
+        The channel axis.
+    dtype, xp
+        As for `Dense`.
+
+    Attributes
+    ----------
+    weight : Parameter
+        Of shape ``(num_parameters,)``.  It takes no weight decay, which would
+        draw the slopes towards 0 and the layer towards ReLU [1]_.
+
+    Notes
+    -----
+    The weight's gradient needs ``x``.  When training, the layer holds ``x``
+    itself, not a copy: do not change it between ``forward`` and ``backward``.
+
+    References
+    ----------
+    .. [1] K. He, X. Zhang, S. Ren, J. Sun, "Delving Deep into Rectifiers",
+       ICCV 2015, arXiv:1502.01852.
+
+    Examples
+    --------
+    >>> layer = PReLU(dtype=np.float64)
+    >>> layer.forward(np.array([[-2.0, 0.0, 3.0]]))
+    array([[-0.5,  0. ,  3. ]])
+    >>> layer.backward(np.array([[1.0, 1.0, 1.0]]))
+    array([[0.25, 0.25, 1.  ]])
+    >>> layer.weight.grad
+    array([-2.])
+    """
+
+    def __init__(
+        self,
+        num_parameters: int = 1,
+        init: float = 0.25,
+        *,
+        axis: int = 1,
+        dtype: DTypeLike = np.float32,
+        xp: ModuleType = np,
+    ) -> None:
+        self.axis = axis
+        self.weight = Parameter(xp.full(num_parameters, init, dtype=dtype), decay=False)
+
+    @property
+    def parameters(self) -> list[Parameter]:
+        """The weight."""
+        return [self.weight]
+
+    def forward(
+        self, x: Array, /, *, training: bool = True, out: Array | None = None
+    ) -> Array:
+        """Return ``prelu(x, weight)``; when training, ``out`` must not be ``x``.
+
+        Raises
+        ------
+        ValueError
+            If ``out`` is ``x`` although ``x`` is needed for ``backward``.
+        """
+        if training:
+            if out is x:
+                msg = "out must not be x: PReLU.backward needs the input, got out is x"
+                raise ValueError(msg)
+            self._saved = x
+        return prelu(x, self.weight.value, axis=self.axis, out=out)
+
+    def backward(self, grad_output: Array, /, *, out: Array | None = None) -> Array:
+        """Return the gradient towards ``x``; write that of the weight.
+
+        Raises
+        ------
+        RuntimeError
+            Without a forward pass with ``training=True`` before it.
+        """
+        grad_input, self.weight.grad[...] = prelu_backward(
+            grad_output, self._take(), self.weight.value, axis=self.axis, out=out
+        )
+        return grad_input
+
+
+class Sequential(Layer):
+    """Layers one after another, with the memory that a training step needs.
+
+    Parameters
+    ----------
+    *layers : Layer
+        At least one.  The layers of another `Sequential` are taken out of it.
+
+    Attributes
+    ----------
+    layers : list of Layer
+        The layers, flat.
+
+    Notes
+    -----
+    When training, the outputs between the layers live in buffers that are sized by
+    the largest batch so far and used again by every step.  Activations with a mask
+    work in place in them, and ``backward`` writes each gradient over the
+    activations it belongs to, so gradients take no memory of their own.  What a
+    caller sees is never such a buffer: the arrays that ``forward`` and
+    ``backward`` take are only read, and those they return are new.  The only state
+    is of the latest training pass; a pass with ``training=False`` does not touch
+    it.
+
+    Examples
+    --------
+    >>> model = Sequential(Dense(4, 8, rng=0), PReLU(8), Dense(8, 2, rng=1))
+    >>> y = model.forward(np.ones((5, 4), dtype=np.float32))
+    >>> model.backward(np.ones_like(y)).shape
+    (5, 4)
+    """
+
+    def __init__(self, *layers: Layer) -> None:
+        if not layers:
+            msg = "layers must name at least one layer, got none"
+            raise ValueError(msg)
+        self.layers: list[Layer] = []
+        for layer in layers:
+            self.layers += layer.layers if isinstance(layer, Sequential) else [layer]
+        self._buffers: list[Array | None] = [None] * len(self.layers)
+
+    @property
+    def parameters(self) -> list[Parameter]:
+        """The parameters of all layers, in order."""
+        return [p for layer in self.layers for p in layer.parameters]
+
+    def output_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Return the shape of the last layer's output."""
+        for layer in self.layers:
+            shape = layer.output_shape(shape)
+        return shape
+
+    def forward(
+        self, x: Array, /, *, training: bool = True, out: Array | None = None
+    ) -> Array:
+        """Return the output of the last layer.
+
+        Parameters
+        ----------
+        x : array
+            What the first layer takes.
+        training : bool
+            Whether to save what ``backward`` needs.
+        out : array, optional
+            Where to write the result; may not share memory with ``x``.
+        """
+        if training:
+            self._saved = None
+        # The buffer that each layer read from; the first read from the caller's.
+        inputs: list[Array | None] = []
+        h = x
+        for i, layer in enumerate(self.layers):
+            inputs.append(h if i else None)
+            if i == len(self.layers) - 1:
+                target = out
+            elif i and layer.inplace:
+                target = h
+            else:
+                target = self._buffer(i, h) if training else None
+            h = layer.forward(h, training=training, out=target)
+        if training:
+            self._saved = inputs
+        return h
+
+    def backward(self, grad_output: Array, /, *, out: Array | None = None) -> Array:
+        """Return the gradient towards ``x``; write those of all parameters.
+
+        Raises
+        ------
+        RuntimeError
+            Without a forward pass with ``training=True`` before it.
+        """
+        grad = grad_output
+        for layer, h in zip(reversed(self.layers), reversed(self._take()), strict=True):
+            grad = layer.backward(grad, out=out if h is None else h)
+        return grad
+
+    def _buffer(self, i: int, x: Array) -> Array:
+        """Return memory for the output of layer ``i`` for the input ``x``."""
+        rows, *rest = self.layers[i].output_shape(x.shape)
+        buffer = self._buffers[i]
+        if (
+            buffer is None
+            or len(buffer) < rows
+            or buffer.shape[1:] != tuple(rest)
+            or buffer.dtype != x.dtype
+        ):
+            buffer = _namespace(x).empty((rows, *rest), dtype=x.dtype)
+            self._buffers[i] = buffer
+        return buffer[:rows]
+
+
+def dead_units(
+    model: Sequential, x: Array, /, *, batch_size: int = 1024
+) -> list[Array]:
+    """Find the units that are never active (``> 0``) on a data set.
+
+    A dead ReLU unit passes no gradient, so on this data it can neither contribute
+    nor recover.
+
+    Parameters
+    ----------
+    model : Sequential
+        The network.
+    x : array of shape (samples, ...)
+        The data, at least one sample.
+    batch_size : int
+        How many samples go through the network at a time.
+
+    Returns
+    -------
+    list of bool array
+        One array for each `Activation` layer, in order: True for dead units.
+
+    Raises
+    ------
+    ValueError
+        If ``x`` holds no sample or ``batch_size`` is below 1.
+
+    Examples
+    --------
+    >>> layer = Dense(1, 2, dtype=np.float64)
+    >>> layer.weight.value[:] = [[1], [-1]]
+    >>> dead_units(Sequential(layer, ReLU()), np.array([[2.0], [3.0]]))
+    [array([False,  True])]
+    """
+    if not len(x):
+        msg = f"x must hold at least one sample, got shape {x.shape}"
+        raise ValueError(msg)
+    if batch_size < 1:
+        msg = f"batch_size must be at least 1, got {batch_size}"
+        raise ValueError(msg)
+    dead: list[Array] = []
+    for start in range(0, len(x), batch_size):
+        h, dead_here = x[start : start + batch_size], []
+        for layer in model.layers:
+            if isinstance(layer, Activation):
+                dead_here.append(~(h > 0).any(axis=0))
+            h = layer.forward(h, training=False)
+        if start:
+            dead_here = [a & b for a, b in zip(dead, dead_here, strict=True)]
+        dead = dead_here
+    return dead
+
+
+def softmax_cross_entropy(logits: Array, labels: Array, /) -> tuple[Any, Array]:
+    r"""Mean cross-entropy of the softmax of ``logits``, and its gradient.
+
+    .. math::
+        L = \frac{1}{n} \sum_i \Bigl(\log \sum_j e^{z_{ij}} - z_{i y_i}\Bigr),
+        \qquad
+        \frac{\partial L}{\partial z_{ij}}
+        = \frac{1}{n} \Bigl(\frac{e^{z_{ij}}}{\sum_k e^{z_{ik}}} - [j = y_i]\Bigr)
+
+    Parameters
+    ----------
+    logits : float array of shape (n, classes)
+        The scores, at least one row.
+    labels : integer array of shape (n,)
+        The right class of each row, from 0 to ``classes - 1``.
+
+    Returns
+    -------
+    loss : scalar
+        The mean loss, in the dtype of ``logits``.
+    grad : array of shape (n, classes)
+        The gradient of the mean loss towards ``logits``.
+
+    Raises
+    ------
+    ValueError
+        If a shape does not fit, or a label names no class.
+    TypeError
+        If ``labels`` are not integers.
+
+    Examples
+    --------
+    >>> loss, grad = softmax_cross_entropy(np.zeros((1, 4)), np.array([2]))
+    >>> print(f"{loss:.4f} = log(4)")
+    1.3863 = log(4)
+    >>> grad
+    array([[ 0.25,  0.25, -0.75,  0.25]])
+    """
+    if logits.ndim != 2 or not logits.size:
+        msg = f"logits must have shape (n, classes), got {logits.shape}"
+        raise ValueError(msg)
+    n, classes = logits.shape
+    if labels.shape != (n,):
+        msg = f"labels must have shape ({n},) to fit logits, got {labels.shape}"
+        raise ValueError(msg)
+    if labels.dtype.kind not in "iu":
+        msg = f"labels must have an integer dtype, got {labels.dtype}"
+        raise TypeError(msg)
+    if labels.min() < 0 or labels.max() >= classes:
+        msg = f"labels must lie in 0..{classes - 1}, got {labels.min()}..{labels.max()}"
+        raise ValueError(msg)
+    xp = _namespace(logits)
+    rows = xp.arange(n)
+    # The largest score becomes 0, so that no exponential overflows.
+    shifted = logits - logits.max(axis=1, keepdims=True)
+    grad = xp.exp(shifted)
+    total = grad.sum(axis=1, keepdims=True)
+    loss = (xp.log(total[:, 0]) - shifted[rows, labels]).mean()
+    grad /= total
+    grad[rows, labels] -= 1
+    grad /= n
+    return loss, grad
+
+
+class SGD:
+    r"""Stochastic gradient descent with momentum.
+
+    .. math::
+        v \leftarrow \mu v + g + \lambda w, \qquad w \leftarrow w - \eta v
+
+    as in PyTorch, with learning rate :math:`\eta`, momentum :math:`\mu` and weight
+    decay :math:`\lambda`, which is left out for parameters with ``decay=False``.
+
+    Parameters
+    ----------
+    parameters : iterable of Parameter
+        What to update.
+    lr : float
+        The learning rate; the attribute ``lr`` may be changed between steps.
+    momentum, weight_decay : float
+        At least 0.
+
+    Raises
+    ------
+    ValueError
+        If there is no parameter, or a number is negative or not finite.
+
+    Examples
+    --------
+    >>> p = Parameter(np.array([1.0, 2.0]))
+    >>> optimiser = SGD([p], lr=0.5)
+    >>> p.grad[:] = [2.0, 4.0]
+    >>> optimiser.step()
+    >>> p.value
+    array([0., 0.])
+    """
+
+    def __init__(
+        self,
+        parameters: Iterable[Parameter],
+        lr: float,
+        momentum: float = 0.0,
+        weight_decay: float = 0.0,
+    ) -> None:
+        settings = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
+        for name, number in settings.items():
+            if not 0 <= number < math.inf:
+                msg = f"{name} must be finite and at least 0, got {number}"
+                raise ValueError(msg)
+        self.parameters = list(parameters)
+        if not self.parameters:
+            msg = "parameters must hold at least one parameter, got none"
+            raise ValueError(msg)
+        self.lr = lr
+        self.momentum = momentum
+        self.weight_decay = weight_decay
+        self._velocity = [
+            _namespace(p.value).zeros_like(p.value) for p in self.parameters
+        ]
+        # One piece of scratch memory, for the largest parameter.
+        largest = max(self.parameters, key=lambda p: p.value.nbytes).value
+        self._scratch = _namespace(largest).empty(largest.nbytes, dtype=np.uint8)
+
+    def step(self) -> None:
+        """Update every parameter in place from its gradient."""
+        for p, v in zip(self.parameters, self._velocity, strict=True):
+            xp = _namespace(v)
+            scratch = self._scratch[: v.nbytes].view(v.dtype).reshape(v.shape)
+            v *= self.momentum
+            v += p.grad
+            if p.decay and self.weight_decay:
+                v += xp.multiply(p.value, self.weight_decay, out=scratch)
+            p.value -= xp.multiply(v, self.lr, out=scratch)

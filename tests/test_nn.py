@@ -1,0 +1,227 @@
+"""Layers, loss and optimiser: against differences, and against PyTorch where it is."""
+
+import numpy as np
+import pytest
+
+from fastrelu import nn
+from fastrelu.__main__ import network
+
+ACTIVATIONS = {
+    "relu": nn.ReLU,
+    "leaky_relu": lambda: nn.LeakyReLU(0.1),
+    "prelu": lambda: nn.PReLU(dtype=np.float64),
+    "prelu per channel": lambda: nn.PReLU(6, dtype=np.float64),
+}
+
+
+def small(activation, seed=0):
+    rng = np.random.default_rng(seed)
+    options = {"rng": rng, "dtype": np.float64}
+    return nn.Sequential(
+        nn.Dense(5, 6, **options),
+        ACTIVATIONS[activation](),
+        nn.Dense(6, 6, **options),
+        ACTIVATIONS[activation](),
+        nn.Dense(6, 3, **options),
+    )
+
+
+def data(n=7, dtype=np.float64):
+    rng = np.random.default_rng(1)
+    return rng.standard_normal((n, 5)).astype(dtype), rng.integers(0, 3, n)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_gradients_are_those_of_central_differences(activation):
+    model, (x, labels) = small(activation), data()
+
+    def loss():
+        return nn.softmax_cross_entropy(model.forward(x, training=False), labels)[0]
+
+    _, grad = nn.softmax_cross_entropy(model.forward(x), labels)
+    grad_x = model.backward(grad)
+    step = 1e-6
+    for value, gradient in [(x, grad_x)] + [
+        (p.value, p.grad) for p in model.parameters
+    ]:
+        for index in np.ndindex(value.shape):
+            kept = value[index]
+            value[index] = kept + step
+            above = loss()
+            value[index] = kept - step
+            below = loss()
+            value[index] = kept
+            # The loss is near 1: its rounding over 2 steps, and the step's square.
+            assert abs((above - below) / (2 * step) - gradient[index]) < 1e-8
+
+
+@pytest.mark.parametrize("activation", ["relu", "leaky_relu", "prelu"])
+def test_the_network_has_the_gradients_of_pytorch(activation):
+    torch = pytest.importorskip("torch")
+    model = network(activation, np.random.default_rng(0))
+    layers = []
+    for layer in model.layers:
+        if isinstance(layer, nn.Dense):
+            twin = torch.nn.Linear(layer.in_features, layer.out_features)
+            with torch.no_grad():
+                twin.weight.copy_(torch.from_numpy(layer.weight.value))
+                twin.bias.copy_(torch.from_numpy(layer.bias.value))
+        else:
+            twin = {
+                "relu": torch.nn.ReLU,
+                "leaky_relu": torch.nn.LeakyReLU,
+                "prelu": torch.nn.PReLU,
+            }[activation]()
+        layers.append(twin)
+    twins = torch.nn.Sequential(*layers)
+    rng = np.random.default_rng(1)
+    x = rng.standard_normal((32, 64), dtype=np.float32)
+    labels = rng.integers(0, 10, 32)
+    loss, grad = nn.softmax_cross_entropy(model.forward(x), labels)
+    model.backward(grad)
+    theirs = torch.nn.functional.cross_entropy(
+        twins(torch.from_numpy(x)), torch.from_numpy(labels)
+    )
+    theirs.backward()
+    # 27 matrix products forth and back, each with a relative error of the order of
+    # sqrt(1024) eps in the norm, which the products' conditioning hardly amplifies.
+    tolerance = 27 * 32 * np.finfo(np.float32).eps
+    assert abs(loss - theirs.item()) <= tolerance * abs(loss)
+    for ours, other in zip(model.parameters, twins.parameters(), strict=True):
+        expected = other.grad.numpy()
+        error = np.linalg.norm(ours.grad - expected)
+        assert error <= tolerance * np.linalg.norm(expected)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_what_the_caller_holds_is_left_alone(activation):
+    model, (x, labels) = small(activation), data()
+    kept_x = x.copy()
+    y = model.forward(x)
+    kept_y = y.copy()
+    _, grad = nn.softmax_cross_entropy(y, labels)
+    kept_grad = grad.copy()
+    grad_x = model.backward(grad)
+    kept_grad_x = grad_x.copy()
+    model.forward(x[:3] + 1)
+    model.backward(grad[:3])
+    for array, kept in ((x, kept_x), (y, kept_y), (grad, kept_grad)):
+        np.testing.assert_array_equal(array, kept)
+    np.testing.assert_array_equal(grad_x, kept_grad_x)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_evaluation_does_not_disturb_training(activation):
+    model, (x, labels) = small(activation), data()
+    _, grad = nn.softmax_cross_entropy(model.forward(x), labels)
+    expected = model.backward(grad)
+    gradients = [p.grad.copy() for p in model.parameters]
+    model.forward(x)
+    model.forward(x + 1, training=False)
+    np.testing.assert_array_equal(model.backward(grad), expected)
+    for parameter, gradient in zip(model.parameters, gradients, strict=True):
+        np.testing.assert_array_equal(parameter.grad, gradient)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_a_forward_pass_serves_one_backward_pass(activation):
+    model, (x, _) = small(activation), data()
+    y = model.forward(x)
+    model.backward(y)
+    with pytest.raises(RuntimeError, match="forward pass"):
+        model.backward(y)
+    with pytest.raises(RuntimeError, match="forward pass"):
+        ACTIVATIONS[activation]().backward(x)
+
+
+def test_prelu_starts_at_a_quarter_and_learns():
+    layer = nn.PReLU(dtype=np.float64)
+    assert layer.weight.value.tolist() == [0.25]
+    layer.forward(np.array([[-2.0, 1.0]]))
+    layer.backward(np.array([[1.0, 1.0]]))
+    nn.SGD(layer.parameters, lr=0.1).step()
+    assert layer.weight.value.tolist() == [0.25 + 0.1 * 2.0]
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+@pytest.mark.parametrize("weight_decay", [0.0, 0.01])
+def test_sgd_takes_the_steps_of_pytorch(momentum, weight_decay):
+    torch = pytest.importorskip("torch")
+    rng = np.random.default_rng(0)
+    start = rng.standard_normal(50)
+    ours, theirs = nn.Parameter(start.copy()), torch.nn.Parameter(torch.tensor(start))
+    options = {"lr": 0.1, "momentum": momentum, "weight_decay": weight_decay}
+    optimiser, other = nn.SGD([ours], **options), torch.optim.SGD([theirs], **options)
+    for _ in range(10):
+        grad = rng.standard_normal(50)
+        ours.grad[:] = grad
+        theirs.grad = torch.tensor(grad)
+        optimiser.step()
+        other.step()
+    # Ten steps of a few roundings each, on values of the order of 1 to 10.
+    np.testing.assert_allclose(ours.value, theirs.detach().numpy(), rtol=0, atol=1e-13)
+
+
+def test_slopes_take_no_weight_decay():
+    layer = nn.PReLU()
+    nn.SGD(layer.parameters, lr=0.1, weight_decay=0.5).step()
+    assert layer.weight.value.tolist() == [0.25]
+
+
+def test_cross_entropy_of_large_scores():
+    loss, grad = nn.softmax_cross_entropy(
+        np.array([[1e4, 0.0], [0.0, 1e4]]), np.array([0, 0])
+    )
+    assert loss == 5e3
+    np.testing.assert_array_equal(grad, [[0, 0], [-0.5, 0.5]])
+
+
+def test_dead_units():
+    model, (x, _) = small("relu"), data(50)
+    model.layers[0].bias.value[2] = -1e3
+    first, second = nn.dead_units(model, x, batch_size=7)
+    assert first.tolist() == [i == 2 for i in range(6)]
+    hidden = model.layers[2].forward(
+        model.layers[1].forward(model.layers[0].forward(x, training=False)),
+        training=False,
+    )
+    np.testing.assert_array_equal(second, (hidden <= 0).all(axis=0))
+
+
+WRONG = {
+    "x's columns": (ValueError, "x", lambda: small("relu").forward(np.ones((2, 4)))),
+    "x's dtype": (
+        TypeError,
+        "x",
+        lambda: small("relu").forward(np.ones((2, 5), np.float32)),
+    ),
+    "no layers": (ValueError, "layers", lambda: nn.Sequential()),
+    "a label": (
+        ValueError,
+        "labels",
+        lambda: nn.softmax_cross_entropy(np.ones((2, 3)), np.array([0, 3])),
+    ),
+    "labels' dtype": (
+        TypeError,
+        "labels",
+        lambda: nn.softmax_cross_entropy(np.ones((2, 3)), np.array([0.0, 1.0])),
+    ),
+    "no samples": (
+        ValueError,
+        "x",
+        lambda: nn.dead_units(small("relu"), np.ones((0, 5))),
+    ),
+    "PReLU in place": (ValueError, "out", lambda: in_place(nn.PReLU())),
+}
+
+
+def in_place(layer):
+    x = np.ones((2, 2), np.float32)
+    return layer.forward(x, out=x)
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_wrong_arguments_are_named(what):
+    error, name, call = WRONG[what]
+    with pytest.raises(error, match=rf"\b{name}\b"):
+        call()
