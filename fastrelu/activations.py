@@ -445,15 +445,11 @@ def prelu_backward(
         sums = _arguments.writeable("out[1]", out_weight, slopes, "must be an array")
         if target is not None:
             _arguments.distinct("out[0]", target, "out[1]", sums)
+    else:
+        out_weight = sums = engine.empty_like(slopes)
     if target is None:
         grad_input = target = engine.empty_like(grad)
-    total = engine.prelu_backward(
-        _leaky_relu_gradient, grad, checked, broadcast, target
-    )
-    total = total.reshape(slopes.shape)
-    if out_weight is None:
-        return grad_input, total.astype(slopes.dtype)
-    sums[...] = total
+    engine.prelu_backward(_leaky_relu_gradient, grad, checked, broadcast, target, sums)
     return grad_input, out_weight
 
 

@@ -278,11 +278,17 @@ def prelu(formula: Function, x: Array, weight: Array, out: Array) -> None:
 
 
 def prelu_backward(
-    gradient: Function, grad: Array, x: Array, weight: Array, out: Array
-) -> Array:
-    """Write the gradient towards x into out; return that towards weight, in float64."""
+    gradient: Function,
+    grad: Array,
+    x: Array,
+    weight: Array,
+    out: Array,
+    out_weight: Array,
+) -> None:
+    """Write the gradient towards x into out and that towards weight into out_weight."""
     if x.size == 0:
-        return np.zeros(weight.shape)
+        out_weight[...] = 0
+        return
     y, order, (flat_y, flat_grad, flat_x) = _lay_flat(out, [grad, x])
     lane = lane_of(x.dtype)
     view = _Channels(weight.transpose(order), y.transpose(order).shape, lane)
@@ -307,5 +313,6 @@ def prelu_backward(
         np.copyto(out, y)
     if not view.by_column:
         partial = partial.reshape(2, view.outer, -1)
-    total = view.sum(partial)
-    return total.transpose(np.argsort(order))
+    total = view.sum(partial).transpose(np.argsort(order))
+    with np.errstate(all="ignore"):  # a sum beyond a half float is an infinity
+        out_weight[...] = total.reshape(out_weight.shape)

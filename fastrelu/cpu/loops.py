@@ -377,17 +377,16 @@ def compiled(
         parts.append(inner_formula.__name__)
     if inner_block is not None:
         parts.append(inner_block.__name__)
-    # Each may use what stands before it.
-    for name, template in (
-        ("block", inner_block),
-        ("by_tile", _by_tile),
-        ("step", _step),
-        ("one_weight", _one_weight),
-        ("own_weights", _own_weights),
-    ):
-        if template is not None:
-            copy = _rebuild(template, name, names)
-            names[name] = _compile(copy, forceinline=True)
+        templates: dict[str, Function] = {"block": inner_block, "by_tile": _by_tile}
+    else:
+        templates = {
+            "step": _step,
+            "one_weight": _one_weight,
+            "own_weights": _own_weights,
+        }
+    for name, template in templates.items():  # each may use those before it
+        copy = _rebuild(template, name, names)
+        names[name] = _compile(copy, forceinline=True)
     function = _rebuild(driver, "_".join([*parts, digest.hexdigest()[:12]]), names)
     try:
         return _compile(function, parallel=parallel, cache=True)
