@@ -1,5 +1,6 @@
 """The NumPy engine: lays arrays flat and hands them to the right loop."""
 
+import contextlib
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -30,12 +31,11 @@ _WIDTH = 256  # columns are repeated up to about this many
 
 def _cache_size() -> int:
     """Return the bytes of the largest cache, or a usual size where nothing tells."""
-    sizes = [1 << 20]
+    sizes = []
     for file in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
-        text = file.read_text().strip()
-        if text.endswith("K") and text[:-1].isdecimal():
-            sizes.append(int(text[:-1]) << 10)
-    return max(sizes) if len(sizes) > 1 else 1 << 25
+        with contextlib.suppress(OSError, ValueError):
+            sizes.append(int(file.read_text().strip().removesuffix("K")) << 10)
+    return max(sizes, default=1 << 25)
 
 
 CACHE = _cache_size()
