@@ -67,24 +67,40 @@ def parser() -> Parser:
         help="train a network of 14 layers on handwritten digits",
         description="Train a network of 14 layers on the handwritten digits that "
         "scikit-learn ships.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    command.add_argument("--activation", choices=ACTIVATIONS, default="relu")
-    command.add_argument("--epochs", type=whole(1), default=15, metavar="N")
-    command.add_argument("--batch-size", type=whole(1), default=64, metavar="N")
+    command.add_argument(
+        "--activation",
+        choices=ACTIVATIONS,
+        default="relu",
+        help="after each hidden layer (default: %(default)s)",
+    )
+    command.add_argument(
+        "--epochs",
+        type=whole(1),
+        default=15,
+        metavar="N",
+        help="passes over the training images (default: %(default)s)",
+    )
+    command.add_argument(
+        "--batch-size",
+        type=whole(1),
+        default=64,
+        metavar="N",
+        help="images a step learns from (default: %(default)s)",
+    )
     command.add_argument(
         "--learning-rate",
         type=positive,
         default=0.005,
         metavar="X",
-        help="the highest of the schedule",
+        help="its highest value on the way (default: %(default)s)",
     )
     command.add_argument(
         "--seed",
         type=whole(0, 2**32 - 1),
         default=0,
         metavar="N",
-        help="of the split, the weights and the batches",
+        help="of the split, the weights and the batches (default: %(default)s)",
     )
     command.add_argument(
         "--plot",
@@ -280,9 +296,14 @@ def train(args: argparse.Namespace) -> int:
     threadpoolctl.threadpool_limits(1, user_api="blas")
     # Control characters are for terminals only, whatever FORCE_COLOR says.
     console = Console(
-        force_terminal=sys.stdout.isatty(), markup=False, emoji=False, highlight=False
+        force_terminal=sys.stdout.isatty(),
+        # Room at the end of a line for the ^C that a terminal writes.
+        width=max(shutil.get_terminal_size().columns - 2, 20),
+        markup=False,
+        emoji=False,
+        highlight=False,
     )
-    with busy(console, "Loading the digits, compiling"):
+    with busy(console, "Loading the digits, compiling ..."):
         digits = load_digits(args.seed)
         if args.batch_size > len(digits.train_x):
             args.fail(
@@ -298,46 +319,48 @@ def train(args: argparse.Namespace) -> int:
         f"digits; {len(digits.test_x)} others test it."
     )
 
-    start = time.perf_counter()
-    try:
-        with (
-            deferred_interrupt() as interrupted,
-            progress(console, run) as show,
-            # A diverging run overflows before its loss does; it is told once.
-            np.errstate(over="ignore", invalid="ignore"),
-        ):
-            for loss, accuracy in run:
-                show(loss, accuracy)
-                if interrupted.is_set():
-                    break
-            accuracy = run.test()[1]
-    except FloatingPointError as error:
-        print(
-            f"fastrelu train: training diverged in epoch {run.epoch}: {error}; try a "
-            f"--learning-rate below {args.learning_rate:g}",
-            file=sys.stderr,
-        )
-        return 1
-    seconds = time.perf_counter() - start
-
-    if interrupted.is_set():
-        console.print(f"Interrupted in epoch {run.epoch} of {run.epochs}. So far:")
-    console.print(
-        f"Test accuracy {accuracy:.1%} after {run.steps} steps in {seconds:.1f} s."
-    )
-    console.print("\nUnits that no test image activates:")
-    console.print(layer_table(run))
-    if args.plot is not None and run.history:
+    with deferred_interrupt() as interrupted:
+        start = time.perf_counter()
         try:
-            draw(args.plot, run.history)
-        except OSError as error:
-            args.fail(f"cannot write {str(args.plot)!a}: {error.strerror}")
-        console.print(f"Loss and accuracy are drawn in {str(args.plot)!a}.")
-    if interrupted.is_set():
-        return INTERRUPTED
-    with busy(console, "Comparing with the NumPy idioms"):
+            with (
+                progress(console, run) as show,
+                # A diverging run overflows before its loss does; it is told once.
+                np.errstate(over="ignore", invalid="ignore"),
+            ):
+                for loss, accuracy in run:
+                    show(loss, accuracy)
+                    if interrupted.is_set():
+                        break
+                accuracy = run.test()[1]
+        except FloatingPointError as error:
+            print(
+                f"fastrelu train: training diverged in epoch {run.epoch}: {error}; "
+                f"try a --learning-rate below {args.learning_rate:g}",
+                file=sys.stderr,
+            )
+            return 1
+        seconds = time.perf_counter() - start
+
+        if interrupted.is_set():
+            console.print(f"Interrupted in epoch {run.epoch} of {run.epochs}. So far:")
+        console.print(
+            f"Test accuracy {accuracy:.1%} after {run.steps} steps in {seconds:.1f} s."
+        )
+        console.print("\nUnits that no test image activates\n")
+        console.print(layer_table(run))
+        if args.plot is not None and run.history:
+            try:
+                draw(args.plot, run.history)
+            except OSError as error:
+                args.fail(f"cannot write {str(args.plot)!a}: {error.strerror}")
+            console.print(f"\nLoss and accuracy are drawn in {str(args.plot)!a}.")
+        elif args.plot is not None:
+            console.print("\nNo epoch was completed: there is nothing to draw.")
+        if interrupted.is_set():
+            return INTERRUPTED
+    with busy(console, "Comparing with the NumPy idioms ..."):
         times = time_activations(run)
-    console.print("Time in activations while training:")
+    console.print("\nTime in activations while training\n")
     console.print(time_table(times))
     return 0
 
@@ -353,23 +376,28 @@ def deferred_interrupt() -> Iterator[threading.Event]:
         signal.signal(signal.SIGINT, before)
 
 
-def busy(console: Any, what: str) -> contextlib.AbstractContextManager[Any]:
-    """Say what takes its time, where the line can be wiped away afterwards."""
+@contextlib.contextmanager
+def busy(console: Any, what: str) -> Iterator[None]:
+    """Say what takes its time, on a line that is wiped away afterwards."""
     if console.is_interactive:
-        status: contextlib.AbstractContextManager[Any] = console.status(what)
-        return status
-    return contextlib.nullcontext()
+        console.print(what, end="\r")
+    try:
+        yield
+    finally:
+        if console.is_interactive:
+            console.print(" " * len(what), end="\r")
 
 
 @contextlib.contextmanager
 def progress(console: Any, run: Run) -> Iterator[Callable[[float, float], None]]:
     """Yield what shows the progress of a run: a bar, or in a file a line an epoch."""
+    digits = len(str(run.epochs))
     if not console.is_interactive:
 
         def show(loss: float, accuracy: float) -> None:
             if run.steps % run.batches == 0:
                 console.print(
-                    f"epoch {run.epoch:{len(str(run.epochs))}}/{run.epochs}  "
+                    f"epoch {run.epoch:{digits}}/{run.epochs}  "
                     f"loss {loss:.4f}  accuracy {accuracy:.1%}  "
                     f"test {run.history[-1].test_accuracy:.1%}"
                 )
@@ -387,13 +415,15 @@ def progress(console: Any, run: Run) -> Iterator[Callable[[float, float], None]]
     if console.width >= 64:
         columns.append(TimeElapsedColumn())
     with Progress(*columns, console=console, expand=True) as bar:
-        task = bar.add_task("", total=run.epochs * run.batches, means="")
+        task = bar.add_task(
+            f"epoch {1:{digits}}/{run.epochs}", total=run.epochs * run.batches, means=""
+        )
 
         def show(loss: float, accuracy: float) -> None:
             bar.update(
                 task,
                 completed=run.steps,
-                description=f"epoch {run.epoch}/{run.epochs}",
+                description=f"epoch {run.epoch:{digits}}/{run.epochs}",
                 means=f"loss {loss:.4f} accuracy {accuracy:.1%}",
             )
 
@@ -407,7 +437,7 @@ def layer_table(run: Run) -> Any:
 
     activations = [a for a in run.model.layers if isinstance(a, nn.Activation)]
     slopes = [a.weight.value.item() for a in activations if isinstance(a, nn.PReLU)]
-    table = Table(box=box.SIMPLE)
+    table = Table(box=box.SIMPLE, show_edge=False)
     for header in ("layer", "units", "never active", *(["slope"] if slopes else [])):
         table.add_column(header, justify="right")
     dead = nn.dead_units(run.model, run.digits.test_x)
@@ -500,11 +530,16 @@ def time_activations(run: Run, steps: int = 30) -> dict[str, tuple[float, float]
     that of training, the weights stay.  Medians of ``steps`` steps, after one that is
     not counted.
     """
-    networks: dict[str, nn.Sequential] = {}
-    for name, wrap in (("fastrelu", Timed), ("NumPy", lambda a: Timed(Idiom(a)))):
-        networks[name] = nn.Sequential(
+    wraps: dict[str, Callable[[nn.Layer], nn.Layer]] = {
+        "fastrelu": Timed,
+        "NumPy idioms": lambda layer: Timed(Idiom(layer)),
+    }
+    networks = {
+        name: nn.Sequential(
             *(wrap(a) if isinstance(a, nn.Activation) else a for a in run.model.layers)
         )
+        for name, wrap in wraps.items()
+    }
     optimiser = nn.SGD(run.model.parameters, lr=0.0, momentum=0.9)
     order = np.arange(len(run.digits.train_x))
     batches = np.array_split(order, run.batches)
@@ -529,7 +564,7 @@ def time_table(times: dict[str, tuple[float, float]]) -> Any:
     from rich import box
     from rich.table import Table
 
-    table = Table(box=box.SIMPLE)
+    table = Table(box=box.SIMPLE, show_edge=False)
     table.add_column("activations by")
     for header in ("ms per step", "share of step"):
         table.add_column(header, justify="right")
@@ -595,15 +630,21 @@ def cuda() -> str:
 def main(argv: list[str] | None = None) -> int:
     """Run a command; return the exit status."""
     args = parser().parse_args(argv)
-    try:
-        status: int = args.run(args)
-    except KeyboardInterrupt:
-        print("fastrelu: interrupted", file=sys.stderr)
-        return INTERRUPTED
+    status: int = args.run(args)
     return status
 
 
+def leave(*_: object) -> None:
+    """Answer Ctrl-C where there is nothing to keep.
+
+    An exception would get lost in the callbacks of a compiler, and go on from there.
+    """
+    os.write(2, b"\n" * sys.stderr.isatty() + b"fastrelu: interrupted\n")
+    os._exit(INTERRUPTED)
+
+
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, leave)
     if hasattr(signal, "SIGPIPE"):
         # End without a word where nobody reads on, as in `... | head`.
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)
