@@ -16,8 +16,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from numpy import ndarray
+
 from fastrelu import _arguments
-from fastrelu._dispatch import PlainCalls, engine_of
+from fastrelu._dispatch import PLAIN, PlainCalls, engine_of, fits
 from fastrelu.mask import Mask
 
 Array = Any  # an array of any library; the result is of the same
@@ -92,7 +94,22 @@ def relu(
     >>> fastrelu.relu(np.array([-2.0, -0.0, 3.0, np.nan]))
     array([ 0.,  0.,  3., nan])
     """
-    y = _relu_calls.run(x, x, 0.0, inplace, out, return_mask)
+    # The short way of PlainCalls once more: its call is a fifth of a small array's time.
+    if return_mask is False and type(x) is ndarray and x.nbytes <= PLAIN and x.ndim:
+        plain = _relu_calls.by_dtype.get(x.dtype)
+        if plain is not None:
+            zero = plain.slope[1]
+            if out is not None:
+                if inplace is False and fits(out, x):
+                    return plain.ufunc(x, zero, out)
+            elif inplace is False and (x.ndim == 1 or x.flags.c_contiguous):
+                return plain.ufunc(x, zero)
+            elif inplace is True and x.flags.carray:
+                if x.size > 1:
+                    return plain.ufunc(x, zero, x)
+                x[...] = plain.ufunc(x, zero)
+                return x
+    y = _relu_calls.forward(x, 0.0, inplace, out, return_mask)
     if y is not None:
         return y
     return _forward(_relu, x, 0.0, inplace, out, return_mask, integers=True)
@@ -149,7 +166,7 @@ def relu_backward(
     >>> fastrelu.relu_backward(np.array([10.0, 10.0, 10.0]), mask)
     array([ 0.,  0., 10.])
     """
-    dx = _relu_backward_calls.run(grad_output, saved, 0.0, inplace, out, False)
+    dx = _relu_backward_calls.backward(grad_output, saved, 0.0, inplace, out)
     if dx is not None:
         return dx
     return _backward(
@@ -233,7 +250,7 @@ def leaky_relu(
     >>> fastrelu.leaky_relu(np.array([-2.0, 0.0, 3.0]), 0.1)
     array([-0.2,  0. ,  3. ])
     """
-    y = _leaky_relu_calls.run(x, x, negative_slope, inplace, out, return_mask)
+    y = _leaky_relu_calls.forward(x, negative_slope, inplace, out, return_mask)
     if y is not None:
         return y
     return _forward(_leaky_relu, x, negative_slope, inplace, out, return_mask)
@@ -290,8 +307,8 @@ def leaky_relu_backward(
     >>> fastrelu.leaky_relu_backward(np.array([10.0, 10.0, 10.0]), x, 0.1)
     array([ 1.,  1., 10.])
     """
-    dx = _leaky_relu_backward_calls.run(
-        grad_output, saved, negative_slope, inplace, out, False
+    dx = _leaky_relu_backward_calls.backward(
+        grad_output, saved, negative_slope, inplace, out
     )
     if dx is not None:
         return dx

@@ -11,16 +11,18 @@ import numpy as np
 from fastrelu.cpu import loops, threads
 from fastrelu.cpu.lanes import Lane, lane_of
 from fastrelu.cpu.pool import empty_like
+from fastrelu.cpu.ufuncs import ufunc
 
 Array = Any  # numpy.ndarray of any dtype; its own generic type says nothing more here
 Function = Callable[..., Any]
 
 __all__ = [
+    "Plain",
     "backward",
     "backward_mask",
     "empty_like",
     "forward",
-    "plain",
+    
     "prelu",
     "prelu_backward",
 ]
@@ -115,26 +117,26 @@ def _lies_on(x: Array, y: Array) -> bool:
 # Elementwise --------------------------------------------------------------------------
 
 
-def plain(formula: Function, dtype: np.dtype[Any], *, gradient: bool) -> Any:
-    """Return what small plain arrays need: loops, loops with a mask, and a dtype.
+class Plain:
+    """What small plain arrays of one dtype need.
 
-    Each pair of loops runs on one thread, the first out of place and the second in
-    place.  The dtype is what to view the arrays as, or None for their own.
+    `masked` and `masked_inplace` take arrays viewed as `storage`, or as they are where
+    it is None.
     """
-    lane = lane_of(dtype)
-    blocks = (
-        (loops.backward, loops.backward_mask)
-        if gradient
-        else (loops.forward, loops.forward_mask)
-    )
-    pairs = [
-        tuple(
-            loops.compiled(driver, block, formula, lane)
-            for driver in (loops.serial, loops.serial_inplace)
-        )
-        for block in blocks
-    ]
-    return *pairs, None if lane.storage == dtype else lane.storage
+
+    __slots__ = ("compute", "masked", "masked_inplace", "slope", "storage", "ufunc")
+
+    def __init__(
+        self, formula: Function, dtype: np.dtype[Any], *, gradient: bool
+    ) -> None:
+        lane = lane_of(dtype)
+        block = loops.backward_mask if gradient else loops.forward_mask
+        self.ufunc = ufunc(formula, dtype, gradient=gradient)
+        self.masked = loops.compiled(loops.serial, block, formula, lane)
+        self.masked_inplace = loops.compiled(loops.serial_inplace, block, formula, lane)
+        self.storage = None if lane.storage == dtype else lane.storage
+        self.compute = np.dtype(str(lane.compute))
+        self.slope = 0.0, np.zeros((), self.compute)  # the last one, also as an array
 
 
 def _run(

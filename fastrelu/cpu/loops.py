@@ -22,7 +22,8 @@ from typing import Any
 
 import numba
 import numpy as np
-from numba import njit, prange
+from numba import carray, njit, prange
+from numpy.lib.stride_tricks import as_strided
 
 from fastrelu.cpu import lanes
 from fastrelu.cpu.lanes import WORD, Lane, fence, stream, unpack
@@ -41,6 +42,7 @@ block: Any
 load: Any
 store: Any
 compute: Any
+storage: Any
 pack: Any
 by_tile: Any
 step: Any
@@ -203,6 +205,55 @@ def _put(tile, target, past_cache):
         rest[i] = kept[i]
 
 
+# Drivers that NumPy calls ------------------------------------------------------------
+#
+# The inner loop of a ufunc: `data` holds the addresses of the inputs, the slopes among
+# them, and of the result; `strides` says how far apart their elements are, in bytes.
+
+
+def ufunc_forward(context, data, dimensions, strides, extra):
+    size = dimensions[0]
+    x = carray(data[0], size, storage)
+    slopes = carray(data[1], size, compute)
+    y = carray(data[2], size, storage)
+    if strides[0] == x.itemsize == strides[2] and strides[1] == 0:
+        if x.ctypes.data == y.ctypes.data:
+            for i in range(size):  # the same name twice: else it is scalar code
+                y[i] = store(formula(load(y[i]), slopes[0]))
+        else:
+            block(x, x, y, slopes[0], 0, size)
+    else:
+        x = as_strided(x, (size,), (strides[0],))
+        slopes = as_strided(slopes, (size,), (strides[1],))
+        y = as_strided(y, (size,), (strides[2],))
+        for i in range(size):
+            y[i] = store(formula(load(x[i]), slopes[i]))
+    return 0
+
+
+def ufunc_backward(context, data, dimensions, strides, extra):
+    size = dimensions[0]
+    grad = carray(data[0], size, storage)
+    saved = carray(data[1], size, storage)
+    slopes = carray(data[2], size, compute)
+    y = carray(data[3], size, storage)
+    item = y.itemsize
+    if strides[0] == strides[1] == strides[3] == item and strides[2] == 0:
+        if grad.ctypes.data == y.ctypes.data:
+            for i in range(size):
+                y[i] = store(formula(load(y[i]), load(saved[i]), slopes[0]))
+        else:
+            block(grad, saved, y, slopes[0], 0, size)
+    else:
+        grad = as_strided(grad, (size,), (strides[0],))
+        saved = as_strided(saved, (size,), (strides[1],))
+        slopes = as_strided(slopes, (size,), (strides[2],))
+        y = as_strided(y, (size,), (strides[3],))
+        for i in range(size):
+            y[i] = store(formula(load(grad[i]), load(saved[i]), slopes[i]))
+    return 0
+
+
 # PReLU's backward pass ----------------------------------------------------------------
 #
 # The weight gradient is summed in float64 with Neumaier's compensation (doi:10.1002/
@@ -353,22 +404,22 @@ def _rebuild(template: Function, name: str, names: dict[str, Any]) -> Function:
     return copy
 
 
-@functools.cache
-def compiled(
+def bound(
     driver: Function,
     inner_block: Function | None,
     inner_formula: Function | None,
     lane: Lane,
-    parallel: bool = False,
-) -> Any:
-    """Return one compiled loop; its machine code is made when it is first called."""
+    kind: str,
+) -> Function:
+    """Return a driver whose open names are bound, for Numba to compile."""
     names: dict[str, Any] = {
         "load": lane.load,
         "store": lane.store,
         "compute": lane.compute,
+        "storage": lane.storage.type,
         "pack": lane.pack,
     }
-    parts = [driver.__name__, lane.name, "parallel" if parallel else "single"]
+    parts = [driver.__name__, lane.name, kind]
     digest = hashlib.sha256(_SOURCES)
     if inner_formula is not None:
         code = inner_formula.__code__
@@ -387,7 +438,20 @@ def compiled(
     for name, template in templates.items():  # each may use those before it
         copy = _rebuild(template, name, names)
         names[name] = _compile(copy, forceinline=True)
-    function = _rebuild(driver, "_".join([*parts, digest.hexdigest()[:12]]), names)
+    return _rebuild(driver, "_".join([*parts, digest.hexdigest()[:12]]), names)
+
+
+@functools.cache
+def compiled(
+    driver: Function,
+    inner_block: Function | None,
+    inner_formula: Function | None,
+    lane: Lane,
+    parallel: bool = False,
+) -> Any:
+    """Return one compiled loop; its machine code is made when it is first called."""
+    kind = "parallel" if parallel else "single"
+    function = bound(driver, inner_block, inner_formula, lane, kind)
     try:
         return _compile(function, parallel=parallel, cache=True)
     except RuntimeError:  # no folder to keep compiled code in
