@@ -1,4 +1,4 @@
-"""The command line: ``python -m fastrelu train`` and ``python -m fastrelu info``."""
+"""The command line: ``python -m fastrelu train``, ``bench`` and ``info``."""
 
 import argparse
 import contextlib
@@ -6,6 +6,7 @@ import ctypes
 import importlib
 import importlib.metadata
 import importlib.util
+import itertools
 import math
 import os
 import platform
@@ -21,7 +22,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fastrelu import __version__, nn
+from fastrelu import __version__, _peers, nn
 
 Array = Any
 
@@ -110,6 +111,33 @@ def parser() -> Parser:
     )
     command.set_defaults(run=train, fail=command.error)
 
+    command = commands.add_parser(
+        "bench",
+        help="measure the speed beside other libraries",
+        description="Measure the speed beside the libraries that are installed.  Each "
+        "runs in a process of its own, and they take turns.",
+    )
+    command.add_argument(
+        "--peers",
+        type=several(peer),
+        metavar="NAMES",
+        help=f"of {', '.join(_peers.PEERS)}; with commas (default: what is installed)",
+    )
+    command.add_argument(
+        "--size",
+        type=several(size),
+        default="1k,1M,16M",
+        metavar="SIZES",
+        help="elements, 1k for 1024 and 1M for 1024k (default: %(default)s)",
+    )
+    command.add_argument(
+        "--dtype",
+        choices=_peers.DTYPES,
+        default="float32",
+        help="(default: %(default)s)",
+    )
+    command.set_defaults(run=bench, fail=command.error)
+
     command = commands.add_parser("info", help="print what fastrelu runs on")
     command.set_defaults(run=info)
     return top
@@ -159,6 +187,30 @@ def plot_file(text: str) -> Path:
         msg = f"cannot write {text!r}: {error.strerror}"
         raise argparse.ArgumentTypeError(msg) from error
     return path
+
+
+def several(read: Callable[[str], Any]) -> Callable[[str], list[Any]]:
+    """Return the reader of a list with commas."""
+    return lambda text: [read(part) for part in text.split(",")]
+
+
+def size(text: str) -> int:
+    """Read a number of elements."""
+    try:
+        return _peers.size(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(error) from error
+
+
+def peer(name: str) -> type[_peers.Peer]:
+    """Read the name of a library that is installed."""
+    found = _peers.PEERS.get(name)
+    if found is None:
+        msg = f"unknown peer {name!r}, expected some of {', '.join(_peers.PEERS)}"
+        raise argparse.ArgumentTypeError(msg)
+    if missing := found.missing():
+        raise argparse.ArgumentTypeError(missing)
+    return found
 
 
 class Digits(NamedTuple):
@@ -571,6 +623,99 @@ def time_table(times: dict[str, tuple[float, float]]) -> Any:
     for name, (seconds, step) in times.items():
         table.add_row(name, f"{seconds * 1e3:.2f}", f"{seconds / step:.1%}")
     return table
+
+
+def bench(args: argparse.Namespace) -> int:
+    """Measure the common ways beside the peers; return the exit status."""
+    peers = args.peers or [p for p in _peers.PEERS.values() if not p.missing()]
+    peers = list(dict.fromkeys([_peers.FastRelu, *peers]))
+    cases = [
+        _peers.Case(op, mode, args.dtype, n)
+        for op, mode in _peers.COMMON
+        for n in args.size
+    ]
+    if lack := _peers.FastRelu.lacks(cases[0]):
+        args.fail(f"argument --dtype: {lack}")
+    rows: list[list[_peers.Result]] = []
+    # This process only waits: an exception ends that at once, and with it the workers.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with _peers.Team(peers) as team, countdown(len(cases)) as show:
+            for case in cases:
+                show(case.name)
+                rows.append(team.measure(case))
+    except KeyboardInterrupt:
+        print("fastrelu bench: interrupted", file=sys.stderr)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if rows:
+        print("\n".join(bench_table(rows)))
+    errors = [result for row in rows for result in row if result.error]
+    for result in errors:
+        print(
+            f"fastrelu bench: {result.peer}, {result.case.name}: {result.error}",
+            file=sys.stderr,
+        )
+    if len(rows) < len(cases):
+        return INTERRUPTED
+    return 1 if errors else 0
+
+
+@contextlib.contextmanager
+def countdown(total: int) -> Iterator[Callable[[str], None]]:
+    """Yield what shows which step is next: in a bar, or on a line of its own."""
+    if not sys.stderr.isatty() or importlib.util.find_spec("rich") is None:
+        steps = itertools.count(1)
+        yield lambda name: print(f"{next(steps)}/{total} {name}", file=sys.stderr)
+        return
+
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+    columns = (BarColumn(None), MofNCompleteColumn(), TextColumn("{task.description}"))
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, expand=True, transient=True) as bar:
+        task = bar.add_task("", total=total, completed=-1)
+        yield lambda name: bar.update(task, advance=1, description=name)
+
+
+def bench_table(rows: list[list[_peers.Result]]) -> Iterator[str]:
+    """Yield the lines of the table: our time, and that of others as a multiple."""
+    ours, *peers = (result.peer for result in rows[0])
+    table = [["operation", "size", ours, "GB/s", *peers]]
+    for own, *others in rows:
+        case = own.case
+        cells = ["error", ""]
+        if own.seconds:
+            cells = [duration(own.median), f"{own.gb_per_s:.1f}"]
+        cells += [times_ours(result, own) for result in others]
+        table.append([f"{case.op} {case.mode}", _peers.size_name(case.n), *cells])
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    for cells in table:
+        first, *rest = map(str.ljust, cells, widths)
+        yield "  ".join([first, *(c.strip().rjust(len(c)) for c in rest)])
+    yield ""
+    yield (
+        f"Medians, {rows[0][0].case.dtype}. The last columns are the times of others as "
+        "multiples of ours; < marks where they are faster."
+    )
+
+
+def duration(seconds: float) -> str:
+    """Return a time with a unit that suits it."""
+    return f"{seconds * 1e3:.2f} ms" if seconds >= 1e-3 else f"{seconds * 1e6:.2f} us"
+
+
+def times_ours(result: _peers.Result, own: _peers.Result) -> str:
+    """Return a peer's time as a multiple of ours, marked where that is a loss."""
+    if result.error:
+        return "error"
+    if not result.seconds or not own.seconds:
+        return "-"
+    ratio = result.median / own.median
+    return (
+        f"{'< ' * (ratio < 1)}{ratio:.{0 if ratio >= 10 else 1 if ratio >= 1 else 2}f}x"
+    )
 
 
 def info(args: argparse.Namespace) -> int:

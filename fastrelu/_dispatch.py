@@ -5,7 +5,7 @@ from types import ModuleType
 from typing import Any
 
 import numpy as np
-from numpy import empty_like, ndarray
+from numpy import may_share_memory, ndarray
 
 from fastrelu import cpu
 from fastrelu._arguments import is_accepted
@@ -50,16 +50,21 @@ class PlainCalls:
     def forward(
         self, x: Any, slope: Any, inplace: Any, out: Any, return_mask: Any
     ) -> Any:
-        if type(x) is not ndarray or x.nbytes > PLAIN or not x.ndim:
+        if type(x) is not ndarray or not x.ndim:
             return None
         plain = self.by_dtype.get(x.dtype) or self._add(x.dtype)
         if plain is None:
             return None
         known = plain.slope
-        if known[0] is not slope and (known := _know(slope, plain)) is None:
-            return None
+        if known[0] is not slope:
+            learnt = _know(slope, plain)
+            if learnt is None:
+                return None
+            known = learnt
         if return_mask is not False:
             return _with_mask(plain, x, slope, inplace, out, return_mask)
+        if x.nbytes > PLAIN:
+            return _large(plain, x, x, slope, inplace, out)
         if out is None:
             if inplace is False and (x.ndim == 1 or x.flags.c_contiguous):
                 return plain.ufunc(x, known[1])
@@ -72,15 +77,20 @@ class PlainCalls:
             return plain.ufunc(x, known[1], out)
         return None
 
-    def backward(self, grad: Any, saved: Any, slope: Any, inplace: Any, out: Any) -> Any:
-        if type(grad) is not ndarray or grad.nbytes > PLAIN or not grad.ndim:
+    def backward(
+        self, grad: Any, saved: Any, slope: Any, inplace: Any, out: Any
+    ) -> Any:
+        if type(grad) is not ndarray or not grad.ndim:
             return None
         plain = self.by_dtype.get(grad.dtype) or self._add(grad.dtype)
         if plain is None:
             return None
         known = plain.slope
-        if known[0] is not slope and (known := _know(slope, plain)) is None:
-            return None
+        if known[0] is not slope:
+            learnt = _know(slope, plain)
+            if learnt is None:
+                return None
+            known = learnt
         if type(saved) is Mask:
             return _from_mask(plain, grad, saved, slope, inplace, out)
         if (
@@ -89,6 +99,8 @@ class PlainCalls:
             or saved.shape != grad.shape
         ):
             return None
+        if grad.nbytes > PLAIN:
+            return _large(plain, grad, saved, slope, inplace, out)
         if out is None:
             if inplace is False and (grad.ndim == 1 or grad.flags.c_contiguous):
                 return plain.ufunc(grad, saved, known[1])
@@ -101,9 +113,61 @@ class PlainCalls:
             return plain.ufunc(grad, saved, known[1], out)
         return None
 
+    def channels(self, x: Any, weight: Any, axis: Any, inplace: Any, out: Any) -> Any:
+        """Take one slope for each index of the second axis, or one for all."""
+        if type(x) is not ndarray or not x.ndim:
+            return None
+        plain = self.by_dtype.get(x.dtype) or self._add(x.dtype)
+        if plain is None or not _is_weight(weight, plain, x, axis):
+            return None
+        if x.nbytes <= (PLAIN if weight.size == 1 else PLAIN >> 4):
+            if weight.size != 1 and x.ndim > 2:
+                weight = weight.reshape(weight.size, *(1,) * (x.ndim - 2))
+            if out is None and inplace is False and x.flags.c_contiguous:
+                return plain.ufunc(x, weight)
+            y = _target(x, x, inplace, out)
+            return None if y is None else plain.ufunc(x, weight, y)
+        y = _target(x, x, inplace, out)
+        if y is None or may_share_memory(y, weight):
+            return None
+        plain.run_channels(x, weight, y)
+        return y
+
+    def channels_backward(
+        self, grad: Any, x: Any, weight: Any, axis: Any, inplace: Any, out: Any
+    ) -> Any:
+        """Return both gradients."""
+        if type(grad) is not ndarray or not grad.ndim:
+            return None
+        plain = self.by_dtype.get(grad.dtype) or self._add(grad.dtype)
+        if (
+            plain is None
+            or type(x) is not ndarray
+            or x.dtype is not grad.dtype
+            or x.shape != grad.shape
+            or not grad.size
+            or not _is_weight(weight, plain, x, axis)
+        ):
+            return None
+        y = _target(grad, x, inplace, out)
+        if y is None or may_share_memory(y, weight):
+            return None
+        total = np.empty(weight.shape, weight.dtype)
+        plain.run_channels_backward(grad, x, weight, y, total)
+        return y, total
+
+
+def _is_weight(weight: Any, plain: cpu.Plain, x: Any, axis: Any) -> bool:
+    if type(weight) is not ndarray or weight.dtype is not plain.compute:
+        return False
+    if type(axis) is not int or axis != 1 or weight.ndim != 1:
+        return False
+    fits_x = weight.size == 1 or (x.ndim > 1 and weight.size == x.shape[1])
+    return fits_x and weight.flags.carray
+
 
 def _know(slope: Any, plain: cpu.Plain) -> tuple[float, Any] | None:
-    """Return (slope, slope as an array) and keep them: most calls repeat theirs."""
+    """Return (slope, slope as an array) and keep them for the next call."""
     if type(slope) is not float or not -_HUGE < slope < _HUGE:
         return None
     plain.slope = known = slope, np.asarray(slope, plain.compute)
@@ -123,38 +187,53 @@ def fits(y: Any, x: Any) -> bool:
 def _with_mask(
     plain: cpu.Plain, x: Any, slope: float, inplace: Any, out: Any, return_mask: Any
 ) -> Any:
-    if return_mask is not True or not x.flags.carray:
+    if return_mask is not True:
         return None
     mask = Mask.__new__(Mask)
     mask.shape = x.shape
     mask.bits = bits = np.empty((x.size + 7) >> 3, np.uint8)
-    y = _run_masked(plain, x, bits, slope, inplace, out)
+    y = _masked(plain, x, bits, slope, inplace, out)
     return None if y is None else (y, mask)
 
 
 def _from_mask(
     plain: cpu.Plain, grad: Any, mask: Mask, slope: float, inplace: Any, out: Any
 ) -> Any:
-    if mask.shape != grad.shape or not grad.flags.carray:
+    if mask.shape != grad.shape or type(mask.bits) is not ndarray:
         return None
-    bits = mask.bits
-    if type(bits) is not ndarray or not bits.flags.carray:
-        return None
-    return _run_masked(plain, grad, bits, slope, inplace, out)
+    return _masked(plain, grad, mask.bits, slope, inplace, out)
 
 
-def _run_masked(
+def _masked(
     plain: cpu.Plain, a: Any, bits: Any, slope: float, inplace: Any, out: Any
 ) -> Any:
-    if inplace is True and out is None:
-        out = a
-    elif inplace is not False or not (out is None or out is a or fits(out, a)):
+    y = _target(a, bits, inplace, out)
+    if y is not None:
+        plain.run_masked(a, bits, slope, y)
+    return y
+
+
+def _large(
+    plain: cpu.Plain, a: Any, b: Any, slope: float, inplace: Any, out: Any
+) -> Any:
+    y = _target(a, b, inplace, out)
+    if y is not None:
+        plain.run(a, b, slope, y)
+    return y
+
+
+def _target(a: Any, b: Any, inplace: Any, out: Any) -> Any:
+    """Return where to write, or None if an array lies in another way than flat."""
+    if not a.flags.carray or not (b is a or b.flags.carray):
         return None
-    storage = plain.storage
-    flat = a.ravel() if storage is None else a.ravel().view(storage)
-    if out is a:
-        return a if plain.masked_inplace(flat, bits, slope) else None
-    if out is None:
-        out = empty_like(a)
-    target = out.ravel() if storage is None else out.ravel().view(storage)
-    return out if plain.masked(flat, bits, target, slope) else None
+    if inplace is True and out is None:
+        y = a
+    elif inplace is not False:
+        return None
+    elif out is None:
+        return cpu.empty_like(a)
+    elif out is a or (fits(out, a) and not may_share_memory(out, a)):
+        y = out
+    else:
+        return None
+    return y if b is a or b is y or not may_share_memory(y, b) else None

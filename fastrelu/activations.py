@@ -379,6 +379,9 @@ def prelu(
     array([[-0.5 , -0.25],
            [ 2.  , -0.5 ]])
     """
+    y = _leaky_relu_calls.channels(x, weight, axis, inplace, out)
+    if y is not None:
+        return y
     engine = engine_of("x", x)
     checked = _arguments.array("x", x)
     _, broadcast = _arguments.weight(weight, checked, axis)
@@ -450,6 +453,12 @@ def prelu_backward(
     >>> dw
     array([-1., -3.])
     """
+    gradients: tuple[Array, Array] | None
+    gradients = _leaky_relu_backward_calls.channels_backward(
+        grad_output, x, weight, axis, inplace, out
+    )
+    if gradients is not None:
+        return gradients
     engine = engine_of("grad_output", grad_output)
     grad = _arguments.array("grad_output", grad_output)
     checked = _arguments.like("x", x, "grad_output", grad)

@@ -1,10 +1,11 @@
 """The NumPy engine: lays arrays flat and hands them to the right loop."""
 
 import contextlib
+import functools
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -22,7 +23,6 @@ __all__ = [
     "backward_mask",
     "empty_like",
     "forward",
-    
     "prelu",
     "prelu_backward",
 ]
@@ -118,25 +118,66 @@ def _lies_on(x: Array, y: Array) -> bool:
 
 
 class Plain:
-    """What small plain arrays of one dtype need.
+    """What plain arrays of one dtype need: those that lie flat, in C order.
 
-    `masked` and `masked_inplace` take arrays viewed as `storage`, or as they are where
-    it is None.
+    `ufunc` is for small ones; `run` and `run_masked` are for all.  Their arrays are
+    clear of each other or the same.
     """
-
-    __slots__ = ("compute", "masked", "masked_inplace", "slope", "storage", "ufunc")
 
     def __init__(
         self, formula: Function, dtype: np.dtype[Any], *, gradient: bool
     ) -> None:
-        lane = lane_of(dtype)
-        block = loops.backward_mask if gradient else loops.forward_mask
+        self.formula, self.lane = formula, lane_of(dtype)
         self.ufunc = ufunc(formula, dtype, gradient=gradient)
-        self.masked = loops.compiled(loops.serial, block, formula, lane)
-        self.masked_inplace = loops.compiled(loops.serial_inplace, block, formula, lane)
-        self.storage = None if lane.storage == dtype else lane.storage
-        self.compute = np.dtype(str(lane.compute))
-        self.slope = 0.0, np.zeros((), self.compute)  # the last one, also as an array
+        self.block, self.masked_block = (
+            (loops.backward, loops.backward_mask)
+            if gradient
+            else (loops.forward, loops.forward_mask)
+        )
+        self.storage = None if self.lane.storage == dtype else self.lane.storage
+        self.compute = self.lane.product
+        # The last one, and as an array: most calls repeat theirs.
+        self.slope: tuple[float, Any] = 0.0, np.zeros((), self.compute)
+
+    def run(self, a: Array, b: Array, slope: float, y: Array) -> None:
+        """Write the formula of a, and of b for a gradient, into y."""
+        flat = self._flat(a)
+        _run(
+            self.block,
+            self.formula,
+            self.lane,
+            flat if y is a else self._flat(y),
+            flat,
+            flat if b is a else self._flat(b),
+            slope,
+        )
+
+    def run_masked(self, a: Array, bits: Array, slope: float, y: Array) -> None:
+        """Also write the mask, or for a gradient read it."""
+        flat = self._flat(a)
+        flat_y = flat if y is a else self._flat(y)
+        _run(self.masked_block, self.formula, self.lane, flat_y, flat, bits, slope)
+
+    def run_channels(self, x: Array, weight: Array, y: Array) -> None:
+        """Take a weight for each index of x's second axis, or one for all."""
+        view = _channels(x.shape, _across(weight, x))
+        flat = self._flat(x)
+        flat_y = flat if y is x else self._flat(y)
+        _run_channels(self.formula, self.lane, flat_y, flat, weight, view)
+
+    def run_channels_backward(
+        self, grad: Array, x: Array, weight: Array, y: Array, total: Array
+    ) -> None:
+        """Also write the gradient towards the weight into total."""
+        view = _channels(x.shape, _across(weight, x))
+        flat = self._flat(grad)
+        flat_y = flat if y is grad else self._flat(y)
+        _run_channels_backward(
+            self.formula, self.lane, flat_y, flat, self._flat(x), weight, view, total
+        )
+
+    def _flat(self, x: Array) -> Array:
+        return x.ravel() if self.storage is None else x.ravel().view(self.storage)
 
 
 def _run(
@@ -152,20 +193,31 @@ def _run(
     if a.size == 0:
         return
     moved = a.nbytes + y.nbytes + (0 if b is a else b.nbytes)
-    past_cache = y is not a and moved > CACHE
 
     def task(team: int) -> None:
-        driver: Function
-        args: tuple[Any, ...]
-        if y is a or past_cache:
-            driver, args = loops.parallel_by_tile, (a, b, y, slope, past_cache, team)
-        elif team > 1:
-            driver, args = loops.parallel, (a, b, y, slope, team)
+        several = team > 1
+        if y is a and block in _WHOLE:
+            loop = loops.compiled(loops.inplace, block, formula, lane, several)
+            loop(a, b, slope, team)
+        elif y is a or moved > CACHE:
+            loop = loops.compiled(loops.by_tile, block, formula, lane, several)
+            loop(a, b, y, slope, y is not a, team)
         else:
-            driver, args = loops.serial, (a, b, y, slope)
-        loops.compiled(driver, block, formula, lane, team > 1)(*args)
+            loop = loops.compiled(loops.straight, block, formula, lane, several)
+            loop(a, b, y, slope, team)
 
     threads.run(task, moved)
+
+
+def _across(weight: Array, x: Array) -> tuple[int, ...]:
+    """Return the shape of a weight that varies along x's second axis or not at all."""
+    shape = [1] * x.ndim
+    if weight.size != 1:
+        shape[1] = weight.size
+    return tuple(shape)
+
+
+_WHOLE = loops.forward, loops.backward  # blocks that do not cut their arrays up
 
 
 def forward(
@@ -210,56 +262,47 @@ def backward_mask(
 # A weight for each channel ------------------------------------------------------------
 
 
-class _Channels:
+class _Channels(NamedTuple):
     """An array seen as (outer, channel, inner), with one weight a channel.
 
-    `weight` has as many axes as the array, each as long as the array's or 1.  The
-    channels are the axes from the first to the last along which the weight varies; an
-    axis between them along which it does not is spread out.
+    The channels are the axes from the first to the last along which the weight varies.
+    An axis between them along which it does not, in `spread`, is counted with them.
     """
 
-    def __init__(self, weight: Array, shape: tuple[int, ...], lane: Lane) -> None:
-        vary = [axis for axis, size in enumerate(weight.shape) if size > 1]
-        first, last = (vary[0], vary[-1] + 1) if vary else (0, 0)
-        self.span = shape[first:last]
-        self.spread = tuple(
-            axis
-            for axis in range(first, last)
-            if weight.shape[axis] == 1 and shape[axis] > 1
-        )
-        self.outer = math.prod(shape[:first])
-        self.inner = math.prod(shape[last:])
-        self.first = first
-        self.shape = weight.shape
-        narrow = weight.reshape(weight.shape[first:last])
-        compute = np.dtype(str(lane.compute))
-        wide = np.broadcast_to(narrow, self.span).astype(compute)
-        self.weight = np.ascontiguousarray(wide).reshape(-1)
-        self.channels = self.weight.size
-        # Short rows are treated as columns: the weight is repeated along the row, and
-        # again until the loops over it are worth starting.
-        self.by_column = self.inner < _COLUMN_WISE and self.channels > 1
-        self.repeats = 1
-        if self.by_column:
-            width = self.channels * self.inner
-            self.repeats = max(1, min(_WIDTH // width, self.outer))
-            self.weight = np.tile(np.repeat(self.weight, self.inner), self.repeats)
+    axes: slice
+    span: tuple[int, ...]  # the lengths of these axes
+    spread: tuple[int, ...]  # places in `span`
+    channels: int
+    inner: int
+    by_column: bool  # short rows are better treated as columns,
+    repeats: int  # so many rows at once
 
-    def sum(self, partial: Array) -> Array:
-        """Add partial sums (2, before, channels * after) up to the weight's shape."""
-        before = partial.shape[1] * self.repeats
-        size = partial.shape[2] // self.repeats
-        partial = partial.reshape(2, before, *self.span, size // self.channels)
-        axes = [2 + axis - self.first for axis in self.spread]
-        partial = np.moveaxis(partial, axes, range(1, 1 + len(axes)))
-        kept = math.prod(self.span) // math.prod(self.span[a - 2] for a in axes)
-        after = partial.shape[-1]
-        partial = np.ascontiguousarray(partial).reshape(2, -1, kept, after)
-        result = np.empty(kept)
-        loops.compiled(loops.prelu_finish, None, None, lane_of(result.dtype))(
-            partial, result
-        )
-        return result.reshape(self.shape)
+
+@functools.lru_cache(1024)
+def _channels(shape: tuple[int, ...], weight: tuple[int, ...]) -> _Channels:
+    """Return the view for a weight of as many axes, each as long as x's or 1."""
+    vary = [axis for axis, size in enumerate(weight) if size > 1]
+    first, last = (vary[0], vary[-1] + 1) if vary else (0, 0)
+    span = shape[first:last]
+    spread = tuple(
+        axis - first
+        for axis in range(first, last)
+        if weight[axis] == 1 and shape[axis] > 1
+    )
+    channels, inner = math.prod(span), math.prod(shape[last:])
+    outer = math.prod(shape[:first])
+    by_column = inner < _COLUMN_WISE and channels > 1
+    repeats = max(1, min(_WIDTH // (channels * inner), outer)) if by_column else 1
+    axes = slice(first, last)
+    return _Channels(axes, span, spread, channels, inner, by_column, repeats)
+
+
+def _widen(weight: Array, view: _Channels, lane: Lane) -> Array:
+    """Return a copy with one weight for each channel, in the type of the products."""
+    if view.spread:
+        weight = weight.reshape(weight.shape[view.axes])
+        weight = np.broadcast_to(weight, view.span)
+    return np.array(weight, lane.product, order="C").reshape(-1)
 
 
 def prelu(formula: Function, x: Array, weight: Array, out: Array) -> None:
@@ -268,15 +311,23 @@ def prelu(formula: Function, x: Array, weight: Array, out: Array) -> None:
     if x.size == 0:
         return
     lane = lane_of(x.dtype)
-    view = _Channels(weight.transpose(order), y.transpose(order).shape, lane)
-    if view.channels == 1:
-        slope = float(view.weight[0])
-        _run(loops.forward, formula, lane, flat_y, flat_x, flat_x, slope)
-    else:
-        block = loops.columns if view.by_column else loops.rows
-        _run(block, formula, lane, flat_y, flat_x, view.weight, view.inner)
+    weight = weight.transpose(order)
+    view = _channels(y.transpose(order).shape, weight.shape)
+    _run_channels(formula, lane, flat_y, flat_x, _widen(weight, view, lane), view)
     if y is not out:
         np.copyto(out, y)
+
+
+def _run_channels(
+    formula: Function, lane: Lane, y: Array, x: Array, weight: Array, view: _Channels
+) -> None:
+    if view.channels == 1:
+        _run(loops.forward, formula, lane, y, x, x, float(weight[0]))
+    elif view.by_column:
+        wide = np.tile(np.repeat(weight, view.inner), view.repeats)
+        _run(loops.columns, formula, lane, y, x, wide, 0)
+    else:
+        _run(loops.rows, formula, lane, y, x, weight, view.inner)
 
 
 def prelu_backward(
@@ -293,28 +344,51 @@ def prelu_backward(
         return
     y, order, (flat_y, flat_grad, flat_x) = _lay_flat(out, [grad, x])
     lane = lane_of(x.dtype)
-    view = _Channels(weight.transpose(order), y.transpose(order).shape, lane)
-    if view.by_column:
-        driver = loops.prelu_backward_columns
-        blocks = -(-x.size // (view.weight.size * loops.BLOCK_ROWS))
-        partial = np.empty((2, blocks, view.weight.size))
-    else:
-        driver = loops.prelu_backward_rows
-        segments = -(-view.inner // loops.SEGMENT)
-        partial = np.empty((2, view.outer * view.channels * segments))
-    moved = flat_grad.nbytes + flat_x.nbytes + flat_y.nbytes
-    past_cache = flat_y is not flat_grad and moved > CACHE
+    weight = weight.transpose(order)
+    view = _channels(y.transpose(order).shape, weight.shape)
+    wide = _widen(weight, view, lane)
+    simple = out_weight.dtype in _SIMPLE
+    total = np.empty(weight.shape, out_weight.dtype if simple else np.float64)
+    flats = flat_y, flat_grad, flat_x
+    _run_channels_backward(gradient, lane, *flats, wide, view, total.reshape(-1))
+    if y is not out:
+        np.copyto(out, y)
+    total = total.transpose(np.argsort(order)).reshape(out_weight.shape)
+    with np.errstate(all="ignore"):  # a sum beyond a half float is an infinity
+        out_weight[...] = total
+
+
+_SIMPLE = np.dtype(np.float32), np.dtype(np.float64)  # dtypes that Numba rounds to
+
+
+def _run_channels_backward(
+    gradient: Function,
+    lane: Lane,
+    y: Array,
+    grad: Array,
+    x: Array,
+    weight: Array,
+    view: _Channels,
+    total: Array,
+) -> None:
+    """Write the gradient towards x into y and that towards the weight into total."""
+    driver = (
+        loops.prelu_backward_columns if view.by_column else loops.prelu_backward_rows
+    )
+    sums = np.empty((2, view.channels))
+    moved = grad.nbytes + x.nbytes + y.nbytes
+    past_cache = y is not grad and moved > CACHE
 
     def task(team: int) -> None:
         loop = loops.compiled(driver, None, gradient, lane, team > 1)
-        where = (view.weight, flat_y, view.inner, partial, past_cache, team)
-        loop(flat_grad, flat_x, *where)
+        where = weight, y, view.inner, view.repeats, sums, past_cache, team
+        loop(grad, x, *where)
 
     threads.run(task, moved)
-    if y is not out:
-        np.copyto(out, y)
-    if not view.by_column:
-        partial = partial.reshape(2, view.outer, -1)
-    total = view.sum(partial).transpose(np.argsort(order))
-    with np.errstate(all="ignore"):  # a sum beyond a half float is an infinity
-        out_weight[...] = total.reshape(out_weight.shape)
+    shape = 2, 1, view.channels, 1
+    if view.spread:  # add up along the axes that were counted with the channels
+        sums = sums.reshape(2, *view.span)
+        places = range(1, 1 + len(view.spread))
+        sums = np.moveaxis(sums, [1 + place for place in view.spread], places)
+        shape = 2, view.channels // total.size, total.size, 1
+    loops.finish(np.ascontiguousarray(sums).reshape(shape), total)

@@ -127,6 +127,11 @@ class Lane:
     store: Any  # a number -> storage
     pack: Any  # pack(x, bits): the mask bits of whole words
 
+    @property
+    def product(self) -> np.dtype[Any]:
+        """The dtype of every product."""
+        return np.dtype(str(self.compute))
+
 
 def _packer(positive: Callable[[Any, Any], Any]) -> Any:
     """Return `pack(x, bits, words)`; `positive` tests a vector of 64 stored values."""

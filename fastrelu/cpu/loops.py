@@ -1,16 +1,18 @@
 """From a formula to compiled loops.
 
-A *block* applies a formula to the elements [start, stop) of flat arrays.  A *driver*
-decides who runs which blocks: one thread, all threads, in place, or past the cache.
+A *block* applies a formula to a part of flat arrays.  A *driver* decides who runs which
+blocks: one thread, all threads, in place, or past the cache.
 Every combination is compiled when it is first needed and kept in Numba's disk cache.
 
 All blocks have one signature, so that one set of drivers serves them all:
 
-    block(a, b, y, slope, start, stop)
+    block(a, b, y, slope, start)
 
-`a` is the array whose shape the result has (x, or the gradient), `b` what goes with it
-(the saved array, mask bits, channel weights, or `a` again), and `y` receives the
-results of [start, stop) at its own start.
+`a` is the part from `start` on of the array whose shape the result has (x, or the
+gradient), `b` all of what goes with it (the saved array, mask bits, channel weights, or
+`a` again), and `y` receives the results.  Blocks are inlined before they are optimised:
+where a driver names one array twice, for in place, the compiler sees that it is one and
+still makes vector code.
 """
 
 import functools
@@ -29,7 +31,7 @@ from fastrelu.cpu import lanes
 from fastrelu.cpu.lanes import WORD, Lane, fence, stream, unpack
 
 TILE = 4096  # elements worked on at a time where a second pass must find them in L1
-LANES = 64  # running sums kept side by side, so that a row's sum is vector work
+LANES = 32  # running sums kept side by side, so that a row's sum is vector work
 SEGMENT = 1 << 14  # elements of a row summed on their own
 BLOCK_ROWS = 64  # rows summed together where channels are the last axis
 SEGMENT_COLUMNS = 1024
@@ -44,7 +46,6 @@ store: Any
 compute: Any
 storage: Any
 pack: Any
-by_tile: Any
 step: Any
 one_weight: Any
 own_weights: Any
@@ -53,139 +54,110 @@ own_weights: Any
 # Blocks -------------------------------------------------------------------------------
 
 
-def forward(a, b, y, slope, start, stop):
-    x = a[start:stop]
+def forward(x, b, y, slope, start):
     rounded = compute(slope)
     for i in range(x.size):
         y[i] = store(formula(load(x[i]), rounded))
 
 
-def backward(a, b, y, slope, start, stop):
-    grad = a[start:stop]
-    saved = b[start:stop]
+def backward(grad, b, y, slope, start):
+    saved = b[start : start + grad.size]
     rounded = compute(slope)
     for i in range(grad.size):
         y[i] = store(formula(load(grad[i]), load(saved[i]), rounded))
 
 
-def forward_mask(a, b, y, slope, start, stop):
+def forward_mask(x, b, y, slope, start):
     rounded = compute(slope)
-    for first in range(start, stop, TILE):
-        x = a[first : min(first + TILE, stop)]
-        words = x.size // WORD
-        bits = b[first // 8 :]
+    for first in range(0, x.size, TILE):
+        tile = x[first : first + TILE]
+        words = tile.size // WORD
+        bits = b[(start + first) // 8 :]
         # Before the results are written: they may go where x is.
-        pack(x, bits, words)
-        for i in range(words * WORD, x.size, 8):
+        pack(tile, bits, words)
+        for i in range(words * WORD, tile.size, 8):
             byte = np.uint8(0)
-            for j in range(min(8, x.size - i)):
-                byte |= np.uint8(load(x[i + j]) > 0) << np.uint8(j)
+            for j in range(min(8, tile.size - i)):
+                byte |= np.uint8(load(tile[i + j]) > 0) << np.uint8(j)
             bits[i // 8] = byte
-        result = y[first - start :]
-        for i in range(x.size):
-            result[i] = store(formula(load(x[i]), rounded))
+        result = y[first : first + TILE]
+        for i in range(tile.size):
+            result[i] = store(formula(load(tile[i]), rounded))
 
 
-def backward_mask(a, b, y, slope, start, stop):
+def backward_mask(grad, b, y, slope, start):
     rounded = compute(slope)
-    flags = np.empty(min(TILE, stop - start), np.uint8)
-    for first in range(start, stop, TILE):
-        grad = a[first : min(first + TILE, stop)]
-        words = grad.size // WORD
-        bits = b[first // 8 :]
+    flags = np.empty(min(TILE, grad.size), np.uint8)
+    for first in range(0, grad.size, TILE):
+        tile = grad[first : first + TILE]
+        words = tile.size // WORD
+        bits = b[(start + first) // 8 :]
         unpack(bits, flags, words)
-        for i in range(words * WORD, grad.size):
+        for i in range(words * WORD, tile.size):
             flags[i] = (bits[i // 8] >> np.uint8(i % 8)) & np.uint8(1)
-        result = y[first - start :]
-        for i in range(grad.size):
-            result[i] = store(formula(load(grad[i]), flags[i], rounded))
+        result = y[first : first + TILE]
+        for i in range(tile.size):
+            result[i] = store(formula(load(tile[i]), flags[i], rounded))
 
 
-def rows(a, b, y, slope, start, stop):
+def rows(x, b, y, slope, start):
     """One weight a row of `slope` elements, as in (N, C, H, W)."""
-    first = start
-    while first < stop:
-        row = first // slope
-        last = min((row + 1) * slope, stop)
+    first = 0
+    while first < x.size:
+        row = (start + first) // slope
+        last = min((row + 1) * slope - start, x.size)
         weight = b[row % b.size]
-        x = a[first:last]
-        result = y[first - start : last - start]
-        for i in range(x.size):
-            result[i] = store(formula(load(x[i]), weight))
+        part = x[first:last]
+        result = y[first:last]
+        for i in range(part.size):
+            result[i] = store(formula(load(part[i]), weight))
         first = last
 
 
-def columns(a, b, y, slope, start, stop):
+def columns(x, b, y, slope, start):
     """One weight a column, as in (N, C)."""
-    first = start
-    while first < stop:
-        column = first % b.size
-        last = min(first + b.size - column, stop)
-        x = a[first:last]
-        weights = b[column : column + x.size]
-        result = y[first - start : last - start]
-        for i in range(x.size):
-            result[i] = store(formula(load(x[i]), weights[i]))
+    first = 0
+    while first < x.size:
+        column = (start + first) % b.size
+        last = min(first + b.size - column, x.size)
+        part = x[first:last]
+        result = y[first:last]
+        weights = b[column : column + part.size]
+        for i in range(part.size):
+            result[i] = store(formula(load(part[i]), weights[i]))
         first = last
 
 
 # Drivers ------------------------------------------------------------------------------
 
 
-@njit(nogil=True, error_model="numpy", forceinline=True)
-def _overlap(y, x):
-    """Say whether two arrays share memory without being the same."""
-    first_y = y.ctypes.data
-    first_x = x.ctypes.data
-    last_y = first_y + y.size * y.itemsize
-    last_x = first_x + x.size * x.itemsize
-    return first_y != first_x and first_y < last_x and first_x < last_y
-
-
-def serial(a, b, y, slope):
-    """Return whether it ran: `y` must lie on an input or clear of it."""
-    if _overlap(y, a) or _overlap(y, b):
-        return False
-    block(a, b, y, slope, 0, a.size)
-    return True
-
-
-def serial_inplace(a, b, slope):
-    """Return whether it ran: `b` must be `a` or clear of it."""
-    if _overlap(a, b):
-        return False
-    by_tile(a, b, a, slope, 0, a.size, False)
-    return True
-
-
-def parallel(a, b, y, slope, team):
+def straight(a, b, y, slope, team):
     chunk = -(-a.size // team // TILE) * TILE
     for k in prange(-(-a.size // chunk)):
-        stop = min((k + 1) * chunk, a.size)
-        block(a, b, y[k * chunk : stop], slope, k * chunk, stop)
+        start = k * chunk
+        block(a[start : start + chunk], b, y[start : start + chunk], slope, start)
 
 
-def parallel_by_tile(a, b, y, slope, past_cache, team):
-    """Work in place, where `y` is `a`, or send the results past the cache."""
+def inplace(a, b, slope, team):
+    """Work in place, for blocks that do not cut their arrays up further."""
     chunk = -(-a.size // team // TILE) * TILE
     for k in prange(-(-a.size // chunk)):
-        stop = min((k + 1) * chunk, a.size)
-        by_tile(a, b, y, slope, k * chunk, stop, past_cache)
+        start = k * chunk
+        x = a[start : start + chunk]
+        block(x, b, x, slope, start)
 
 
-def _by_tile(a, b, y, slope, start, stop, past_cache):
-    """Apply the block tile by tile in L1; `y` is all of the result.
-
-    The compiler makes vector code only where it can tell reading from writing.  In
-    place it cannot, so the detour through the tile pays there too.
-    """
-    tile = np.empty(min(TILE, stop - start), y.dtype)
-    for first in range(start, stop, TILE):
-        last = min(first + TILE, stop)
-        block(a, b, tile, slope, first, last)
-        _put(tile, y[first:last], past_cache)
-    if past_cache:
-        fence()
+def by_tile(a, b, y, slope, past_cache, team):
+    """Take a detour through L1: for in place, where `y` is `a`, or past the cache."""
+    chunk = -(-a.size // team // TILE) * TILE
+    for k in prange(-(-a.size // chunk)):
+        tile = np.empty(TILE, y.dtype)
+        for start in range(k * chunk, min((k + 1) * chunk, a.size), TILE):
+            stop = min(start + TILE, a.size)
+            block(a[start:stop], b, tile, slope, start)
+            _put(tile, y[start:stop], past_cache)
+        if past_cache:
+            fence()
 
 
 @njit(nogil=True, error_model="numpy", forceinline=True)
@@ -216,18 +188,20 @@ def ufunc_forward(context, data, dimensions, strides, extra):
     x = carray(data[0], size, storage)
     slopes = carray(data[1], size, compute)
     y = carray(data[2], size, storage)
-    if strides[0] == x.itemsize == strides[2] and strides[1] == 0:
-        if x.ctypes.data == y.ctypes.data:
-            for i in range(size):  # the same name twice: else it is scalar code
-                y[i] = store(formula(load(y[i]), slopes[0]))
-        else:
-            block(x, x, y, slopes[0], 0, size)
-    else:
+    dense = strides[0] == x.itemsize and strides[2] == y.itemsize
+    if dense and strides[1] == slopes.itemsize:
+        for i in range(size):
+            y[i] = store(formula(load(x[i]), slopes[i]))
+    elif not dense or strides[1] != 0:
         x = as_strided(x, (size,), (strides[0],))
         slopes = as_strided(slopes, (size,), (strides[1],))
         y = as_strided(y, (size,), (strides[2],))
         for i in range(size):
             y[i] = store(formula(load(x[i]), slopes[i]))
+    elif x.ctypes.data == y.ctypes.data:
+        block(x, x, x, slopes[0], 0)
+    else:
+        block(x, x, y, slopes[0], 0)
     return 0
 
 
@@ -238,19 +212,17 @@ def ufunc_backward(context, data, dimensions, strides, extra):
     slopes = carray(data[2], size, compute)
     y = carray(data[3], size, storage)
     item = y.itemsize
-    if strides[0] == strides[1] == strides[3] == item and strides[2] == 0:
-        if grad.ctypes.data == y.ctypes.data:
-            for i in range(size):
-                y[i] = store(formula(load(y[i]), load(saved[i]), slopes[0]))
-        else:
-            block(grad, saved, y, slopes[0], 0, size)
-    else:
+    if not strides[0] == strides[1] == strides[3] == item or strides[2] != 0:
         grad = as_strided(grad, (size,), (strides[0],))
         saved = as_strided(saved, (size,), (strides[1],))
         slopes = as_strided(slopes, (size,), (strides[2],))
         y = as_strided(y, (size,), (strides[3],))
         for i in range(size):
             y[i] = store(formula(load(grad[i]), load(saved[i]), slopes[i]))
+    elif grad.ctypes.data == y.ctypes.data:
+        block(grad, saved, grad, slopes[0], 0)
+    else:
+        block(grad, saved, y, slopes[0], 0)
     return 0
 
 
@@ -295,45 +267,64 @@ def _own_weights(g, x, weights, y, sums, errors):
         step(g, x, weights[i], y, sums, errors, i, i)
 
 
-def prelu_backward_rows(g, x, w, y, inner, partial, past_cache, team):
-    """One weight a row of `inner` elements; partial is (2, rows * segments)."""
+@njit(nogil=True, error_model="numpy", forceinline=True)
+def _add(sums, errors, i, value, error):
+    """Add a sum and its error to sum i."""
+    total = sums[i] + value
+    errors[i] += _error(sums[i], value, total) + error
+    sums[i] = total
+
+
+def prelu_backward_rows(g, x, w, y, inner, repeats, sums, past_cache, team):
+    """One weight a row of `inner` elements; sums is (2, channels)."""
     segments = -(-inner // SEGMENT)
-    cells = partial.shape[1]
+    cells = x.size // inner * segments
+    partial = np.empty((2, cells))
     chunk = -(-cells // team)
     for k in prange(-(-cells // chunk)):
         tile = np.empty(TILE, y.dtype)
-        sums = np.empty(LANES)
+        totals = np.empty(LANES)
         errors = np.empty(LANES)
         for cell in range(k * chunk, min((k + 1) * chunk, cells)):
             row = cell // segments
             weight = w[row % w.size]
-            sums[:] = 0.0
+            totals[:] = 0.0
             errors[:] = 0.0
             begin = row * inner + cell % segments * SEGMENT
             end = min(begin + SEGMENT, (row + 1) * inner)
             for start in range(begin, end, TILE):
                 stop = min(start + TILE, end)
-                one_weight(g[start:stop], x[start:stop], weight, tile, sums, errors)
+                one_weight(g[start:stop], x[start:stop], weight, tile, totals, errors)
                 _put(tile, y[start:stop], past_cache)
             half = LANES // 2
             while half > 0:
                 for i in range(half):
-                    total = sums[i] + sums[i + half]
-                    lost = _error(sums[i], sums[i + half], total)
-                    errors[i] += errors[i + half] + lost
-                    sums[i] = total
+                    _add(totals, errors, i, totals[i + half], errors[i + half])
                 half //= 2
-            partial[0, cell] = sums[0]
+            partial[0, cell] = totals[0]
             partial[1, cell] = errors[0]
         if past_cache:
             fence()
+    sums[:] = 0.0
+    for cell in range(cells):
+        channel = cell // segments % w.size
+        _add(sums[0], sums[1], channel, partial[0, cell], partial[1, cell])
 
 
-def prelu_backward_columns(g, x, w, y, inner, partial, past_cache, team):
-    """One weight a column of w.size; partial is (2, blocks of rows, w.size)."""
-    size = w.size
+def prelu_backward_columns(g, x, w, y, inner, repeats, sums, past_cache, team):
+    """One weight for each `inner` columns; sums is (2, channels).
+
+    The rows are (repeats, channels, inner) long: short ones are taken together until
+    the loops over them are worth starting.
+    """
+    size = repeats * w.size * inner
+    wide = w if size == w.size else np.empty(size, w.dtype)
+    for column in range(size if size > w.size else 0):
+        wide[column] = w[column // inner % w.size]
+    blocks = -(-x.size // (size * BLOCK_ROWS))
+    partial = np.empty((2, blocks, size))
     across = -(-size // SEGMENT_COLUMNS)
-    cells = partial.shape[1] * across
+    cells = blocks * across
     chunk = -(-cells // team)
     for k in prange(-(-cells // chunk)):
         tile = np.empty(SEGMENT_COLUMNS, y.dtype)
@@ -341,36 +332,46 @@ def prelu_backward_columns(g, x, w, y, inner, partial, past_cache, team):
             place = cell // across
             left = cell % across * SEGMENT_COLUMNS
             right = min(left + SEGMENT_COLUMNS, size)
-            weights = w[left:right]
-            sums = partial[0, place, left:right]
+            weights = wide[left:right]
+            totals = partial[0, place, left:right]
             errors = partial[1, place, left:right]
-            sums[:] = 0.0
+            totals[:] = 0.0
             errors[:] = 0.0
             for row in range(place * BLOCK_ROWS, (place + 1) * BLOCK_ROWS):
                 start = min(row * size + left, g.size)
                 stop = min(row * size + right, g.size)
-                own_weights(g[start:stop], x[start:stop], weights, tile, sums, errors)
+                own_weights(g[start:stop], x[start:stop], weights, tile, totals, errors)
                 _put(tile, y[start:stop], past_cache)
         if past_cache:
             fence()
+    totals, errors = partial[0, 0], partial[1, 0]
+    for place in range(1, blocks):
+        values, more = partial[0, place], partial[1, place]
+        for column in range(size):
+            _add(totals, errors, column, values[column], more[column])
+    sums[:] = 0.0
+    column = 0
+    for _ in range(repeats):
+        for channel in range(w.size):
+            for _ in range(inner):
+                _add(sums[0], sums[1], channel, totals[column], errors[column])
+                column += 1
 
 
 def prelu_finish(partial, result):
     """Sum partial (2, before, channels, after) into result (channels,), in order."""
+    sums = np.zeros(result.size)
     errors = np.zeros(result.size)
-    result[:] = 0.0
     for before in range(partial.shape[1]):
         for channel in range(partial.shape[2]):
             for after in range(partial.shape[3]):
                 value = partial[0, before, channel, after]
-                total = result[channel] + value
-                lost = _error(result[channel], value, total)
-                errors[channel] += lost + partial[1, before, channel, after]
-                result[channel] = total
+                _add(sums, errors, channel, value, partial[1, before, channel, after])
     for channel in range(result.size):
         # Past an infinity or a NaN the errors are NaN and say nothing.
-        if np.isfinite(result[channel]):
-            result[channel] += errors[channel]
+        if np.isfinite(sums[channel]):
+            sums[channel] += errors[channel]
+        result[channel] = sums[channel]
 
 
 # Building -----------------------------------------------------------------------------
@@ -428,16 +429,17 @@ def bound(
         parts.append(inner_formula.__name__)
     if inner_block is not None:
         parts.append(inner_block.__name__)
-        templates: dict[str, Function] = {"block": inner_block, "by_tile": _by_tile}
+        copy = _rebuild(inner_block, "block", names)
+        names["block"] = _compile(copy, inline="always")
     else:
-        templates = {
+        templates: dict[str, Function] = {
             "step": _step,
             "one_weight": _one_weight,
             "own_weights": _own_weights,
         }
-    for name, template in templates.items():  # each may use those before it
-        copy = _rebuild(template, name, names)
-        names[name] = _compile(copy, forceinline=True)
+        for name, template in templates.items():  # each may use those before it
+            copy = _rebuild(template, name, names)
+            names[name] = _compile(copy, forceinline=True)
     return _rebuild(driver, "_".join([*parts, digest.hexdigest()[:12]]), names)
 
 
@@ -456,3 +458,10 @@ def compiled(
         return _compile(function, parallel=parallel, cache=True)
     except RuntimeError:  # no folder to keep compiled code in
         return _compile(function, parallel=parallel)
+
+
+def finish(partial: Any, result: Any) -> None:
+    """Add partial sums up into a float32 or float64 result."""
+    compiled(prelu_finish, None, None, lanes.lane_of(np.dtype(np.float64)))(
+        partial, result
+    )

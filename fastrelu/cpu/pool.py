@@ -12,9 +12,21 @@ from typing import Any, Literal
 
 import numpy as np
 
-SMALLEST = 1 << 19  # bytes; what is smaller, malloc recycles by itself
+SMALLEST = 1 << 20  # bytes; what is smaller, malloc recycles by itself
 _PAGE = 4096
 _LINE = 64
+
+
+class _Block:
+    """Memory, and how NumPy is told about it."""
+
+    __slots__ = ("interface", "nbytes", "raw")
+
+    def __init__(self, nbytes: int) -> None:
+        self.raw = np.empty(nbytes + _LINE, np.uint8)
+        self.nbytes = nbytes
+        start = -self.raw.ctypes.data % _LINE
+        self.interface = self.raw[start : start + nbytes].__array_interface__
 
 
 class _Owner:
@@ -22,9 +34,9 @@ class _Owner:
 
     __slots__ = ("__array_interface__", "block", "pool")
 
-    def __init__(self, pool: "MemoryPool", block: Any) -> None:
+    def __init__(self, pool: "MemoryPool", block: _Block) -> None:
         self.pool, self.block = pool, block
-        self.__array_interface__ = block.__array_interface__
+        self.__array_interface__ = block.interface
 
     def __del__(self) -> None:
         # The collector may run this in the middle of any line, the pool's included:
@@ -57,10 +69,10 @@ class MemoryPool:
 
     def __init__(self, limit: int | None = None) -> None:
         self._lock = threading.Lock()
-        self._idle: OrderedDict[int, list[Any]] = (
+        self._idle: OrderedDict[int, list[_Block]] = (
             OrderedDict()
         )  # by size, stalest first
-        self._returned: list[Any] = []
+        self._returned: list[_Block] = []
         self._used = self._free = 0
         self._limit = _default_limit() if limit is None else limit
 
@@ -83,25 +95,30 @@ class MemoryPool:
             return np.empty_like(x, order=order, subok=False)
         size = -(-x.nbytes // _PAGE) * _PAGE
         with self._lock:
-            self._collect()
+            if self._returned:
+                self._collect()
             blocks = self._idle.get(size)
             block = blocks.pop() if blocks else None
             if block is not None:
                 self._free -= size
+                self._used += size
                 self._idle.move_to_end(size)
         if block is None:
-            try:
-                raw = np.empty(size + _LINE, np.uint8)
-            except MemoryError:
-                self.free_all_blocks()
-                raw = np.empty(size + _LINE, np.uint8)
-            block = raw[-raw.ctypes.data % _LINE :][:size]
+            block = self._new_block(size)
         memory = np.asarray(_Owner(self, block))
-        with self._lock:
-            self._used += size
         plain = order == "C" or x.flags.c_contiguous
         strides = None if plain else np.empty_like(x, subok=False).strides
         return np.ndarray(x.shape, x.dtype, memory, 0, strides)
+
+    def _new_block(self, size: int) -> _Block:
+        try:
+            block = _Block(size)
+        except MemoryError:
+            self.free_all_blocks()
+            block = _Block(size)
+        with self._lock:
+            self._used += size
+        return block
 
     def used_bytes(self) -> int:
         """Return the bytes behind arrays that are still in use."""

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 from numba import cfunc, types
-from numpy._core import _multiarray_umath  # where NumPy's own headers look for it
+from numpy._core import _multiarray_umath  # type: ignore[attr-defined]
 
 from fastrelu.cpu import loops
 from fastrelu.cpu.lanes import lane_of
@@ -53,9 +53,9 @@ class _Spec(ctypes.Structure):  # PyArrayMethod_Spec
 
 def _interface() -> tuple[Callable[..., Any], Callable[..., Any]]:
     """Return NumPy's PyUFunc_FromFuncAndData and PyUFunc_AddLoopFromSpec."""
-    get_pointer = ctypes.PYFUNCTYPE(
-        ctypes.c_void_p, ctypes.py_object, ctypes.c_char_p
-    )(("PyCapsule_GetPointer", ctypes.pythonapi))
+    get_pointer = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.py_object, ctypes.c_char_p)(
+        ("PyCapsule_GetPointer", ctypes.pythonapi)
+    )
     address = get_pointer(_multiarray_umath._UFUNC_API, None)
     table = ctypes.cast(address, ctypes.POINTER(ctypes.c_void_p))
     text, number, pointer = ctypes.c_char_p, ctypes.c_int, ctypes.c_void_p
@@ -87,19 +87,21 @@ def ufunc(formula: Callable[..., Any], dtype: np.dtype[Any], *, gradient: bool) 
     except RuntimeError:  # no folder to keep compiled code in
         loop = cfunc(_LOOP)(function)
     operands = [dtype] * (2 if gradient else 1)
-    signature = [*operands, np.dtype(str(lane.compute)), dtype]
+    signature = [*operands, lane.product, dtype]
     name = formula.__name__.strip("_").encode()
     result = _new(
         None, None, None, 0, len(signature) - 1, 1, _NO_IDENTITY, name, None, 0
     )
+    classes: Any = ctypes.py_object * len(signature)
+    dtypes = classes(*map(type, signature))
     spec = _Spec(
         name,
         len(signature) - 1,
         1,
         _NO_CASTING,
         _NO_FLOATINGPOINT_ERRORS,
-        (ctypes.py_object * len(signature))(*map(type, signature)),
-        (_Slot * 2)((_STRIDED_LOOP, loop.address), (0, None)),
+        dtypes,
+        (_Slot * 2)(_Slot(_STRIDED_LOOP, loop.address), _Slot(0, None)),
     )
     _add_loop(result, spec)
     _kept.append((loop, name))  # NumPy has their addresses only

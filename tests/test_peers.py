@@ -1,0 +1,211 @@
+"""The benchmark's peers, their workers, and the command that shows them."""
+
+import signal
+import subprocess
+import sys
+
+import pytest
+from conftest import floats_here
+
+from fastrelu import _peers
+from fastrelu._peers import COMMON, OPS, PEERS, Case, NumPy, Team, check, size
+
+CASES = [
+    Case(op, mode, dtype, n)
+    for op, row in OPS.items()
+    for mode in row.modes
+    for dtype in floats_here()
+    for n in (1, 1000)
+]
+SMALL = Case("relu", "fresh", "float32", 1000)
+
+
+@pytest.mark.parametrize("name", ["relu-fresh-float32-1M", "prelu_last-out-float16-1"])
+def test_a_case_has_a_name(name):
+    assert Case.parse(name).name == name
+
+
+def test_every_case_comes_back_from_its_name():
+    assert [Case.parse(case.name) for case in CASES] == CASES
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "swish-fresh-float32-1",
+        "relu-here-float32-1",
+        "relu-fresh-int8-1",
+        "relu-fresh-float32-0",
+        "relu-fresh-float32-1G",
+        "prelu_both-out-float32-1",
+    ],
+)
+def test_there_is_no_such_case(name):
+    with pytest.raises(ValueError, match=r"unknown|has no|expected"):
+        Case.parse(name)
+
+
+def test_bytes():
+    n = size("1M")
+    expected = {
+        "relu-fresh-float32-1M": 8 * n,
+        "relu-inplace-float16-1M": 4 * n,
+        "relu_mask-fresh-float32-1M": 8 * n + n // 8,
+        "leaky_relu_backward-out-float32-1M": 12 * n,
+        "relu_backward_mask-fresh-float64-1M": 16 * n + n // 8,
+        "prelu_backward_rows-fresh-float32-1M": 12 * n,
+        "prelu_both-fresh-float32-1M": 20 * n,
+    }
+    assert {name: Case.parse(name).bytes for name in expected} == expected
+
+
+@pytest.mark.parametrize("name", PEERS)
+def test_a_peer_computes_the_right_thing(name):
+    if missing := PEERS[name].missing():
+        pytest.skip(missing)
+    can = [case for case in CASES if not PEERS[name].lacks(case)]
+    assert can
+    if name == "torch-tcmalloc":  # torch in another environment
+        return
+    peer = PEERS[name]()
+    for case in can:
+        check(peer, case)
+
+
+def worker(body):
+    """A peer that is NumPy but for what its worker does."""
+
+    class Odd(NumPy):
+        name = "odd"
+
+        @classmethod
+        def command(cls):
+            start = "import os, sys\nfrom fastrelu._peers import *\n"
+            start += "class Odd(NumPy):\n  def call(self, case, data):\n"
+            return [sys.executable, "-c", f"{start}    {body}\nserve(Odd())"]
+
+    return Odd
+
+
+def test_the_peers_take_turns(monkeypatch):
+    order = []
+    ask = _peers.Worker.ask
+
+    def spy(self, *request):
+        order.append((self.peer.name, request[0]))
+        return ask(self, *request)
+
+    monkeypatch.setattr(_peers.Worker, "ask", spy)
+    with Team([PEERS["fastrelu"], NumPy]) as team:
+        results = team.measure(SMALL, turns=2)
+    requests = ["open", "turn", "turn", "close"]
+    assert order == [(n, r) for r in requests for n in ("fastrelu", "numpy")]
+    for result in results:
+        assert not result.error
+        assert len(result.seconds) >= 6
+        assert 0 < result.median < 1
+        assert result.version
+
+
+def test_what_a_library_prints_does_no_harm():
+    noisy = worker(
+        "os.system('echo hello'); print('hello'); return lambda: data.x * (data.x > 0)"
+    )
+    (result,) = _peers.measure([SMALL], [noisy], turns=1)
+    assert not result.error
+    assert result.seconds
+
+
+ERRORS = {
+    "sys.exit('so long')": "status 1: so long",
+    "os._exit(3)": "status 3",
+    "raise RuntimeError('no luck')": "RuntimeError: no luck",
+    "return lambda: data.x + 1": "AssertionError: result 0 is",
+    "return lambda: np.maximum(data.x, 0).astype('f8')": "is float64",
+}
+
+
+@pytest.mark.parametrize("body", ERRORS)
+def test_a_bad_peer_is_told_and_the_others_go_on(body):
+    odd, ours = _peers.measure([SMALL], [worker(body), NumPy], turns=1)
+    assert ERRORS[body] in odd.error
+    assert not odd.seconds
+    assert ours.seconds
+
+
+def test_a_worker_that_died_is_back_for_the_next_case():
+    bad = worker(
+        "return sys.exit(1) if case.n == 1000 else lambda: np.maximum(data.x, 0)"
+    )
+    other = Case("relu", "fresh", "float32", 64)
+    first, second = _peers.measure([SMALL, other], [bad], turns=1)
+    assert first.error
+    assert second.seconds
+
+
+def test_the_workers_end_with_the_team():
+    with Team([NumPy]) as team:
+        team.measure(SMALL, turns=1)
+        processes = [worker.process for worker in team.workers.values()]
+    assert all(process.returncode is not None for process in processes)
+
+
+COMMAND = [sys.executable, "-m", "fastrelu", "bench"]
+
+
+def call(*arguments, cwd):
+    return subprocess.run(
+        [*COMMAND, *arguments], capture_output=True, text=True, cwd=cwd, check=False
+    )
+
+
+def test_the_command_prints_a_table(tmp_path):
+    done = call("--peers", "numpy", "--size", "64,1k", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    header, *rows = [
+        line.split() for line in done.stdout.partition("\n\n")[0].splitlines()
+    ]
+    assert header == ["operation", "size", "fastrelu", "GB/s", "numpy"]
+    assert [row[:3] for row in rows] == [
+        [op, mode, n] for op, mode in COMMON for n in ("64", "1k")
+    ]
+    assert all(row[-1].endswith("x") for row in rows)
+    assert len(done.stderr.splitlines()) == len(rows)
+
+
+WRONG = {
+    "--peers abacus": "abacus",
+    "--peers": "--peers",
+    "--size 0": "--size",
+    "--size 1k,big": "big",
+    "--dtype int8": "int8",
+    "--turns 3": "--turns",
+}
+
+
+@pytest.mark.parametrize("arguments", WRONG)
+def test_a_wrong_argument_is_one_line(arguments, tmp_path):
+    done = call(*arguments.split(), cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert len(done.stderr.splitlines()) == 1
+    assert WRONG[arguments] in done.stderr
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX signals")
+def test_ctrl_c_shows_what_there_is(tmp_path):
+    with subprocess.Popen(
+        [*COMMAND, "--peers", "numpy", "--size", "64"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=tmp_path,
+    ) as process:
+        for line in process.stderr:
+            if line.startswith("3/"):
+                break
+        process.send_signal(signal.SIGINT)
+        output, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert errors.splitlines()[-1] == "fastrelu bench: interrupted"
+    assert "relu out" in output
