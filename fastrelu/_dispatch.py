@@ -191,7 +191,7 @@ def _with_mask(
         return None
     mask = Mask.__new__(Mask)
     mask.shape = x.shape
-    mask.bits = bits = np.empty((x.size + 7) >> 3, np.uint8)
+    mask.bits = bits = cpu.empty_bytes((x.size + 7) >> 3)
     y = _masked(plain, x, bits, slope, inplace, out)
     return None if y is None else (y, mask)
 

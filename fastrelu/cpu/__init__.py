@@ -11,7 +11,7 @@ import numpy as np
 
 from fastrelu.cpu import loops, threads
 from fastrelu.cpu.lanes import Lane, lane_of
-from fastrelu.cpu.pool import empty_like
+from fastrelu.cpu.pool import empty_bytes, empty_like
 from fastrelu.cpu.ufuncs import ufunc
 
 Array = Any  # numpy.ndarray of any dtype; its own generic type says nothing more here
@@ -21,6 +21,7 @@ __all__ = [
     "Plain",
     "backward",
     "backward_mask",
+    "empty_bytes",
     "empty_like",
     "forward",
     "prelu",
@@ -196,15 +197,16 @@ def _run(
 
     def task(team: int) -> None:
         several = team > 1
-        if y is a and block in _WHOLE:
-            loop = loops.compiled(loops.inplace, block, formula, lane, several)
-            loop(a, b, slope, team)
-        elif y is a or moved > CACHE:
-            loop = loops.compiled(loops.by_tile, block, formula, lane, several)
-            loop(a, b, y, slope, y is not a, team)
-        else:
-            loop = loops.compiled(loops.straight, block, formula, lane, several)
+        if y is not a:
+            past_cache = moved > CACHE
+            loop = loops.compiled(
+                loops.straight, block, formula, lane, several, past_cache
+            )
             loop(a, b, y, slope, team)
+        else:
+            driver = loops.inplace if block in _WHOLE else loops.inplace_by_tile
+            loop = loops.compiled(driver, block, formula, lane, several)
+            loop(a, b, slope, team)
 
     threads.run(task, moved)
 
@@ -226,7 +228,7 @@ def forward(
     """Write formula(x, slope) into out; return the mask bits if they are wanted."""
     lane = lane_of(x.dtype)
     y, _, (flat_y, flat_x) = _lay_flat(out, [x], c_order=want_mask)
-    bits = np.empty(-(-x.size // 8), np.uint8) if want_mask else None
+    bits = empty_bytes(-(-x.size // 8)) if want_mask else None
     block = loops.forward_mask if want_mask else loops.forward
     _run(block, formula, lane, flat_y, flat_x, flat_x if bits is None else bits, slope)
     if y is not out:

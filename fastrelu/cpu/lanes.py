@@ -125,7 +125,7 @@ class Lane:
     compute: Any  # the Numba type of every product
     load: Any  # storage -> a number
     store: Any  # a number -> storage
-    pack: Any  # pack(x, bits): the mask bits of whole words
+    active: Any  # active(x, first): the mask bits of the WORD elements from there
 
     @property
     def product(self) -> np.dtype[Any]:
@@ -133,25 +133,35 @@ class Lane:
         return np.dtype(str(self.compute))
 
 
-def _packer(positive: Callable[[Any, Any], Any]) -> Any:
-    """Return `pack(x, bits, words)`; `positive` tests a vector of 64 stored values."""
+def _tester(positive: Callable[[Any, Any], Any]) -> Any:
+    """Return `active(x, first)`; `positive` tests a vector of 64 stored values."""
 
     @intrinsic
-    def pack(typingctx, x, bits, words):
+    def active(typingctx, x, first):
         def codegen(context, builder, signature, args):
-            vector = ir.VectorType(context.get_value_type(x.dtype), WORD)
-            word = ir.IntType(WORD)
-            source = _pointer(context, builder, x, args[0], vector)
-            target = _pointer(context, builder, bits, args[1], word)
-            with cgutils.for_range(builder, args[2]) as loop:
-                value = builder.load(builder.gep(source, [loop.index]), align=1)
-                packed = builder.bitcast(positive(builder, value), word)
-                builder.store(packed, builder.gep(target, [loop.index]), align=1)
-            return context.get_dummy_value()
+            element = context.get_value_type(x.dtype)
+            source = _pointer(context, builder, x, args[0], element)
+            source = builder.bitcast(
+                builder.gep(source, [args[1]]), ir.VectorType(element, WORD).as_pointer()
+            )
+            value = builder.load(source, align=1)
+            return builder.bitcast(positive(builder, value), ir.IntType(WORD))
 
-        return types.void(x, bits, types.intp), codegen
+        return types.uint64(x, types.uintp), codegen
 
-    return pack
+    return active
+
+
+@intrinsic
+def put_word(typingctx, bits, place, word):
+    """Write the mask bits of a word to bits[8 * place:]."""
+
+    def codegen(context, builder, signature, args):
+        target = _pointer(context, builder, bits, args[0], ir.IntType(WORD))
+        builder.store(args[2], builder.gep(target, [args[1]]), align=1)
+        return context.get_dummy_value()
+
+    return types.void(bits, types.uintp, types.uint64), codegen
 
 
 def _pointer(context: Any, builder: Any, array: Any, value: Any, element: Any) -> Any:
@@ -174,15 +184,15 @@ def _positive_bits(infinity: int) -> Callable[[Any, Any], Any]:
     return positive
 
 
-_pack_float = _packer(lambda b, v: b.fcmp_ordered(">", v, _splat(v, 0.0)))
-_pack_signed = _packer(lambda b, v: b.icmp_signed(">", v, _splat(v, 0)))
-_pack_unsigned = _packer(lambda b, v: b.icmp_unsigned("!=", v, _splat(v, 0)))
+_active_float = _tester(lambda b, v: b.fcmp_ordered(">", v, _splat(v, 0.0)))
+_active_signed = _tester(lambda b, v: b.icmp_signed(">", v, _splat(v, 0)))
+_active_unsigned = _tester(lambda b, v: b.icmp_unsigned("!=", v, _splat(v, 0)))
 
 
 def _lane(dtype: np.dtype[Any]) -> Lane:
-    pack = {"f": _pack_float, "i": _pack_signed, "u": _pack_unsigned}[dtype.kind]
+    active = {"f": _active_float, "i": _active_signed, "u": _active_unsigned}
     compute = numba.float32 if dtype == np.float32 else numba.float64
-    return Lane(dtype.name, dtype, compute, _same, _same, pack)
+    return Lane(dtype.name, dtype, compute, _same, _same, active[dtype.kind])
 
 
 _UINT16 = np.dtype(np.uint16)
@@ -192,7 +202,7 @@ _FLOAT16 = Lane(
     numba.float32,
     _half_to_float,
     _float_to_half,
-    _packer(_positive_bits(0x7C00)),
+    _tester(_positive_bits(0x7C00)),
 )
 _BFLOAT16 = Lane(
     "bfloat16",
@@ -200,7 +210,7 @@ _BFLOAT16 = Lane(
     numba.float32,
     _bfloat16_to_float,
     _float_to_bfloat16,
-    _packer(_positive_bits(0x7F80)),
+    _tester(_positive_bits(0x7F80)),
 )
 _LANES = {np.dtype(code): _lane(np.dtype(code)) for code in "bBhHiIlLqQfd"}
 _LANES[np.dtype(np.float16)] = _FLOAT16
@@ -248,6 +258,37 @@ def stream(typingctx, target, source, lines):
         return context.get_dummy_value()
 
     return types.void(target, source, types.intp), codegen
+
+
+@intrinsic
+def line_buffer(typingctx, like):
+    """Return the address of WORD elements on the stack, at the start of a line."""
+
+    def codegen(context, builder, signature, args):
+        lines = WORD * context.get_abi_sizeof(context.get_data_type(like.dtype)) // 64
+        buffer = cgutils.alloca_once(builder, ir.ArrayType(_LINE, lines))
+        return builder.bitcast(buffer, context.get_value_type(signature.return_type))
+
+    return types.CPointer(like.dtype)(like), codegen
+
+
+@intrinsic
+def stream_word(typingctx, target, first, buffer):
+    """Send WORD elements from a line_buffer past the cache to target[first:]."""
+
+    def codegen(context, builder, signature, args):
+        element = context.get_data_type(target.dtype)
+        to = _pointer(context, builder, target, args[0], element)
+        to = builder.bitcast(builder.gep(to, [args[1]]), _LINE.as_pointer())
+        start = _pointer(context, builder, buffer, args[2], _LINE)
+        hint = builder.module.add_metadata([ir.Constant(_I32, 1)])
+        for i in range(WORD * context.get_abi_sizeof(element) // 64):
+            line = builder.load(builder.gep(start, [_I32(i)]), align=64)
+            store = builder.store(line, builder.gep(to, [_I32(i)]), align=64)
+            store.set_metadata("nontemporal", hint)
+        return context.get_dummy_value()
+
+    return types.void(target, types.uintp, buffer), codegen
 
 
 @intrinsic

@@ -28,9 +28,19 @@ from numba import carray, njit, prange
 from numpy.lib.stride_tricks import as_strided
 
 from fastrelu.cpu import lanes
-from fastrelu.cpu.lanes import WORD, Lane, fence, stream, unpack
+from fastrelu.cpu.lanes import (
+    WORD,
+    Lane,
+    fence,
+    line_buffer,
+    put_word,
+    stream,
+    stream_word,
+    unpack,
+)
 
 TILE = 4096  # elements worked on at a time where a second pass must find them in L1
+MASKED = 1024  # the same where bits are packed or unpacked first
 LANES = 32  # running sums kept side by side, so that a row's sum is vector work
 SEGMENT = 1 << 14  # elements of a row summed on their own
 BLOCK_ROWS = 64  # rows summed together where channels are the last axis
@@ -45,59 +55,144 @@ load: Any
 store: Any
 compute: Any
 storage: Any
-pack: Any
+active: Any
+element: Any
+finished: Any
 step: Any
 one_weight: Any
 own_weights: Any
+
+
+# Elements -----------------------------------------------------------------------------
+#
+# What is written at i: `b` holds what goes with each element, `s` what all share.
+
+
+def of_input(x, b, s, i):
+    return store(formula(load(x[i]), s))
+
+
+def of_gradient(grad, saved, s, i):
+    return store(formula(load(grad[i]), load(saved[i]), s))
+
+
+def of_flag(grad, flags, s, i):
+    return store(formula(load(grad[i]), flags[i], s))
+
+
+def of_weight(x, weights, s, i):
+    return store(formula(load(x[i]), weights[i]))
+
+
+def fill(y, x, b, s):
+    for i in range(x.size):
+        y[i] = element(x, b, s, i)
+
+
+def fill_past_cache(y, x, b, s):
+    """Write whole cache lines to memory and leave the cache to others.
+
+    They are made in registers, by way of a small buffer that the compiler sees through.
+    """
+    line = 64 // y.itemsize
+    lead = min(-y.ctypes.data % 64 // y.itemsize, x.size)
+    for i in range(lead):
+        y[i] = element(x, b, s, i)
+    buffer = carray(line_buffer(y), WORD)
+    words = (x.size - lead) // WORD
+    for word in range(np.uintp(words)):  # unsigned: an index from the end is no option
+        first = np.uintp(lead) + word * np.uintp(WORD)
+        for j in range(np.uintp(WORD)):
+            buffer[j] = element(x, b, s, first + j)
+        stream_word(y, first, buffer)
+    for i in range(lead + words * WORD, x.size):
+        y[i] = element(x, b, s, i)
 
 
 # Blocks -------------------------------------------------------------------------------
 
 
 def forward(x, b, y, slope, start):
-    rounded = compute(slope)
-    for i in range(x.size):
-        y[i] = store(formula(load(x[i]), rounded))
+    fill(y, x, b, compute(slope))
 
 
 def backward(grad, b, y, slope, start):
-    saved = b[start : start + grad.size]
-    rounded = compute(slope)
-    for i in range(grad.size):
-        y[i] = store(formula(load(grad[i]), load(saved[i]), rounded))
+    fill(y, grad, b[start : start + grad.size], compute(slope))
+
+
+@njit(nogil=True, error_model="numpy", forceinline=True)
+def _end_of_line(y, stop):
+    """Return the last place, not after stop, at which a cache line of y ends."""
+    if stop >= y.size:
+        return y.size
+    return stop - (y.ctypes.data + stop * y.itemsize) % 64 // y.itemsize
 
 
 def forward_mask(x, b, y, slope, start):
     rounded = compute(slope)
-    for first in range(0, x.size, TILE):
-        tile = x[first : first + TILE]
+    done = 0
+    for first in range(0, x.size, MASKED):
+        tile = x[first : first + MASKED]
         words = tile.size // WORD
         bits = b[(start + first) // 8 :]
         # Before the results are written: they may go where x is.
-        pack(tile, bits, words)
+        for word in range(np.uintp(words)):
+            put_word(bits, word, active(tile, word * np.uintp(WORD)))
         for i in range(words * WORD, tile.size, 8):
             byte = np.uint8(0)
             for j in range(min(8, tile.size - i)):
                 byte |= np.uint8(load(tile[i + j]) > 0) << np.uint8(j)
             bits[i // 8] = byte
-        result = y[first : first + TILE]
-        for i in range(tile.size):
-            result[i] = store(formula(load(tile[i]), rounded))
+        stop = _end_of_line(y, first + MASKED)
+        fill(y[done:stop], x[done:stop], b, rounded)
+        done = stop
+
+
+def forward_mask_past_cache(x, b, y, slope, start):
+    """Make the bits in the same breath, while other words are under way."""
+    rounded = compute(slope)
+    lead = min(-y.ctypes.data % 64 // y.itemsize, x.size)
+    bits = b[start // 8 :]
+    # The words of y start `lead` elements after those of the mask.
+    shift, rest = np.uint64(lead), np.uint64(WORD - lead)
+    carry = np.uint64(0)
+    for i in range(lead):
+        y[i] = element(x, b, rounded, i)
+        carry |= np.uint64(load(x[i]) > 0) << np.uint64(i)
+    buffer = carray(line_buffer(y), WORD)
+    words = (x.size - lead) // WORD
+    for word in range(np.uintp(words)):
+        first = np.uintp(lead) + word * np.uintp(WORD)
+        for j in range(np.uintp(WORD)):
+            buffer[j] = element(x, b, rounded, first + j)
+        flags = active(x, first)
+        put_word(bits, word, carry | flags << shift)
+        carry = flags >> rest if lead > 0 else np.uint64(0)
+        stream_word(y, first, buffer)
+    first = lead + words * WORD
+    flags = np.uint64(0)
+    for i in range(first, x.size):
+        y[i] = element(x, b, rounded, i)
+        flags |= np.uint64(load(x[i]) > 0) << np.uint64(i - first)
+    for place in range(-(-(x.size - words * WORD) // 8)):
+        word = carry | flags << shift if place < 8 else flags >> rest
+        bits[words * 8 + place] = np.uint8(word >> np.uint64(place % 8 * 8))
 
 
 def backward_mask(grad, b, y, slope, start):
     rounded = compute(slope)
-    flags = np.empty(min(TILE, grad.size), np.uint8)
-    for first in range(0, grad.size, TILE):
-        tile = grad[first : first + TILE]
-        words = tile.size // WORD
-        bits = b[(start + first) // 8 :]
+    flags = np.empty(MASKED + 2 * WORD, np.uint8)
+    done = 0
+    for first in range(0, grad.size, MASKED):
+        stop = _end_of_line(y, min(first + MASKED, grad.size))
+        base = done // WORD * WORD
+        words = min(-(-(stop - base) // WORD), (grad.size - base) // WORD)
+        bits = b[(start + base) // 8 :]
         unpack(bits, flags, words)
-        for i in range(words * WORD, tile.size):
+        for i in range(words * WORD, stop - base):
             flags[i] = (bits[i // 8] >> np.uint8(i % 8)) & np.uint8(1)
-        result = y[first : first + TILE]
-        for i in range(tile.size):
-            result[i] = store(formula(load(tile[i]), flags[i], rounded))
+        fill(y[done:stop], grad[done:stop], flags[done - base :], rounded)
+        done = stop
 
 
 def rows(x, b, y, slope, start):
@@ -106,11 +201,7 @@ def rows(x, b, y, slope, start):
     while first < x.size:
         row = (start + first) // slope
         last = min((row + 1) * slope - start, x.size)
-        weight = b[row % b.size]
-        part = x[first:last]
-        result = y[first:last]
-        for i in range(part.size):
-            result[i] = store(formula(load(part[i]), weight))
+        fill(y[first:last], x[first:last], b, b[row % b.size])
         first = last
 
 
@@ -120,15 +211,30 @@ def columns(x, b, y, slope, start):
     while first < x.size:
         column = (start + first) % b.size
         last = min(first + b.size - column, x.size)
-        part = x[first:last]
-        result = y[first:last]
-        weights = b[column : column + part.size]
-        for i in range(part.size):
-            result[i] = store(formula(load(part[i]), weights[i]))
+        weights = b[column : column + last - first]
+        fill(y[first:last], x[first:last], weights, slope)
         first = last
 
 
+PAST_CACHE = {forward_mask: forward_mask_past_cache}
+
+ELEMENTS = {
+    forward: of_input,
+    backward: of_gradient,
+    forward_mask: of_input,
+    forward_mask_past_cache: of_input,
+    backward_mask: of_flag,
+    rows: of_input,
+    columns: of_weight,
+}
+
+
 # Drivers ------------------------------------------------------------------------------
+
+
+@njit(inline="always")
+def _nothing():
+    pass
 
 
 def straight(a, b, y, slope, team):
@@ -136,10 +242,11 @@ def straight(a, b, y, slope, team):
     for k in prange(-(-a.size // chunk)):
         start = k * chunk
         block(a[start : start + chunk], b, y[start : start + chunk], slope, start)
+        finished()
 
 
 def inplace(a, b, slope, team):
-    """Work in place, for blocks that do not cut their arrays up further."""
+    """Work in place, for blocks that do not cut their arrays up."""
     chunk = -(-a.size // team // TILE) * TILE
     for k in prange(-(-a.size // chunk)):
         start = k * chunk
@@ -147,17 +254,15 @@ def inplace(a, b, slope, team):
         block(x, b, x, slope, start)
 
 
-def by_tile(a, b, y, slope, past_cache, team):
-    """Take a detour through L1: for in place, where `y` is `a`, or past the cache."""
+def inplace_by_tile(a, b, slope, team):
+    """Work in place, where the compiler would not see that it is one array."""
     chunk = -(-a.size // team // TILE) * TILE
     for k in prange(-(-a.size // chunk)):
-        tile = np.empty(TILE, y.dtype)
+        tile = np.empty(TILE, a.dtype)
         for start in range(k * chunk, min((k + 1) * chunk, a.size), TILE):
-            stop = min(start + TILE, a.size)
-            block(a[start:stop], b, tile, slope, start)
-            _put(tile, y[start:stop], past_cache)
-        if past_cache:
-            fence()
+            x = a[start : start + TILE]
+            block(x, b, tile[: x.size], slope, start)
+            _put(tile, x, False)
 
 
 @njit(nogil=True, error_model="numpy", forceinline=True)
@@ -411,6 +516,7 @@ def bound(
     inner_formula: Function | None,
     lane: Lane,
     kind: str,
+    past_cache: bool = False,
 ) -> Function:
     """Return a driver whose open names are bound, for Numba to compile."""
     names: dict[str, Any] = {
@@ -418,7 +524,7 @@ def bound(
         "store": lane.store,
         "compute": lane.compute,
         "storage": lane.storage.type,
-        "pack": lane.pack,
+        "active": lane.active,
     }
     parts = [driver.__name__, lane.name, kind]
     digest = hashlib.sha256(_SOURCES)
@@ -429,8 +535,16 @@ def bound(
         parts.append(inner_formula.__name__)
     if inner_block is not None:
         parts.append(inner_block.__name__)
-        copy = _rebuild(inner_block, "block", names)
-        names["block"] = _compile(copy, inline="always")
+        walk = fill_past_cache if past_cache else fill
+        if past_cache:
+            inner_block = PAST_CACHE.get(inner_block, inner_block)
+        names["finished"] = fence if past_cache else _nothing
+        element = _rebuild(ELEMENTS[inner_block], "element", names)
+        names["element"] = _compile(element, forceinline=True)
+        names["fill"] = _compile(_rebuild(walk, "fill", names), inline="always")
+        names["block"] = _compile(
+            _rebuild(inner_block, "block", names), inline="always"
+        )
     else:
         templates: dict[str, Function] = {
             "step": _step,
@@ -450,10 +564,12 @@ def compiled(
     inner_formula: Function | None,
     lane: Lane,
     parallel: bool = False,
+    past_cache: bool = False,
 ) -> Any:
     """Return one compiled loop; its machine code is made when it is first called."""
     kind = "parallel" if parallel else "single"
-    function = bound(driver, inner_block, inner_formula, lane, kind)
+    kind += "_past_cache" if past_cache else ""
+    function = bound(driver, inner_block, inner_formula, lane, kind, past_cache)
     try:
         return _compile(function, parallel=parallel, cache=True)
     except RuntimeError:  # no folder to keep compiled code in

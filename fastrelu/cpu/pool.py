@@ -93,7 +93,20 @@ class MemoryPool:
         """
         if x.nbytes < SMALLEST:
             return np.empty_like(x, order=order, subok=False)
-        size = -(-x.nbytes // _PAGE) * _PAGE
+        memory = self._take(x.nbytes)
+        plain = order == "C" or x.flags.c_contiguous
+        strides = None if plain else np.empty_like(x, subok=False).strides
+        return np.ndarray(x.shape, x.dtype, memory, 0, strides)
+
+    def empty_bytes(self, size: int) -> Any:
+        """Return a one-dimensional array of uint8, not initialised."""
+        if size < SMALLEST:
+            return np.empty(size, np.uint8)
+        return np.ndarray(size, np.uint8, self._take(size))
+
+    def _take(self, nbytes: int) -> Any:
+        """Return at least so many bytes; they come back when no view is left."""
+        size = -(-nbytes // _PAGE) * _PAGE
         with self._lock:
             if self._returned:
                 self._collect()
@@ -105,10 +118,7 @@ class MemoryPool:
                 self._idle.move_to_end(size)
         if block is None:
             block = self._new_block(size)
-        memory = np.asarray(_Owner(self, block))
-        plain = order == "C" or x.flags.c_contiguous
-        strides = None if plain else np.empty_like(x, subok=False).strides
-        return np.ndarray(x.shape, x.dtype, memory, 0, strides)
+        return np.asarray(_Owner(self, block))
 
     def _new_block(self, size: int) -> _Block:
         try:
@@ -228,4 +238,4 @@ def get_default_memory_pool() -> MemoryPool:
     return _DEFAULT
 
 
-empty_like = _DEFAULT.empty_like
+empty_like, empty_bytes = _DEFAULT.empty_like, _DEFAULT.empty_bytes
