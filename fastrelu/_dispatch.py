@@ -12,7 +12,7 @@ from fastrelu._arguments import is_accepted
 from fastrelu.mask import Mask
 
 _HUGE = 3.4e38  # a slope beyond is not finite, or not in float32
-PLAIN = 1 << 18  # bytes up to which one thread is quickest and the pool not asked
+_FEW = 1 << 14  # bytes up to which NumPy is quickest at broadcasting a weight
 
 
 def engine_of(name: str, value: object) -> ModuleType:
@@ -63,7 +63,7 @@ class PlainCalls:
             known = learnt
         if return_mask is not False:
             return _with_mask(plain, x, slope, inplace, out, return_mask)
-        if x.nbytes > PLAIN:
+        if x.nbytes > plain.small:
             return _large(plain, x, x, slope, inplace, out)
         if out is None:
             if inplace is False and (x.ndim == 1 or x.flags.c_contiguous):
@@ -99,7 +99,7 @@ class PlainCalls:
             or saved.shape != grad.shape
         ):
             return None
-        if grad.nbytes > PLAIN:
+        if grad.nbytes > plain.small:
             return _large(plain, grad, saved, slope, inplace, out)
         if out is None:
             if inplace is False and (grad.ndim == 1 or grad.flags.c_contiguous):
@@ -120,7 +120,7 @@ class PlainCalls:
         plain = self.by_dtype.get(x.dtype) or self._add(x.dtype)
         if plain is None or not _is_weight(weight, plain, x, axis):
             return None
-        if x.nbytes <= (PLAIN if weight.size == 1 else PLAIN >> 4):
+        if x.nbytes <= (plain.small if weight.size == 1 else _FEW):
             if weight.size != 1 and x.ndim > 2:
                 weight = weight.reshape(weight.size, *(1,) * (x.ndim - 2))
             if out is None and inplace is False and x.flags.c_contiguous:
@@ -189,27 +189,25 @@ def _with_mask(
 ) -> Any:
     if return_mask is not True:
         return None
+    y = _target(x, x, inplace, out)
+    if y is None:
+        return None
     mask = Mask.__new__(Mask)
     mask.shape = x.shape
     mask.bits = bits = cpu.empty_bytes((x.size + 7) >> 3)
-    y = _masked(plain, x, bits, slope, inplace, out)
-    return None if y is None else (y, mask)
+    plain.run_masked(x, bits, slope, y)
+    return y, mask
 
 
 def _from_mask(
     plain: cpu.Plain, grad: Any, mask: Mask, slope: float, inplace: Any, out: Any
 ) -> Any:
-    if mask.shape != grad.shape or type(mask.bits) is not ndarray:
+    bits = mask.bits
+    if type(bits) is not ndarray or mask.shape != grad.shape:
         return None
-    return _masked(plain, grad, mask.bits, slope, inplace, out)
-
-
-def _masked(
-    plain: cpu.Plain, a: Any, bits: Any, slope: float, inplace: Any, out: Any
-) -> Any:
-    y = _target(a, bits, inplace, out)
+    y = _target(grad, bits, inplace, out)
     if y is not None:
-        plain.run_masked(a, bits, slope, y)
+        plain.run_masked(grad, bits, slope, y)
     return y
 
 
@@ -226,12 +224,14 @@ def _target(a: Any, b: Any, inplace: Any, out: Any) -> Any:
     """Return where to write, or None if an array lies in another way than flat."""
     if not a.flags.carray or not (b is a or b.flags.carray):
         return None
-    if inplace is True and out is None:
+    if out is None:
+        if inplace is False:
+            return cpu.empty_like(a)
+        if inplace is not True:
+            return None
         y = a
     elif inplace is not False:
         return None
-    elif out is None:
-        return cpu.empty_like(a)
     elif out is a or (fits(out, a) and not may_share_memory(out, a)):
         y = out
     else:

@@ -19,7 +19,7 @@ from typing import Any
 from numpy import ndarray
 
 from fastrelu import _arguments
-from fastrelu._dispatch import PLAIN, PlainCalls, engine_of, fits
+from fastrelu._dispatch import PlainCalls, engine_of, fits
 from fastrelu.mask import Mask
 
 Array = Any  # an array of any library; the result is of the same
@@ -95,9 +95,9 @@ def relu(
     array([ 0.,  0.,  3., nan])
     """
     # The short way of PlainCalls once more: its call is a fifth of a small array's time.
-    if return_mask is False and type(x) is ndarray and x.nbytes <= PLAIN and x.ndim:
+    if return_mask is False and type(x) is ndarray and x.ndim:
         plain = _relu_calls.by_dtype.get(x.dtype)
-        if plain is not None:
+        if plain is not None and x.nbytes <= plain.small:
             zero = plain.slope[1]
             if out is not None:
                 if inplace is False and fits(out, x):

@@ -1,10 +1,8 @@
 """The NumPy engine: lays arrays flat and hands them to the right loop."""
 
-import contextlib
 import functools
 import math
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -30,18 +28,6 @@ __all__ = [
 
 _COLUMN_WISE = 64  # rows of a weight shorter than this are better treated as columns
 _WIDTH = 256  # columns are repeated up to about this many
-
-
-def _cache_size() -> int:
-    """Return the bytes of the largest cache, or a usual size where nothing tells."""
-    sizes = []
-    for file in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
-        with contextlib.suppress(OSError, ValueError):
-            sizes.append(int(file.read_text().strip().removesuffix("K")) << 10)
-    return max(sizes, default=1 << 25)
-
-
-CACHE = _cache_size()
 
 
 # Layout -------------------------------------------------------------------------------
@@ -129,11 +115,17 @@ class Plain:
         self, formula: Function, dtype: np.dtype[Any], *, gradient: bool
     ) -> None:
         self.formula, self.lane = formula, lane_of(dtype)
+        # What one thread is quickest with: all that fits its private cache.
+        self.small = threads.PRIVATE_CACHE // (4 if gradient else 2)
         self.ufunc = ufunc(formula, dtype, gradient=gradient)
         self.block, self.masked_block = (
             (loops.backward, loops.backward_mask)
             if gradient
             else (loops.forward, loops.forward_mask)
+        )
+        self.masked, self.masked_inplace = (
+            loops.compiled(driver, self.masked_block, formula, self.lane)
+            for driver in (loops.straight, loops.inplace_by_tile)
         )
         self.storage = None if self.lane.storage == dtype else self.lane.storage
         self.compute = self.lane.product
@@ -155,9 +147,17 @@ class Plain:
 
     def run_masked(self, a: Array, bits: Array, slope: float, y: Array) -> None:
         """Also write the mask, or for a gradient read it."""
-        flat = self._flat(a)
-        flat_y = flat if y is a else self._flat(y)
-        _run(self.masked_block, self.formula, self.lane, flat_y, flat, bits, slope)
+        if self.storage is None:
+            flat, flat_y = a.ravel(), y.ravel()
+        else:
+            flat, flat_y = self._flat(a), self._flat(y)
+        if a.nbytes > self.small:
+            flat_y = flat if y is a else flat_y
+            _run(self.masked_block, self.formula, self.lane, flat_y, flat, bits, slope)
+        elif y is a:
+            self.masked_inplace(flat, bits, slope, 1)
+        else:
+            self.masked(flat, bits, flat_y, slope, 1)
 
     def run_channels(self, x: Array, weight: Array, y: Array) -> None:
         """Take a weight for each index of x's second axis, or one for all."""
@@ -198,7 +198,7 @@ def _run(
     def task(team: int) -> None:
         several = team > 1
         if y is not a:
-            past_cache = moved > CACHE
+            past_cache = moved > threads.CACHE
             loop = loops.compiled(
                 loops.straight, block, formula, lane, several, past_cache
             )
@@ -379,7 +379,7 @@ def _run_channels_backward(
     )
     sums = np.empty((2, view.channels))
     moved = grad.nbytes + x.nbytes + y.nbytes
-    past_cache = y is not grad and moved > CACHE
+    past_cache = y is not grad and moved > threads.CACHE
 
     def task(team: int) -> None:
         loop = loops.compiled(driver, None, gradient, lane, team > 1)
@@ -387,10 +387,10 @@ def _run_channels_backward(
         loop(grad, x, *where)
 
     threads.run(task, moved)
-    shape = 2, 1, view.channels, 1
+    shape = 2, 1, view.channels
     if view.spread:  # add up along the axes that were counted with the channels
         sums = sums.reshape(2, *view.span)
         places = range(1, 1 + len(view.spread))
         sums = np.moveaxis(sums, [1 + place for place in view.spread], places)
-        shape = 2, view.channels // total.size, total.size, 1
+        shape = 2, view.channels // total.size, total.size
     loops.finish(np.ascontiguousarray(sums).reshape(shape), total)

@@ -116,7 +116,7 @@ else:
     _half_to_float, _float_to_half = _half_to_float_by_bits, _float_to_half_by_bits
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # told apart by identity, which is quick
 class Lane:
     """One dtype as the loops see it."""
 
@@ -142,7 +142,8 @@ def _tester(positive: Callable[[Any, Any], Any]) -> Any:
             element = context.get_value_type(x.dtype)
             source = _pointer(context, builder, x, args[0], element)
             source = builder.bitcast(
-                builder.gep(source, [args[1]]), ir.VectorType(element, WORD).as_pointer()
+                builder.gep(source, [args[1]]),
+                ir.VectorType(element, WORD).as_pointer(),
             )
             value = builder.load(source, align=1)
             return builder.bitcast(positive(builder, value), ir.IntType(WORD))

@@ -94,7 +94,6 @@ def fill_past_cache(y, x, b, s):
 
     They are made in registers, by way of a small buffer that the compiler sees through.
     """
-    line = 64 // y.itemsize
     lead = min(-y.ctypes.data % 64 // y.itemsize, x.size)
     for i in range(lead):
         y[i] = element(x, b, s, i)
@@ -442,7 +441,8 @@ def prelu_backward_columns(g, x, w, y, inner, repeats, sums, past_cache, team):
             errors = partial[1, place, left:right]
             totals[:] = 0.0
             errors[:] = 0.0
-            for row in range(place * BLOCK_ROWS, (place + 1) * BLOCK_ROWS):
+            last = min((place + 1) * BLOCK_ROWS, -(-g.size // size))
+            for row in range(place * BLOCK_ROWS, last):
                 start = min(row * size + left, g.size)
                 stop = min(row * size + right, g.size)
                 own_weights(g[start:stop], x[start:stop], weights, tile, totals, errors)
@@ -455,6 +455,10 @@ def prelu_backward_columns(g, x, w, y, inner, repeats, sums, past_cache, team):
         for column in range(size):
             _add(totals, errors, column, values[column], more[column])
     sums[:] = 0.0
+    if size == w.size:
+        sums[0] = totals
+        sums[1] = errors
+        return
     column = 0
     for _ in range(repeats):
         for channel in range(w.size):
@@ -464,19 +468,16 @@ def prelu_backward_columns(g, x, w, y, inner, repeats, sums, past_cache, team):
 
 
 def prelu_finish(partial, result):
-    """Sum partial (2, before, channels, after) into result (channels,), in order."""
-    sums = np.zeros(result.size)
-    errors = np.zeros(result.size)
-    for before in range(partial.shape[1]):
-        for channel in range(partial.shape[2]):
-            for after in range(partial.shape[3]):
-                value = partial[0, before, channel, after]
-                _add(sums, errors, channel, value, partial[1, before, channel, after])
+    """Sum partial (2, parts, channels) into result (channels,), in order."""
+    sums, errors = partial[0, 0], partial[1, 0]
+    for part in range(1, partial.shape[1]):
+        values, more = partial[0, part], partial[1, part]
+        for channel in range(result.size):
+            _add(sums, errors, channel, values[channel], more[channel])
     for channel in range(result.size):
         # Past an infinity or a NaN the errors are NaN and say nothing.
-        if np.isfinite(sums[channel]):
-            sums[channel] += errors[channel]
-        result[channel] = sums[channel]
+        total = sums[channel] + errors[channel]
+        result[channel] = total if np.isfinite(sums[channel]) else sums[channel]
 
 
 # Building -----------------------------------------------------------------------------
@@ -577,7 +578,7 @@ def compiled(
 
 
 def finish(partial: Any, result: Any) -> None:
-    """Add partial sums up into a float32 or float64 result."""
+    """Add partial sums up, and over them, into a float32 or float64 result."""
     compiled(prelu_finish, None, None, lanes.lane_of(np.dtype(np.float64)))(
         partial, result
     )

@@ -6,18 +6,42 @@ GNU OpenMP kills a forked child at its first parallel call if the parent made on
 TBB does neither and copes best with a busy machine, so it is helped to be found.
 """
 
+import contextlib
 import ctypes
 import os
 import sys
 import threading
 from collections.abc import Callable
 from importlib import metadata
+from pathlib import Path
 
 import numba
 from numba.core import config
 
-# Bytes moved from which waking the other threads pays.
-_WORTH_IT = {"tbb": 3 << 18, "omp": 1 << 19, "workqueue": 1 << 25}
+
+def _cache_size(level: int, default: int) -> int:
+    """Return the bytes of a level of cache, or a usual size where nothing tells."""
+    sizes = [default]
+    for folder in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*"):
+        with contextlib.suppress(OSError, ValueError):
+            if int((folder / "level").read_text()) == level:
+                size = (folder / "size").read_text().strip()
+                sizes = [int(size.removesuffix("K")) << 10]
+    return max(sizes)
+
+
+# What is beyond the last level goes to memory; what fits the second is one thread's.
+PRIVATE_CACHE = _cache_size(2, 1 << 20)
+CACHE = max(_cache_size(3, 1 << 25), PRIVATE_CACHE)
+
+# Bytes moved from which waking the other threads pays.  A second core brings a second
+# private cache and the bandwidth behind it; before that it saves less than it costs to
+# wake.  The workqueue layer takes a hundred times longer to wake than the others.
+_WORTH_IT = {
+    "tbb": PRIVATE_CACHE + 1,
+    "omp": PRIVATE_CACHE + 1,
+    "workqueue": 32 * PRIVATE_CACHE,
+}
 
 _SMALLEST_WORTH_IT = min(_WORTH_IT.values())
 
