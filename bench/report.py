@@ -121,7 +121,7 @@ def from_pytest(data, path):
     for benchmark in data["benchmarks"]:
         extra, stats = benchmark["extra_info"], benchmark["stats"]
         # Other suites, too, say what they measured, under groups of their own.
-        if not (benchmark["group"] or "").startswith(f"{extra.get('op')}-"):
+        if not (benchmark.get("group") or "").startswith(f"{extra.get('op')}-"):
             continue
         peer, cell = extra["peer"], Cell(*(extra[field] for field in Cell._fields))
         new = Outcome(extra["bytes"], extra["limit_gb_per_s"], {})

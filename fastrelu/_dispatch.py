@@ -114,15 +114,16 @@ class PlainCalls:
         return None
 
     def channels(self, x: Any, weight: Any, axis: Any, inplace: Any, out: Any) -> Any:
-        """Take one slope for each index of the second axis, or one for all."""
+        """Take one slope for each index of an axis, or one for all."""
         if type(x) is not ndarray or not x.ndim:
             return None
         plain = self.by_dtype.get(x.dtype) or self._add(x.dtype)
         if plain is None or not _is_weight(weight, plain, x, axis):
             return None
         if x.nbytes <= (plain.small if weight.size == 1 else _FEW):
-            if weight.size != 1 and x.ndim > 2:
-                weight = weight.reshape(weight.size, *(1,) * (x.ndim - 2))
+            after = x.ndim - 1 - axis if axis >= 0 else -1 - axis
+            if weight.size != 1 and after:
+                weight = weight.reshape(weight.size, *(1,) * after)
             if out is None and inplace is False and x.flags.c_contiguous:
                 return plain.ufunc(x, weight)
             y = _target(x, x, inplace, out)
@@ -130,7 +131,7 @@ class PlainCalls:
         y = _target(x, x, inplace, out)
         if y is None or may_share_memory(y, weight):
             return None
-        plain.run_channels(x, weight, y)
+        plain.run_channels(x, weight, axis, y)
         return y
 
     def channels_backward(
@@ -153,17 +154,18 @@ class PlainCalls:
         if y is None or may_share_memory(y, weight):
             return None
         total = np.empty(weight.shape, weight.dtype)
-        plain.run_channels_backward(grad, x, weight, y, total)
+        plain.run_channels_backward(grad, x, weight, axis, y, total)
         return y, total
 
 
 def _is_weight(weight: Any, plain: cpu.Plain, x: Any, axis: Any) -> bool:
     if type(weight) is not ndarray or weight.dtype is not plain.compute:
         return False
-    if type(axis) is not int or axis != 1 or weight.ndim != 1:
+    if type(axis) is not int or weight.ndim != 1 or not weight.flags.carray:
         return False
-    fits_x = weight.size == 1 or (x.ndim > 1 and weight.size == x.shape[1])
-    return fits_x and weight.flags.carray
+    if not -x.ndim <= axis < x.ndim:
+        return weight.size == 1 and axis == 1  # the default, of no matter
+    return weight.size == 1 or weight.size == x.shape[axis]
 
 
 def _know(slope: Any, plain: cpu.Plain) -> tuple[float, Any] | None:

@@ -278,6 +278,7 @@ class Peer:
     passes: tuple[str, ...] = ("forward", "backward", "both")
     modes: tuple[str, ...] = MODES
     dtypes: tuple[str, ...] = DTYPES
+    masks = False  # can a forward pass keep a bit an element?
 
     @classmethod
     def missing(cls) -> str:
@@ -298,6 +299,8 @@ class Peer:
         ):
             if wanted not in known:
                 return f"{cls.name} has no {what}"
+        if case.row.mask and case.row.passes == "forward" and not cls.masks:
+            return f"{cls.name} keeps no mask"
         if case.dtype == "bfloat16" and importlib.util.find_spec("ml_dtypes") is None:
             return "ml_dtypes is not installed"
         return ""
@@ -337,6 +340,7 @@ class FastRelu(Peer):
 
     name = "fastrelu"
     modules = ("fastrelu",)
+    masks = True
 
     def call(self, case: Case, data: Data) -> Callable[[], Any]:
         """Return a call, or a forward and a backward one."""
@@ -382,6 +386,7 @@ class NumPy(Peer):
     name = "numpy"
     modules = ("numpy",)
     dtypes = ("float16", "float32", "float64")
+    masks = True
 
     def call(self, case: Case, data: Data) -> Callable[[], Any]:
         """Return an idiom."""
@@ -406,6 +411,11 @@ class NumPy(Peer):
             return choose(g), sums.reshape(data.w.shape)
 
         into = {} if target is None else {"out": target}
+
+        def relu_mask() -> Any:
+            bits = np.packbits(x > 0, bitorder="little")
+            return np.maximum(x, 0, **into), bits
+
         calls: dict[tuple[str, str], Callable[[], Any]] = {
             ("relu", "forward"): partial(np.maximum, x, 0, **into),
             ("relu", "backward"): lambda: np.multiply(g, x > 0, **into),
@@ -415,7 +425,16 @@ class NumPy(Peer):
             ("prelu", "backward"): prelu_backward,
             ("prelu", "both"): lambda: (choose(x), prelu_backward()),
         }
+        if row.mask and row.passes == "forward":
+            return relu_mask
         return calls[row.activation, row.passes]
+
+    def array(self, case: Case, result: Any) -> Array:
+        """Return an array as it is and bits unpacked."""
+        if result.dtype != np.uint8:
+            return result
+        flags = np.unpackbits(result, count=math.prod(case.shape), bitorder="little")
+        return flags.view(np.bool_)
 
 
 class NumExpr(Peer):
@@ -641,7 +660,6 @@ def check(peer: Peer, case: Case) -> None:
     results = peer.arrays(case, peer.call(case, data)())
     if data.target is not None:
         results[0] = data.target
-    # Only we return a mask; the others keep the input or the output.
     for i, (result, (wanted, error)) in enumerate(zip(results, expected, strict=False)):
         kind = data.x.dtype if wanted.dtype == np.float64 else wanted.dtype
         if (result.dtype, result.shape) != (kind, wanted.shape):

@@ -117,7 +117,8 @@ class Plain:
         self.formula, self.lane = formula, lane_of(dtype)
         # What one thread is quickest with: all that fits its private cache.
         self.small = threads.PRIVATE_CACHE // (4 if gradient else 2)
-        self.ufunc = ufunc(formula, dtype, gradient=gradient)
+        self.dtype, self.gradient = dtype, gradient
+        self.ufunc = self._first_call
         self.block, self.masked_block = (
             (loops.backward, loops.backward_mask)
             if gradient
@@ -131,6 +132,11 @@ class Plain:
         self.compute = self.lane.product
         # The last one, and as an array: most calls repeat theirs.
         self.slope: tuple[float, Any] = 0.0, np.zeros((), self.compute)
+
+    def _first_call(self, *operands: Array) -> Array:
+        # Compiled when it is needed: a weight's gradient, say, does without.
+        self.ufunc = ufunc(self.formula, self.dtype, gradient=self.gradient)
+        return self.ufunc(*operands)
 
     def run(self, a: Array, b: Array, slope: float, y: Array) -> None:
         """Write the formula of a, and of b for a gradient, into y."""
@@ -159,18 +165,24 @@ class Plain:
         else:
             self.masked(flat, bits, flat_y, slope, 1)
 
-    def run_channels(self, x: Array, weight: Array, y: Array) -> None:
-        """Take a weight for each index of x's second axis, or one for all."""
-        view = _channels(x.shape, _across(weight, x))
+    def run_channels(self, x: Array, weight: Array, axis: int, y: Array) -> None:
+        """Take a weight for each index of an axis, or one for all."""
+        view = _channels(x.shape, _along(axis, weight, x))
         flat = self._flat(x)
         flat_y = flat if y is x else self._flat(y)
         _run_channels(self.formula, self.lane, flat_y, flat, weight, view)
 
     def run_channels_backward(
-        self, grad: Array, x: Array, weight: Array, y: Array, total: Array
+        self,
+        grad: Array,
+        x: Array,
+        weight: Array,
+        axis: int,
+        y: Array,
+        total: Array,
     ) -> None:
         """Also write the gradient towards the weight into total."""
-        view = _channels(x.shape, _across(weight, x))
+        view = _channels(x.shape, _along(axis, weight, x))
         flat = self._flat(grad)
         flat_y = flat if y is grad else self._flat(y)
         _run_channels_backward(
@@ -211,11 +223,11 @@ def _run(
     threads.run(task, moved)
 
 
-def _across(weight: Array, x: Array) -> tuple[int, ...]:
-    """Return the shape of a weight that varies along x's second axis or not at all."""
+def _along(axis: int, weight: Array, x: Array) -> tuple[int, ...]:
+    """Return the shape in which a weight broadcasts along an axis, or along none."""
     shape = [1] * x.ndim
     if weight.size != 1:
-        shape[1] = weight.size
+        shape[axis] = weight.size
     return tuple(shape)
 
 

@@ -456,8 +456,10 @@ def prelu_backward_columns(g, x, w, y, inner, repeats, sums, past_cache, team):
             _add(totals, errors, column, values[column], more[column])
     sums[:] = 0.0
     if size == w.size:
-        sums[0] = totals
-        sums[1] = errors
+        # Not by slices: Numba compiles a second's worth of error messages for them.
+        for channel in range(size):
+            sums[0, channel] = totals[channel]
+            sums[1, channel] = errors[channel]
         return
     column = 0
     for _ in range(repeats):
