@@ -97,6 +97,7 @@ class PlainCalls:
             type(saved) is not ndarray
             or saved.dtype is not grad.dtype
             or saved.shape != grad.shape
+            or not (saved.ndim == 1 or saved.flags.c_contiguous)
         ):
             return None
         if grad.nbytes > plain.small:
