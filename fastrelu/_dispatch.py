@@ -1,5 +1,6 @@
 """From the type of an array to its engine, found without importing anything."""
 
+import math
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
@@ -12,7 +13,7 @@ from fastrelu._arguments import is_accepted
 from fastrelu.mask import Mask
 
 _HUGE = 3.4e38  # a slope beyond is not finite, or not in float32
-_FEW = 1 << 14  # bytes up to which NumPy is quickest at broadcasting a weight
+_RUNS = 128  # inner loops of NumPy's that together cost as much as our own call
 
 
 def engine_of(name: str, value: object) -> ModuleType:
@@ -119,27 +120,33 @@ class PlainCalls:
         if type(x) is not ndarray or not x.ndim:
             return None
         plain = self.by_dtype.get(x.dtype) or self._add(x.dtype)
-        if plain is None or not _is_weight(weight, plain, x, axis):
+        if plain is None:
             return None
-        if x.nbytes <= (plain.small if weight.size == 1 else _FEW):
+        slopes = _slopes(weight, plain, x, axis)
+        if slopes is None:
+            return None
+        run = x.size  # elements that meet one row of slopes, or one slope
+        if slopes.size != 1:
             after = x.ndim - 1 - axis if axis >= 0 else -1 - axis
-            if weight.size != 1 and after:
-                weight = weight.reshape(weight.size, *(1,) * after)
+            run = math.prod(x.shape[-after:]) if after else slopes.size
+        if x.nbytes <= plain.small and x.size <= _RUNS * run:
+            if slopes.size != 1 and after:
+                slopes = slopes.reshape(slopes.size, *(1,) * after)
             if out is None and inplace is False and x.flags.c_contiguous:
-                return plain.ufunc(x, weight)
+                return plain.ufunc(x, slopes)
             y = _target(x, x, inplace, out)
-            return None if y is None else plain.ufunc(x, weight, y)
+            return None if y is None else plain.ufunc(x, slopes, y)
         y = _target(x, x, inplace, out)
         if y is None or may_share_memory(y, weight):
             return None
-        plain.run_channels(x, weight, axis, y)
+        plain.run_channels(x, slopes, axis, y)
         return y
 
     def channels_backward(
         self, grad: Any, x: Any, weight: Any, axis: Any, inplace: Any, out: Any
     ) -> Any:
         """Return both gradients."""
-        if type(grad) is not ndarray or not grad.ndim:
+        if type(grad) is not ndarray or not grad.size or not grad.ndim:
             return None
         plain = self.by_dtype.get(grad.dtype) or self._add(grad.dtype)
         if (
@@ -147,26 +154,48 @@ class PlainCalls:
             or type(x) is not ndarray
             or x.dtype is not grad.dtype
             or x.shape != grad.shape
-            or not grad.size
-            or not _is_weight(weight, plain, x, axis)
         ):
             return None
+        slopes = _slopes(weight, plain, x, axis)
+        if slopes is None:
+            return None
+        out_weight = None
+        if type(out) is tuple and len(out) == 2:
+            out, out_weight = out
         y = _target(grad, x, inplace, out)
         if y is None or may_share_memory(y, weight):
             return None
-        total = np.empty(weight.shape, weight.dtype)
-        plain.run_channels_backward(grad, x, weight, axis, y, total)
+        if out_weight is not None and not (
+            fits(out_weight, weight) and not may_share_memory(y, out_weight)
+        ):
+            return None
+        total = np.empty(slopes.shape, slopes.dtype)
+        if slopes is not weight:  # in half precision: rounded once, from float64
+            total = np.empty(slopes.shape)
+        plain.run_channels_backward(grad, x, slopes, axis, y, total)
+        if slopes is not weight:
+            with np.errstate(all="ignore"):  # a sum beyond its type is an infinity
+                total = total.astype(weight.dtype)
+        if out_weight is not None:
+            out_weight[...] = total
+            total = out_weight
         return y, total
 
 
-def _is_weight(weight: Any, plain: cpu.Plain, x: Any, axis: Any) -> bool:
-    if type(weight) is not ndarray or weight.dtype is not plain.compute:
-        return False
-    if type(axis) is not int or weight.ndim != 1 or not weight.flags.carray:
-        return False
+def _slopes(weight: Any, plain: cpu.Plain, x: Any, axis: Any) -> Any:
+    """Return a one-dimensional weight in the type of the products, or None."""
+    if type(weight) is not ndarray or weight.ndim != 1 or type(axis) is not int:
+        return None
+    if not weight.flags.carray:
+        return None
     if not -x.ndim <= axis < x.ndim:
-        return weight.size == 1 and axis == 1  # the default, of no matter
-    return weight.size == 1 or weight.size == x.shape[axis]
+        if weight.size != 1 or axis != 1:  # the default, where it is of no matter
+            return None
+    elif weight.size != 1 and weight.size != x.shape[axis]:
+        return None
+    if weight.dtype is plain.compute:
+        return weight
+    return weight.astype(plain.compute) if weight.dtype is x.dtype else None
 
 
 def _know(slope: Any, plain: cpu.Plain) -> tuple[float, Any] | None:
@@ -208,6 +237,11 @@ def _from_mask(
     bits = mask.bits
     if type(bits) is not ndarray or mask.shape != grad.shape:
         return None
+    if out is None and inplace is False and grad.nbytes <= plain.small:
+        if plain.storage is None and grad.flags.carray and bits.flags.carray:
+            dx = np.empty_like(grad)  # the most common case, without further calls
+            plain.masked(grad.ravel(), bits, dx.ravel(), slope, 1)
+            return dx
     y = _target(grad, bits, inplace, out)
     if y is not None:
         plain.run_masked(grad, bits, slope, y)

@@ -205,7 +205,11 @@ def _run(
     """Run a block over flat arrays with the driver that suits their size and place."""
     if a.size == 0:
         return
-    moved = a.nbytes + y.nbytes + (0 if b is a else b.nbytes)
+    moved = a.nbytes
+    if y is not a:
+        moved += y.nbytes
+    if b is not a and b.size == a.size:  # not the weights of channels, nor bits
+        moved += b.nbytes
 
     def task(team: int) -> None:
         several = team > 1
@@ -338,7 +342,8 @@ def _run_channels(
     if view.channels == 1:
         _run(loops.forward, formula, lane, y, x, x, float(weight[0]))
     elif view.by_column:
-        wide = np.tile(np.repeat(weight, view.inner), view.repeats)
+        wide = np.empty(view.repeats * view.channels * view.inner, weight.dtype)
+        loops.widen(weight, view.inner, wide)
         _run(loops.columns, formula, lane, y, x, wide, 0)
     else:
         _run(loops.rows, formula, lane, y, x, weight, view.inner)

@@ -379,6 +379,21 @@ def _add(sums, errors, i, value, error):
     sums[i] = total
 
 
+@njit(nogil=True, error_model="numpy", forceinline=True)
+def _widen(w, inner, wide):
+    """Repeat each weight `inner` times, and all of them until `wide` is full."""
+    column = 0
+    while column < wide.size:
+        for channel in range(w.size):
+            for _ in range(inner):
+                wide[column] = w[channel]
+                column += 1
+
+
+def prelu_widen(w, inner, wide):
+    _widen(w, inner, wide)
+
+
 def prelu_backward_rows(g, x, w, y, inner, repeats, sums, past_cache, team):
     """One weight a row of `inner` elements; sums is (2, channels)."""
     segments = -(-inner // SEGMENT)
@@ -422,9 +437,10 @@ def prelu_backward_columns(g, x, w, y, inner, repeats, sums, past_cache, team):
     the loops over them are worth starting.
     """
     size = repeats * w.size * inner
-    wide = w if size == w.size else np.empty(size, w.dtype)
-    for column in range(size if size > w.size else 0):
-        wide[column] = w[column // inner % w.size]
+    wide = w
+    if size > w.size:
+        wide = np.empty(size, w.dtype)
+        _widen(w, inner, wide)
     blocks = -(-x.size // (size * BLOCK_ROWS))
     partial = np.empty((2, blocks, size))
     across = -(-size // SEGMENT_COLUMNS)
@@ -583,4 +599,11 @@ def finish(partial: Any, result: Any) -> None:
     """Add partial sums up, and over them, into a float32 or float64 result."""
     compiled(prelu_finish, None, None, lanes.lane_of(np.dtype(np.float64)))(
         partial, result
+    )
+
+
+def widen(weight: Any, inner: int, wide: Any) -> None:
+    """Write the weight of each column."""
+    compiled(prelu_widen, None, None, lanes.lane_of(np.dtype(np.float64)))(
+        weight, inner, wide
     )
