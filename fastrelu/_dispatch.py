@@ -237,11 +237,11 @@ def _from_mask(
     bits = mask.bits
     if type(bits) is not ndarray or mask.shape != grad.shape:
         return None
-    if out is None and inplace is False and grad.nbytes <= plain.small:
-        if plain.storage is None and grad.flags.carray and bits.flags.carray:
-            dx = np.empty_like(grad)  # the most common case, without further calls
-            plain.masked(grad.ravel(), bits, dx.ravel(), slope, 1)
-            return dx
+    fresh = out is None and inplace is False and plain.storage is None
+    if fresh and grad.nbytes <= plain.small and grad.flags.carray and bits.flags.carray:
+        dx = np.empty_like(grad)  # the most common case, without further calls
+        plain.masked(grad.ravel(), bits, dx.ravel(), slope, 1)
+        return dx
     y = _target(grad, bits, inplace, out)
     if y is not None:
         plain.run_masked(grad, bits, slope, y)
