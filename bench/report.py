@@ -224,20 +224,23 @@ def losses(found: list[Duel]) -> list[Duel]:
 # The README's part
 
 
-def markdown(results: Results) -> str:
+def markdown(results: Results, *, every: bool = False) -> str:
+    """Return the tables: of every way to call, or for the README of the main ones."""
     about, rivals = results.about, peers(results, but=(OURS, ROOF))
     versions = ", ".join(" ".join(pair) for pair in about["versions"].items())
     commands = ", ".join(f"`{command}`" for command in about["commands"])
     each = ", ".join(f"{mean(duels(results, rival))} {rival}" for rival in rivals)
     alone = f"\nAgainst {ALONE} alone: {digest(duels(results, ALONE))}\n"
+    rest = f"bench/results/{about['name']}.md"
+    rest = "" if every else f" Every other way to call: [{rest}]({rest})."
     return f"""\
-{about["machine"]}, {about["date"]}; {versions}. Made by {commands}.
+{about["machine"]}, {about["date"]}; {versions}. Made by {commands}.{rest}
 
-{float32_table(results)}
+{float32_table(results, all_series(results) if every else chosen(results))}
 
 A cell has our median time, and how many times as long the fastest rival takes. **Bold:
 the rival is faster.** The last column is for the largest size of which memory's limit
-is known.
+is known; it was measured once, so that more than 100% says that memory had become faster.
 
 All dtypes and sizes against the fastest rival: {digest(duels(results))} 
 Against each rival: {each or "-"}.
@@ -250,11 +253,17 @@ def table(*rows: list[str]) -> str:
     return "\n".join([head, "|---|" + "---:|" * (len(rows[0]) - 1), *body])
 
 
-def float32_table(results):
+def chosen(results):
+    """Say what the README has room for; the sums below its table are over all."""
+    series = [s for s in all_series(results) if s[1] == "fresh" or s[0] == "relu"]
+    return series or all_series(results)
+
+
+def float32_table(results, series_of_rows):
     known = {cell.n for cell in results.cells if cell.dtype == "float32"}
     columns = [n for n in COLUMNS if n in known]
     rows = []
-    for series in all_series(results):
+    for series in series_of_rows:
         cells = [Cell(*series, "float32", n) for n in columns]
         figures = [figure(cell, results.cells.get(cell)) for cell in cells]
         rows.append([in_words(*series), *figures, bandwidth(points(results, *series))])
@@ -263,7 +272,11 @@ def float32_table(results):
 
 def all_series(results):
     """Return each op and mode that has float32, in the order of the measurement."""
-    found = (cell[:2] for cell in results.cells if cell.dtype == "float32")
+    found = (
+        cell[:2]
+        for cell, outcome in results.cells.items()
+        if cell.dtype == "float32" and outcome.seconds.keys() != {ROOF}
+    )
     return list(dict.fromkeys(found))
 
 
@@ -439,6 +452,8 @@ def main(arguments: list[str] | None = None) -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     copy = options.out / f"{results.about['name']}.json"
     copy.write_text(to_copy(results), encoding="utf-8", newline="\n")
+    text = f"# {results.about['name']}\n\n{markdown(results, every=True)}\n"
+    copy.with_suffix(".md").write_text(text, encoding="utf-8", newline="\n")
     draw(results, options.out)
 
 

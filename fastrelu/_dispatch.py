@@ -13,7 +13,8 @@ from fastrelu._arguments import is_accepted
 from fastrelu.mask import Mask
 
 _HUGE = 3.4e38  # a slope beyond is not finite, or not in float32
-_RUNS = 128  # inner loops of NumPy's that together cost as much as our own call
+_FEW = 1 << 16  # bytes up to which NumPy is quick at meeting elements with slopes,
+_RUNS = 128  # and the inner loops that it may take to do so
 
 
 def engine_of(name: str, value: object) -> ModuleType:
@@ -29,11 +30,12 @@ def engine_of(name: str, value: object) -> ModuleType:
 
 
 class PlainCalls:
-    """The short way for small NumPy arrays.
+    """The short way for plain NumPy arrays.
 
-    At a thousand elements the checks cost more than the work, so this class asks the
-    few questions that say that no other check could fail.  Whatever gives it pause, it
-    leaves to the long way and its error messages: its methods then return None.
+    At a thousand elements the checks cost more than the work, and at a hundred thousand
+    still a third, so this class asks the few questions that say that no other check
+    could fail.  Whatever gives it pause, it leaves to the long way and its error
+    messages: its methods then return None.
     """
 
     def __init__(
@@ -129,7 +131,8 @@ class PlainCalls:
         if slopes.size != 1:
             after = x.ndim - 1 - axis if axis >= 0 else -1 - axis
             run = math.prod(x.shape[-after:]) if after else slopes.size
-        if x.nbytes <= plain.small and x.size <= _RUNS * run:
+        small = plain.small if run == x.size else _FEW
+        if x.nbytes <= small and x.size <= _RUNS * run:
             if slopes.size != 1 and after:
                 slopes = slopes.reshape(slopes.size, *(1,) * after)
             if out is None and inplace is False and x.flags.c_contiguous:

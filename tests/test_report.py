@@ -181,9 +181,10 @@ def test_without_the_markers_the_readme_stays(tmp_path, text):
 def test_the_compact_copy_gives_the_same_again(run, measured):
     text, out = run(measured)
     first = {path.name: path.read_bytes() for path in out.iterdir()}
-    name = "a-machine-2-cores-2030-01-02.json"
-    assert set(first) == {name, "time.svg", "bandwidth.svg"}
-    assert run(out / name)[0] == text
+    name = "a-machine-2-cores-2030-01-02"
+    kept = {f"{name}.json", f"{name}.md", "time.svg", "bandwidth.svg"}
+    assert set(first) == kept
+    assert run(out / f"{name}.json")[0] == text
     assert {path.name: path.read_bytes() for path in out.iterdir()} == first
 
 

@@ -27,7 +27,8 @@ __all__ = [
 ]
 
 _COLUMN_WISE = 64  # rows of a weight shorter than this are better treated as columns
-_WIDTH = 256  # columns are repeated up to about this many
+_WIDTH = 256  # columns are repeated up to about this many,
+_WIDE = 4096  # or this many where nothing is summed
 
 
 # Layout -------------------------------------------------------------------------------
@@ -342,7 +343,8 @@ def _run_channels(
     if view.channels == 1:
         _run(loops.forward, formula, lane, y, x, x, float(weight[0]))
     elif view.by_column:
-        wide = np.empty(view.repeats * view.channels * view.inner, weight.dtype)
+        width = view.channels * view.inner
+        wide = np.empty(max(_WIDE // width, 1) * width, weight.dtype)
         loops.widen(weight, view.inner, wide)
         _run(loops.columns, formula, lane, y, x, wide, 0)
     else:
