@@ -50,6 +50,7 @@ def taken(monkeypatch):
 
 @pytest.fixture
 def fresh_pool():
+    gc.collect()  # what earlier tests left in cycles
     default = F.get_default_memory_pool()
     default.free_all_blocks()
     yield default
