@@ -69,13 +69,13 @@ def test_which_loop_runs(taken, monkeypatch):
     F.relu(large)
     F.relu(large.copy(), inplace=True)
     F.relu(large, return_mask=True)
-    parallel = threads.threading_layer() != "workqueue"
+    worth_it = threads._WORTH_IT[threads.threading_layer()] >> 20  # MiB moved
     assert taken == [
-        ("straight", "forward", parallel, False),
-        ("inplace", "forward", parallel, False),
-        ("straight", "forward", parallel, True),
-        ("inplace", "forward", parallel, False),
-        ("straight", "forward_mask", parallel, True),
+        ("straight", "forward", worth_it <= 8, False),
+        ("inplace", "forward", worth_it <= 4, False),
+        ("straight", "forward", worth_it <= 32, True),
+        ("inplace", "forward", worth_it <= 16, False),
+        ("straight", "forward_mask", worth_it <= 32, True),
     ]
 
 
