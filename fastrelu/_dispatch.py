@@ -14,7 +14,7 @@ from fastrelu.mask import Mask
 
 _HUGE = 3.4e38  # a slope beyond is not finite, or not in float32
 _FEW = 1 << 16  # bytes up to which NumPy is quick at meeting elements with slopes,
-_RUNS = 128  # and the inner loops that it may take to do so
+_RUNS = 256  # and the inner loops that it may take to do so
 
 
 def engine_of(name: str, value: object) -> ModuleType:

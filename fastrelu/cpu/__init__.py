@@ -344,7 +344,8 @@ def _run_channels(
         _run(loops.forward, formula, lane, y, x, x, float(weight[0]))
     elif view.by_column:
         width = view.channels * view.inner
-        wide = np.empty(max(_WIDE // width, 1) * width, weight.dtype)
+        repeats = max(min(_WIDE, x.size // 8) // width, 1)
+        wide = np.empty(repeats * width, weight.dtype)
         loops.widen(weight, view.inner, wide)
         _run(loops.columns, formula, lane, y, x, wide, 0)
     else:
