@@ -168,15 +168,14 @@ class PlainCalls:
         y = _target(grad, x, inplace, out)
         if y is None or may_share_memory(y, weight):
             return None
-        if out_weight is not None and not (
-            fits(out_weight, weight) and not may_share_memory(y, out_weight)
+        if out_weight is not None and (
+            not fits(out_weight, weight) or may_share_memory(y, out_weight)
         ):
             return None
-        total = np.empty(slopes.shape, slopes.dtype)
-        if slopes is not weight:  # in half precision: rounded once, from float64
-            total = np.empty(slopes.shape)
+        half = slopes is not weight  # and is rounded once, from float64
+        total = np.empty(weight.shape, np.float64 if half else weight.dtype)
         plain.run_channels_backward(grad, x, slopes, axis, y, total)
-        if slopes is not weight:
+        if half:
             with np.errstate(all="ignore"):  # a sum beyond its type is an infinity
                 total = total.astype(weight.dtype)
         if out_weight is not None:

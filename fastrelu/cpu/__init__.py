@@ -154,12 +154,9 @@ class Plain:
 
     def run_masked(self, a: Array, bits: Array, slope: float, y: Array) -> None:
         """Also write the mask, or for a gradient read it."""
-        if self.storage is None:
-            flat, flat_y = a.ravel(), y.ravel()
-        else:
-            flat, flat_y = self._flat(a), self._flat(y)
+        flat = self._flat(a)
+        flat_y = flat if y is a else self._flat(y)
         if a.nbytes > self.small:
-            flat_y = flat if y is a else flat_y
             _run(self.masked_block, self.formula, self.lane, flat_y, flat, bits, slope)
         elif y is a:
             self.masked_inplace(flat, bits, slope, 1)
