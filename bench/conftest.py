@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 
 from fastrelu import _peers
-from fastrelu.cpu.threads import threading_layer
 
 sys.path.insert(0, str(Path(__file__).parent))
 import roof
@@ -191,7 +190,6 @@ def pytest_benchmark_update_machine_info(config, machine_info):
             "python": platform.python_version(),
             "numpy": np.__version__,
             "numba": numba.__version__,
-            "threading layer": threading_layer(),
             **config.stash[SESSION].versions,
         },
         "command": " ".join(["pytest", *map(str, arguments)]),

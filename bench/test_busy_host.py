@@ -11,11 +11,10 @@ import sys
 import pytest
 from variants import variant
 
-from fastrelu._peers import MODES, Torch
+from fastrelu._peers import MODES, FastRelu, Torch
 
 PEERS = [
-    variant("fastrelu-tbb", NUMBA_THREADING_LAYER="tbb"),
-    variant("fastrelu-omp", NUMBA_THREADING_LAYER="omp"),
+    FastRelu,
     variant("fastrelu-serial", NUMBA_NUM_THREADS="1"),
     Torch,
 ]

@@ -723,19 +723,15 @@ def info(args: argparse.Namespace) -> int:
     import llvmlite.binding
     import numba
 
-    from fastrelu.cpu.threads import threading_layer
-
     found = llvmlite.binding.get_host_cpu_features()
     features = [name for name in FEATURES if found.get(name)]
-    layer = threading_layer() or "none that can be used: loops run on one thread"
     lines = {
         "fastrelu": __version__,
         "Python": f"{platform.python_version()} ({platform.platform()})",
         **{name: importlib.metadata.version(name) for name in PACKAGES},
         "CPU": f"{llvmlite.binding.get_host_cpu_name()}, {platform.machine()}",
         "features": " ".join(features) or "none of those that matter here",
-        "threads": f"{numba.get_num_threads()} of {numba.config.NUMBA_NUM_THREADS}",
-        "layer": layer,
+        "threads": str(numba.config.NUMBA_NUM_THREADS),
         "CUDA": f"not used: this version computes on the CPU only ({cuda()})",
     }
     width = max(map(len, lines)) + 2

@@ -67,7 +67,7 @@ class PlainCalls:
         if return_mask is not False:
             return _with_mask(plain, x, slope, inplace, out, return_mask)
         if x.nbytes > plain.small:
-            return _large(plain, x, x, slope, inplace, out)
+            return _large(plain, x, x, known, inplace, out)
         if out is None:
             if inplace is False and (x.ndim == 1 or x.flags.c_contiguous):
                 return plain.ufunc(x, known[1])
@@ -104,7 +104,7 @@ class PlainCalls:
         ):
             return None
         if grad.nbytes > plain.small:
-            return _large(plain, grad, saved, slope, inplace, out)
+            return _large(plain, grad, saved, known, inplace, out)
         if out is None:
             if inplace is False and (grad.ndim == 1 or grad.flags.c_contiguous):
                 return plain.ufunc(grad, saved, known[1])
@@ -242,7 +242,7 @@ def _from_mask(
     fresh = out is None and inplace is False and plain.storage is None
     if fresh and grad.nbytes <= plain.small and grad.flags.carray and bits.flags.carray:
         dx = np.empty_like(grad)  # the most common case, without further calls
-        plain.masked(grad.ravel(), bits, dx.ravel(), slope, 1)
+        plain.masked(grad.ravel(), bits, dx.ravel(), slope, 0)
         return dx
     y = _target(grad, bits, inplace, out)
     if y is not None:
@@ -251,7 +251,12 @@ def _from_mask(
 
 
 def _large(
-    plain: cpu.Plain, a: Any, b: Any, slope: float, inplace: Any, out: Any
+    plain: cpu.Plain,
+    a: Any,
+    b: Any,
+    slope: tuple[float, Any],
+    inplace: Any,
+    out: Any,
 ) -> Any:
     y = _target(a, b, inplace, out)
     if y is not None:

@@ -208,5 +208,5 @@ def test_a_terminal_gets_a_bar(tmp_path, columns):
 def test_info(tmp_path):
     done = call("info", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    for word in ("fastrelu", "NumPy", "Numba", "threads", "layer", "CUDA"):
+    for word in ("fastrelu", "NumPy", "Numba", "threads", "CUDA"):
         assert word in done.stdout

@@ -16,30 +16,31 @@ from reference import assert_same
 import fastrelu as F
 from fastrelu import activations
 from fastrelu.cpu import loops, pool, threads
+from fastrelu.cpu.jit import compile_
 from fastrelu.cpu.lanes import lane_of
 from fastrelu.cpu.ufuncs import ufunc
 
 float32 = np.dtype(np.float32)
+LARGE = pool.SMALLEST // 4 + 3
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 BLOCKS = ["forward", "backward", "forward_mask", "backward_mask", "rows", "columns"]
 several_threads = pytest.mark.skipif(
-    numba.config.NUMBA_NUM_THREADS < 2 or threads.threading_layer() == "",
-    reason="needs two threads",
+    numba.config.NUMBA_NUM_THREADS < 2, reason="needs two threads"
 )
 
 
 @pytest.fixture
 def taken(monkeypatch):
-    """The loops that were run: their driver, block, and which twin of it."""
+    """The loops that were run: their driver, block, and whether past the cache."""
     runs = []
     compiled = loops.compiled
 
-    def record(driver, block, formula, lane, parallel=False, past_cache=False):
-        loop = compiled(driver, block, formula, lane, parallel, past_cache)
+    def record(driver, block, formula, lane, past_cache=False):
+        loop = compiled(driver, block, formula, lane, past_cache)
 
         def run(*args):
             names = [f.__name__ for f in (driver, block) if f is not None]
-            runs.append((*names, parallel, past_cache))
+            runs.append((*names, past_cache))
             return loop(*args)
 
         return run
@@ -60,22 +61,21 @@ def fresh_pool():
 # That they are taken ------------------------------------------------------------------
 
 
-@several_threads
 def test_which_loop_runs(taken, monkeypatch):
     monkeypatch.setattr(threads, "CACHE", 1 << 24)
     middle, large = normal(1 << 20, float32), normal(1 << 22, float32)
     F.relu(middle)
     F.relu(middle.copy(), inplace=True)
-    F.relu(large)
+    F.relu_backward(middle, middle)
     F.relu(large.copy(), inplace=True)
+    assert taken == []  # a ufunc is all they need
+    F.relu(large)
     F.relu(large, return_mask=True)
-    worth_it = threads._WORTH_IT[threads.threading_layer()] >> 20  # MiB moved
+    F.leaky_relu(large.reshape(2048, 2048).T)
     assert taken == [
-        ("straight", "forward", worth_it <= 8, False),
-        ("inplace", "forward", worth_it <= 4, False),
-        ("straight", "forward", worth_it <= 32, True),
-        ("inplace", "forward", worth_it <= 16, False),
-        ("straight", "forward_mask", worth_it <= 32, True),
+        ("straight", "forward", True),
+        ("straight", "forward_mask", True),
+        ("straight", "forward", True),
     ]
 
 
@@ -88,15 +88,47 @@ def test_a_small_array_takes_a_ufunc(taken):
     assert taken == []
 
 
+def shared():
+    return int(threads._memory[threads._LOOPS])
+
+
 @several_threads
-def test_one_thread_where_one_was_asked_for(taken):
+@pytest.mark.parametrize("n", [1 << 20, 1 << 24])
+def test_a_large_array_is_shared(n):
+    x = normal(n, float32)
+    _, mask = F.relu(x, return_mask=True)
+    weight = normal(16, float32)
+    for call in (
+        lambda: F.relu(x),
+        lambda: F.relu(x.copy(), inplace=True),
+        lambda: F.relu(x, return_mask=True),
+        lambda: F.relu_backward(x, x),
+        lambda: F.relu_backward(x, mask),
+        lambda: F.prelu(x.reshape(16, 16, -1), weight),
+        lambda: F.prelu_backward(x.reshape(16, 16, -1), x.reshape(16, 16, -1), weight),
+        lambda: F.prelu_backward(x.reshape(-1, 16), x.reshape(-1, 16), weight),
+    ):
+        before = shared()
+        for _ in range(threads._LONGEST_PAUSE + 2):
+            call()
+            if shared() > before:
+                break
+        assert shared() > before
+
+
+@several_threads
+def test_one_thread_where_one_was_asked_for():
     before = numba.get_num_threads()
     numba.set_num_threads(1)
+    x, loops_before = normal(1 << 24, float32), shared()
     try:
-        F.relu(normal(1 << 20, float32))
+        F.relu(x)
+        F.relu_backward(x, x)
     finally:
         numba.set_num_threads(before)
-    assert taken == [("straight", "forward", False, False)]
+    assert shared() == loops_before
+    F.relu(x)
+    assert shared() > loops_before
 
 
 @pytest.mark.parametrize("order", [(2, 0, 1), (2, 1, 0), (0, 2, 1)])
@@ -112,11 +144,11 @@ def test_other_layouts_of_dense_arrays_are_not_copied(order, taken, fresh_pool):
 def assembly(driver, block, formula, dtype, past_cache=False):
     lane = lane_of(np.dtype(dtype))
     python = loops.bound(driver, block, formula, lane, "seen", past_cache)
-    loop = loops._compile(python)
+    loop = compile_(python)
     a = np.zeros(1 << 12, lane.storage)
     b = np.zeros(1 << 9, np.uint8) if "mask" in block.__name__ else a.copy()
     y = a.copy()
-    args = (a, b, 0.5, 1) if "inplace" in driver.__name__ else (a, b, y, 0.5, 1)
+    args = (a, b, 0.5, 0) if "inplace" in driver.__name__ else (a, b, y, 0.5, 0)
     loop(*args)
     (text,) = loop.inspect_asm().values()
     return text
@@ -171,19 +203,23 @@ def test_every_path_gives_the_same_bits(block, dtype, n):
     lane, function = lane_of(dtype), getattr(loops, block)
     a, b, slope = arguments(block, dtype, n)
     expected = np.zeros_like(a)
-    loops.compiled(loops.straight, function, formula, lane)(a, b, expected, slope, 1)
+    loops.compiled(loops.straight, function, formula, lane)(a, b, expected, slope, 0)
     expected, mask = expected.view(dtype), b.copy()
     memory = np.zeros(a.nbytes + 128, np.uint8)
-    for team, past_cache in [(1, False), (3, False), (1, True), (3, True)]:
-        loop = loops.compiled(
-            loops.straight, function, formula, lane, team > 1, past_cache
-        )
+    threads.ready()
+    for moved, past_cache in [
+        (0, False),
+        (threads.MUCH, False),
+        (0, True),
+        (threads.MUCH, True),
+    ]:
+        loop = loops.compiled(loops.straight, function, formula, lane, past_cache)
         for offset in range(0, 72, 8):
             memory[:] = 0xA5
             y = memory[offset:][: a.nbytes].view(lane.storage)
             if block == "forward_mask":
                 b[:] = 0xFF
-            loop(a, b, y, slope, team)
+            loop(a, b, y, slope, moved)
             assert_same(y.view(dtype), expected)
             assert block != "forward_mask" or np.array_equal(b, mask)
             assert (memory[:offset] == 0xA5).all()
@@ -192,11 +228,11 @@ def test_every_path_gives_the_same_bits(block, dtype, n):
     if block in ("forward", "backward"):
         drivers.append(loops.inplace)
     for driver in drivers:
-        for team in (1, 3):
+        for moved in (0, threads.MUCH):
             y = a.copy()
             other = y if b is a else b
-            loop = loops.compiled(driver, function, formula, lane, team > 1)
-            loop(y, other, slope, team)
+            loop = loops.compiled(driver, function, formula, lane)
+            loop(y, other, slope, moved)
             assert_same(y.view(dtype), expected)
             assert block != "forward_mask" or np.array_equal(b, mask)
 
@@ -262,9 +298,6 @@ def test_signed_zero_slopes_are_two():
 
 
 # The pool -----------------------------------------------------------------------------
-
-
-LARGE = pool.SMALLEST // 4 + 3
 
 
 def test_memory_is_recycled(fresh_pool):

@@ -108,16 +108,16 @@ def _lies_on(x: Array, y: Array) -> bool:
 class Plain:
     """What plain arrays of one dtype need: those that lie flat, in C order.
 
-    `ufunc` is for small ones; `run` and `run_masked` are for all.  Their arrays are
-    clear of each other or the same.
+    `ufunc` is for small ones, the methods are for all.  Their arrays are clear of each
+    other or the same.
     """
 
     def __init__(
         self, formula: Function, dtype: np.dtype[Any], *, gradient: bool
     ) -> None:
         self.formula, self.lane = formula, lane_of(dtype)
-        # What one thread is quickest with: all that fits its private cache.
-        self.small = threads.PRIVATE_CACHE // (4 if gradient else 2)
+        # Larger ones are worth sharing.
+        self.small = 2 * threads.SHARE // (3 if gradient else 2) - 1
         self.dtype, self.gradient = dtype, gradient
         self.ufunc = self._first_call
         self.block, self.masked_block = (
@@ -139,17 +139,22 @@ class Plain:
         self.ufunc = ufunc(self.formula, self.dtype, gradient=self.gradient)
         return self.ufunc(*operands)
 
-    def run(self, a: Array, b: Array, slope: float, y: Array) -> None:
+    def run(self, a: Array, b: Array, slope: tuple[float, Any], y: Array) -> None:
         """Write the formula of a, and of b for a gradient, into y."""
+        if y is a or (3 if self.gradient else 2) * a.nbytes <= threads.CACHE:
+            threads.ready()
+            operands = (a, b) if self.gradient else (a,)
+            self.ufunc(*operands, slope[1], y)
+            return
         flat = self._flat(a)
         _run(
             self.block,
             self.formula,
             self.lane,
-            flat if y is a else self._flat(y),
+            self._flat(y),
             flat,
             flat if b is a else self._flat(b),
-            slope,
+            slope[0],
         )
 
     def run_masked(self, a: Array, bits: Array, slope: float, y: Array) -> None:
@@ -159,9 +164,9 @@ class Plain:
         if a.nbytes > self.small:
             _run(self.masked_block, self.formula, self.lane, flat_y, flat, bits, slope)
         elif y is a:
-            self.masked_inplace(flat, bits, slope, 1)
+            self.masked_inplace(flat, bits, slope, 2 * a.nbytes)
         else:
-            self.masked(flat, bits, flat_y, slope, 1)
+            self.masked(flat, bits, flat_y, slope, 2 * a.nbytes)
 
     def run_channels(self, x: Array, weight: Array, axis: int, y: Array) -> None:
         """Take a weight for each index of an axis, or one for all."""
@@ -203,26 +208,17 @@ def _run(
     """Run a block over flat arrays with the driver that suits their size and place."""
     if a.size == 0:
         return
-    moved = a.nbytes
-    if y is not a:
-        moved += y.nbytes
+    threads.ready()
+    moved = a.nbytes + y.nbytes
     if b is not a and b.size == a.size:  # not the weights of channels, nor bits
         moved += b.nbytes
-
-    def task(team: int) -> None:
-        several = team > 1
-        if y is not a:
-            past_cache = moved > threads.CACHE
-            loop = loops.compiled(
-                loops.straight, block, formula, lane, several, past_cache
-            )
-            loop(a, b, y, slope, team)
-        else:
-            driver = loops.inplace if block in _WHOLE else loops.inplace_by_tile
-            loop = loops.compiled(driver, block, formula, lane, several)
-            loop(a, b, slope, team)
-
-    threads.run(task, moved)
+    if y is not a:
+        past_cache = moved > threads.CACHE
+        loop = loops.compiled(loops.straight, block, formula, lane, past_cache)
+        loop(a, b, y, slope, moved)
+    else:
+        driver = loops.inplace if block in _WHOLE else loops.inplace_by_tile
+        loops.compiled(driver, block, formula, lane)(a, b, slope, moved)
 
 
 def _along(axis: int, weight: Array, x: Array) -> tuple[int, ...]:
@@ -398,12 +394,9 @@ def _run_channels_backward(
     moved = grad.nbytes + x.nbytes + y.nbytes
     past_cache = y is not grad and moved > threads.CACHE
 
-    def task(team: int) -> None:
-        loop = loops.compiled(driver, None, gradient, lane, team > 1)
-        where = weight, y, view.inner, view.repeats, sums, past_cache, team
-        loop(grad, x, *where)
-
-    threads.run(task, moved)
+    loop = loops.compiled(driver, None, gradient, lane)
+    threads.ready()
+    loop(grad, x, weight, y, view.inner, view.repeats, sums, past_cache, moved)
     shape = 2, 1, view.channels
     if view.spread:  # add up along the axes that were counted with the channels
         sums = sums.reshape(2, *view.span)

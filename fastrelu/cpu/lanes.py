@@ -1,4 +1,4 @@
-"""How each dtype is read, computed and written: the only file that speaks LLVM.
+"""How each dtype is read, computed and written, in LLVM's words.
 
 Numba's CPU target knows neither half floats, nor bit masks, nor stores that bypass the
 cache.  The intrinsics below add them.  They are plain LLVM vector code, which every
@@ -261,21 +261,29 @@ def stream(typingctx, target, source, lines):
     return types.void(target, source, types.intp), codegen
 
 
-@intrinsic
-def line_buffer(typingctx, like):
-    """Return the address of WORD elements on the stack, at the start of a line."""
+def buffer(number: int, element: types.Type | None = None) -> Any:
+    """Return `space(like)`: the address of so many elements on the stack.
 
-    def codegen(context, builder, signature, args):
-        lines = WORD * context.get_abi_sizeof(context.get_data_type(like.dtype)) // 64
-        buffer = cgutils.alloca_once(builder, ir.ArrayType(_LINE, lines))
-        return builder.bitcast(buffer, context.get_value_type(signature.return_type))
+    They start on a cache line and are of like's type, unless one is given.
+    """
 
-    return types.CPointer(like.dtype)(like), codegen
+    @intrinsic
+    def space(typingctx, like):
+        of = element or like.dtype
+
+        def codegen(context, builder, signature, args):
+            lines = -(-number * context.get_abi_sizeof(context.get_data_type(of)) // 64)
+            space = cgutils.alloca_once(builder, ir.ArrayType(_LINE, lines))
+            return builder.bitcast(space, context.get_value_type(signature.return_type))
+
+        return types.CPointer(of)(like), codegen
+
+    return space
 
 
 @intrinsic
 def stream_word(typingctx, target, first, buffer):
-    """Send WORD elements from a line_buffer past the cache to target[first:]."""
+    """Send WORD elements from a buffer past the cache to target[first:]."""
 
     def codegen(context, builder, signature, args):
         element = context.get_data_type(target.dtype)

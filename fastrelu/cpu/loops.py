@@ -17,27 +17,27 @@ still makes vector code.
 
 import functools
 import hashlib
-import types
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numba
 import numpy as np
-from numba import carray, njit, prange
+from numba import carray, njit
 from numpy.lib.stride_tricks import as_strided
 
-from fastrelu.cpu import lanes
+from fastrelu.cpu import lanes, threads
+from fastrelu.cpu.jit import Function, compile_, compile_and_keep, rebuild
 from fastrelu.cpu.lanes import (
     WORD,
     Lane,
+    buffer,
     fence,
-    line_buffer,
     put_word,
     stream,
     stream_word,
     unpack,
 )
+from fastrelu.cpu.threads import spread
 
 TILE = 4096  # elements worked on at a time where a second pass must find them in L1
 MASKED = 1024  # the same where bits are packed or unpacked first
@@ -46,11 +46,16 @@ SEGMENT = 1 << 14  # elements of a row summed on their own
 BLOCK_ROWS = 64  # rows summed together where channels are the last axis
 SEGMENT_COLUMNS = 1024
 
-Function = Callable[..., Any]
+word_buffer = buffer(WORD)
+tile_buffer = buffer(TILE)
+flag_buffer = buffer(MASKED + 2 * WORD, numba.uint8)
+sum_buffer = buffer(LANES, numba.float64)
 
-# The names the blocks and drivers below leave open; `_rebuild` binds them.
+# The names the blocks and drivers below leave open; `rebuild` binds them.
 formula: Any
 block: Any
+part: Any
+inplace_part: Any
 load: Any
 store: Any
 compute: Any
@@ -97,7 +102,7 @@ def fill_past_cache(y, x, b, s):
     lead = min(-y.ctypes.data % 64 // y.itemsize, x.size)
     for i in range(lead):
         y[i] = element(x, b, s, i)
-    buffer = carray(line_buffer(y), WORD)
+    buffer = carray(word_buffer(y), WORD)
     words = (x.size - lead) // WORD
     for word in range(np.uintp(words)):  # unsigned: an index from the end is no option
         first = np.uintp(lead) + word * np.uintp(WORD)
@@ -158,7 +163,7 @@ def forward_mask_past_cache(x, b, y, slope, start):
     for i in range(lead):
         y[i] = element(x, b, rounded, i)
         carry |= np.uint64(load(x[i]) > 0) << np.uint64(i)
-    buffer = carray(line_buffer(y), WORD)
+    buffer = carray(word_buffer(y), WORD)
     words = (x.size - lead) // WORD
     for word in range(np.uintp(words)):
         first = np.uintp(lead) + word * np.uintp(WORD)
@@ -180,7 +185,7 @@ def forward_mask_past_cache(x, b, y, slope, start):
 
 def backward_mask(grad, b, y, slope, start):
     rounded = compute(slope)
-    flags = np.empty(MASKED + 2 * WORD, np.uint8)
+    flags = carray(flag_buffer(y), MASKED + 2 * WORD)
     done = 0
     for first in range(0, grad.size, MASKED):
         stop = _end_of_line(y, min(first + MASKED, grad.size))
@@ -229,6 +234,9 @@ ELEMENTS = {
 
 
 # Drivers ------------------------------------------------------------------------------
+#
+# A driver spreads its part over the team; `moved` says how many bytes it will read and
+# write in all.  A part allocates nothing, so that nothing in it can fail.
 
 
 @njit(inline="always")
@@ -236,32 +244,43 @@ def _nothing():
     pass
 
 
-def straight(a, b, y, slope, team):
-    chunk = -(-a.size // team // TILE) * TILE
-    for k in prange(-(-a.size // chunk)):
-        start = k * chunk
-        block(a[start : start + chunk], b, y[start : start + chunk], slope, start)
-        finished()
+def straight(a, b, y, slope, moved):
+    spread(part, (a, b, y, slope), a.size, TILE, moved)
 
 
-def inplace(a, b, slope, team):
+def _straight(a, b, y, slope, start, stop):
+    block(a[start:stop], b, y[start:stop], slope, start)
+    finished()
+
+
+def inplace(a, b, slope, moved):
     """Work in place, for blocks that do not cut their arrays up."""
-    chunk = -(-a.size // team // TILE) * TILE
-    for k in prange(-(-a.size // chunk)):
-        start = k * chunk
-        x = a[start : start + chunk]
-        block(x, b, x, slope, start)
+    spread(part, (a, b, slope), a.size, TILE, moved)
 
 
-def inplace_by_tile(a, b, slope, team):
+def _inplace(a, b, slope, start, stop):
+    x = a[start:stop]
+    block(x, b, x, slope, start)
+
+
+def inplace_by_tile(a, b, slope, moved):
     """Work in place, where the compiler would not see that it is one array."""
-    chunk = -(-a.size // team // TILE) * TILE
-    for k in prange(-(-a.size // chunk)):
-        tile = np.empty(TILE, a.dtype)
-        for start in range(k * chunk, min((k + 1) * chunk, a.size), TILE):
-            x = a[start : start + TILE]
-            block(x, b, tile[: x.size], slope, start)
-            _put(tile, x, False)
+    spread(part, (a, b, slope), a.size, TILE, moved)
+
+
+def _inplace_by_tile(a, b, slope, start, stop):
+    tile = carray(tile_buffer(a), TILE)
+    for first in range(start, stop, TILE):
+        x = a[first : min(first + TILE, stop)]
+        block(x, b, tile[: x.size], slope, first)
+        _put(tile, x, False)
+
+
+PARTS: dict[Any, Function] = {
+    straight: _straight,
+    inplace: _inplace,
+    inplace_by_tile: _inplace_by_tile,
+}
 
 
 @njit(nogil=True, error_model="numpy", forceinline=True)
@@ -303,9 +322,9 @@ def ufunc_forward(context, data, dimensions, strides, extra):
         for i in range(size):
             y[i] = store(formula(load(x[i]), slopes[i]))
     elif x.ctypes.data == y.ctypes.data:
-        block(x, x, x, slopes[0], 0)
+        spread(inplace_part, (x, x, slopes[0]), size, TILE, 2 * x.nbytes)
     else:
-        block(x, x, y, slopes[0], 0)
+        spread(part, (x, x, y, slopes[0]), size, TILE, 2 * x.nbytes)
     return 0
 
 
@@ -324,9 +343,9 @@ def ufunc_backward(context, data, dimensions, strides, extra):
         for i in range(size):
             y[i] = store(formula(load(grad[i]), load(saved[i]), slopes[i]))
     elif grad.ctypes.data == y.ctypes.data:
-        block(grad, saved, grad, slopes[0], 0)
+        spread(inplace_part, (grad, saved, slopes[0]), size, TILE, 3 * y.nbytes)
     else:
-        block(grad, saved, y, slopes[0], 0)
+        spread(part, (grad, saved, y, slopes[0]), size, TILE, 3 * y.nbytes)
     return 0
 
 
@@ -394,43 +413,47 @@ def prelu_widen(w, inner, wide):
     _widen(w, inner, wide)
 
 
-def prelu_backward_rows(g, x, w, y, inner, repeats, sums, past_cache, team):
+def prelu_backward_rows(g, x, w, y, inner, repeats, sums, past_cache, moved):
     """One weight a row of `inner` elements; sums is (2, channels)."""
     segments = -(-inner // SEGMENT)
     cells = x.size // inner * segments
     partial = np.empty((2, cells))
-    chunk = -(-cells // team)
-    for k in prange(-(-cells // chunk)):
-        tile = np.empty(TILE, y.dtype)
-        totals = np.empty(LANES)
-        errors = np.empty(LANES)
-        for cell in range(k * chunk, min((k + 1) * chunk, cells)):
-            row = cell // segments
-            weight = w[row % w.size]
-            totals[:] = 0.0
-            errors[:] = 0.0
-            begin = row * inner + cell % segments * SEGMENT
-            end = min(begin + SEGMENT, (row + 1) * inner)
-            for start in range(begin, end, TILE):
-                stop = min(start + TILE, end)
-                one_weight(g[start:stop], x[start:stop], weight, tile, totals, errors)
-                _put(tile, y[start:stop], past_cache)
-            half = LANES // 2
-            while half > 0:
-                for i in range(half):
-                    _add(totals, errors, i, totals[i + half], errors[i + half])
-                half //= 2
-            partial[0, cell] = totals[0]
-            partial[1, cell] = errors[0]
-        if past_cache:
-            fence()
+    spread(part, (g, x, w, y, inner, segments, partial, past_cache), cells, 1, moved)
     sums[:] = 0.0
     for cell in range(cells):
         channel = cell // segments % w.size
         _add(sums[0], sums[1], channel, partial[0, cell], partial[1, cell])
 
 
-def prelu_backward_columns(g, x, w, y, inner, repeats, sums, past_cache, team):
+def _prelu_backward_rows(
+    g, x, w, y, inner, segments, partial, past_cache, first_cell, stop_cell
+):
+    tile = carray(tile_buffer(y), TILE)
+    totals = carray(sum_buffer(y), LANES)
+    errors = carray(sum_buffer(y), LANES)
+    for cell in range(first_cell, stop_cell):
+        row = cell // segments
+        weight = w[row % w.size]
+        totals[:] = 0.0
+        errors[:] = 0.0
+        begin = row * inner + cell % segments * SEGMENT
+        end = min(begin + SEGMENT, (row + 1) * inner)
+        for start in range(begin, end, TILE):
+            stop = min(start + TILE, end)
+            one_weight(g[start:stop], x[start:stop], weight, tile, totals, errors)
+            _put(tile, y[start:stop], past_cache)
+        half = LANES // 2
+        while half > 0:
+            for i in range(half):
+                _add(totals, errors, i, totals[i + half], errors[i + half])
+            half //= 2
+        partial[0, cell] = totals[0]
+        partial[1, cell] = errors[0]
+    if past_cache:
+        fence()
+
+
+def prelu_backward_columns(g, x, w, y, inner, repeats, sums, past_cache, moved):
     """One weight for each `inner` columns; sums is (2, channels).
 
     The rows are (repeats, channels, inner) long: short ones are taken together until
@@ -444,27 +467,7 @@ def prelu_backward_columns(g, x, w, y, inner, repeats, sums, past_cache, team):
     blocks = -(-x.size // (size * BLOCK_ROWS))
     partial = np.empty((2, blocks, size))
     across = -(-size // SEGMENT_COLUMNS)
-    cells = blocks * across
-    chunk = -(-cells // team)
-    for k in prange(-(-cells // chunk)):
-        tile = np.empty(SEGMENT_COLUMNS, y.dtype)
-        for cell in range(k * chunk, min((k + 1) * chunk, cells)):
-            place = cell // across
-            left = cell % across * SEGMENT_COLUMNS
-            right = min(left + SEGMENT_COLUMNS, size)
-            weights = wide[left:right]
-            totals = partial[0, place, left:right]
-            errors = partial[1, place, left:right]
-            totals[:] = 0.0
-            errors[:] = 0.0
-            last = min((place + 1) * BLOCK_ROWS, -(-g.size // size))
-            for row in range(place * BLOCK_ROWS, last):
-                start = min(row * size + left, g.size)
-                stop = min(row * size + right, g.size)
-                own_weights(g[start:stop], x[start:stop], weights, tile, totals, errors)
-                _put(tile, y[start:stop], past_cache)
-        if past_cache:
-            fence()
+    spread(part, (g, x, wide, y, partial, past_cache), blocks * across, 1, moved)
     totals, errors = partial[0, 0], partial[1, 0]
     for place in range(1, blocks):
         values, more = partial[0, place], partial[1, place]
@@ -483,6 +486,33 @@ def prelu_backward_columns(g, x, w, y, inner, repeats, sums, past_cache, team):
             for _ in range(inner):
                 _add(sums[0], sums[1], channel, totals[column], errors[column])
                 column += 1
+
+
+def _prelu_backward_columns(g, x, wide, y, partial, past_cache, first_cell, stop_cell):
+    tile = carray(tile_buffer(y), SEGMENT_COLUMNS)
+    size = wide.size
+    across = -(-size // SEGMENT_COLUMNS)
+    for cell in range(first_cell, stop_cell):
+        place = cell // across
+        left = cell % across * SEGMENT_COLUMNS
+        right = min(left + SEGMENT_COLUMNS, size)
+        weights = wide[left:right]
+        totals = partial[0, place, left:right]
+        errors = partial[1, place, left:right]
+        totals[:] = 0.0
+        errors[:] = 0.0
+        last = min((place + 1) * BLOCK_ROWS, -(-g.size // size))
+        for row in range(place * BLOCK_ROWS, last):
+            start = min(row * size + left, g.size)
+            stop = min(row * size + right, g.size)
+            own_weights(g[start:stop], x[start:stop], weights, tile, totals, errors)
+            _put(tile, y[start:stop], past_cache)
+    if past_cache:
+        fence()
+
+
+PARTS[prelu_backward_rows] = _prelu_backward_rows
+PARTS[prelu_backward_columns] = _prelu_backward_columns
 
 
 def prelu_finish(partial, result):
@@ -504,29 +534,15 @@ def prelu_finish(partial, result):
 def _sources() -> bytes:
     """Return what compiled code depends on besides its formula and Numba's version."""
     try:
-        return b"".join(Path(m).read_bytes() for m in (__file__, lanes.__file__))
+        return b"".join(
+            Path(module).read_bytes()
+            for module in (__file__, lanes.__file__, threads.__file__)
+        )
     except OSError:  # run from an archive: such files do not change under our feet
         return b""
 
 
 _SOURCES = _sources()
-
-
-def _compile(function: Function, **options: Any) -> Any:
-    """Call numba.njit, which has no types of its own."""
-    return njit(nogil=True, error_model="numpy", **options)(function)
-
-
-def _rebuild(template: Function, name: str, names: dict[str, Any]) -> Function:
-    """Return a copy of a template whose open names are bound as globals.
-
-    Numba's disk cache never hits for a closure over a compiled function; globals do
-    not trouble it (numba#6264).  It does not look at them either, so the name of a
-    cached function must say all that the function is made of.
-    """
-    copy = types.FunctionType(template.__code__, {**globals(), **names}, name)
-    copy.__qualname__, copy.__module__ = name, __name__
-    return copy
 
 
 def bound(
@@ -538,6 +554,7 @@ def bound(
     past_cache: bool = False,
 ) -> Function:
     """Return a driver whose open names are bound, for Numba to compile."""
+    threads.link()
     names: dict[str, Any] = {
         "load": lane.load,
         "store": lane.store,
@@ -547,33 +564,31 @@ def bound(
     }
     parts = [driver.__name__, lane.name, kind]
     digest = hashlib.sha256(_SOURCES)
+
+    def inlined(name: str, template: Function, **options: Any) -> None:
+        """Bind one more name; the template may use those before it."""
+        names[name] = compile_(rebuild(template, name, names), **options)
+
     if inner_formula is not None:
         code = inner_formula.__code__
         digest.update(repr((code.co_code, code.co_consts, code.co_names)).encode())
-        names["formula"] = _compile(inner_formula, forceinline=True)
+        names["formula"] = compile_(inner_formula, forceinline=True)
         parts.append(inner_formula.__name__)
     if inner_block is not None:
         parts.append(inner_block.__name__)
-        walk = fill_past_cache if past_cache else fill
         if past_cache:
             inner_block = PAST_CACHE.get(inner_block, inner_block)
         names["finished"] = fence if past_cache else _nothing
-        element = _rebuild(ELEMENTS[inner_block], "element", names)
-        names["element"] = _compile(element, forceinline=True)
-        names["fill"] = _compile(_rebuild(walk, "fill", names), inline="always")
-        names["block"] = _compile(
-            _rebuild(inner_block, "block", names), inline="always"
-        )
-    else:
-        templates: dict[str, Function] = {
-            "step": _step,
-            "one_weight": _one_weight,
-            "own_weights": _own_weights,
-        }
-        for name, template in templates.items():  # each may use those before it
-            copy = _rebuild(template, name, names)
-            names[name] = _compile(copy, forceinline=True)
-    return _rebuild(driver, "_".join([*parts, digest.hexdigest()[:12]]), names)
+        inlined("element", ELEMENTS[inner_block], forceinline=True)
+        inlined("fill", fill_past_cache if past_cache else fill, inline="always")
+        inlined("block", inner_block, inline="always")
+    elif driver in PARTS:
+        inlined("step", _step, forceinline=True)
+        inlined("one_weight", _one_weight, forceinline=True)
+        inlined("own_weights", _own_weights, forceinline=True)
+    inlined("part", PARTS.get(driver, _straight), forceinline=True)
+    inlined("inplace_part", _inplace, forceinline=True)
+    return rebuild(driver, "_".join([*parts, digest.hexdigest()[:12]]), names)
 
 
 @functools.cache
@@ -582,17 +597,13 @@ def compiled(
     inner_block: Function | None,
     inner_formula: Function | None,
     lane: Lane,
-    parallel: bool = False,
     past_cache: bool = False,
 ) -> Any:
     """Return one compiled loop; its machine code is made when it is first called."""
-    kind = "parallel" if parallel else "single"
-    kind += "_past_cache" if past_cache else ""
-    function = bound(driver, inner_block, inner_formula, lane, kind, past_cache)
-    try:
-        return _compile(function, parallel=parallel, cache=True)
-    except RuntimeError:  # no folder to keep compiled code in
-        return _compile(function, parallel=parallel)
+    kind = "past_cache" if past_cache else "plain"
+    return compile_and_keep(
+        bound(driver, inner_block, inner_formula, lane, kind, past_cache)
+    )
 
 
 def finish(partial: Any, result: Any) -> None:

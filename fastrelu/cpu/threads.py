@@ -1,22 +1,41 @@
-"""Which loop may run now: the only file that knows Numba's threading layers.
+"""The team: threads that share a loop, and the decision when it is worth their while.
 
-Numba picks a layer at a process's first parallel call and keeps it.  Each has a way to
-take its host down: workqueue aborts the process when two threads enter it at once, and
-GNU OpenMP kills a forked child at its first parallel call if the parent made one.
-TBB does neither and copes best with a busy machine, so it is helped to be found.
+Numba's own layers do not do for a library that lives in other people's processes.  The
+workqueue layer aborts the process when two threads enter it at once, GNU OpenMP kills
+a forked child, and TBB takes a microsecond and a half to start, a third of what there
+is to do in a loop over 100,000 elements.  The team here is started at the first large
+array.  Its members wait for the next loop with their eyes open for some microseconds
+and then sleep.  Four rules keep it harmless:
+
+- Whoever brings a loop works on it, so it ends without the others too: each has a part
+  of the range, takes pieces from its front, and when it has none left, from the back of
+  somebody else's.
+- Nobody waits for the team.  While it is busy, a loop runs on the thread it came from.
+- A member never touches Python, so the interpreter may end at any time.
+- After a fork the child has no team, and starts its own when it needs one.
 """
 
 import contextlib
 import ctypes
 import os
+import signal
 import sys
 import threading
-from collections.abc import Callable
-from importlib import metadata
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-import numba
-from numba.core import config
+import llvmlite.binding as llvm
+import numpy as np
+from llvmlite import ir
+from llvmlite.binding import ffi
+from numba import njit, types
+from numba.core import cgutils, config
+from numba.core.compiler_lock import global_compiler_lock
+from numba.extending import intrinsic
+from numba.np.ufunc import parallel
+
+from fastrelu.cpu.jit import compile_and_keep
 
 
 def _cache_size(level: int, default: int) -> int:
@@ -34,85 +53,442 @@ def _cache_size(level: int, default: int) -> int:
 PRIVATE_CACHE = _cache_size(2, 1 << 20)
 CACHE = max(_cache_size(3, 1 << 25), PRIVATE_CACHE)
 
-# Bytes moved from which waking the other threads pays.  A second core brings a second
-# private cache and the bandwidth behind it; before that it saves less than it costs to
-# wake.  The workqueue layer takes a hundred times longer to wake than the others.
-_WORTH_IT = {
-    "tbb": PRIVATE_CACHE + 1,
-    "omp": PRIVATE_CACHE + 1,
-    "workqueue": 32 * PRIVATE_CACHE,
+# In bytes read and written.  A loop over less than two shares stays with one thread:
+# the others' caches would first have to fetch it.  Waking somebody who sleeps takes
+# some 10 microseconds of the waker and 50 until he is there; that pays in any case for
+# a loop over much, and otherwise if more loops follow soon.
+SHARE = PRIVATE_CACHE // 4
+MUCH = 16 * PRIVATE_CACHE
+
+_PIECES = 4  # of each member's part: what another may take over
+_LOOK = 1000  # times that a member looks for work before it sleeps: about 20 us
+_SOON = 8  # loops that a member must have found awake for its waking to have paid
+_LONGEST_PAUSE = 63  # loops that are left alone after wakings that did not
+
+# The team's memory, in words of 8 bytes; what several threads write has a cache line
+# (8 words) of its own.
+_BUSY = 0  # 1 while somebody's loop runs
+_PENDING = 8  # pieces of it not done yet
+_WAITING = 9  # 1 while its owner sleeps until they are
+_LOOPS = 16  # how many there have been
+_FUNCTION, _ARGUMENTS, _SIZE, _PIECE, _MEMBERS = range(24, 29)  # the loop
+_WORKERS = 32  # members besides the owner
+_LIMIT = 33  # the address of Numba's get_num_threads, or 0
+_PAUSE, _LEFT_ALONE, _AWAKE = 34, 35, 36  # see _may_wake
+_PLACE, _GET_PLACES, _SET_PLACES, _THREAD = range(37, 41)  # see _LINUX; or 0
+_MEMBER, _MEMBER_SIZE = 48, 32  # the first member's words; the next has the next 32
+_ASLEEP, _LOCK = 8, 9  # after its part: (first piece << 32) + the piece after the last
+_ID, _FORBIDDEN = 10, 11  # to Linux, and the processor it must not use, or -1
+_MASK, _PLACES = 16, 16  # the others: a bit each in so many words
+_MOST = 256  # members
+
+_memory = np.zeros(_MEMBER + _MOST * _MEMBER_SIZE + 8, np.int64)
+_memory = _memory[-_memory.ctypes.data % 64 // 8 :]
+llvm.add_symbol("fastrelu_team", _memory.ctypes.data)
+
+
+# Words that several threads read and write -------------------------------------------
+
+_WORD = ir.IntType(64)
+_WORDS = types.CPointer(types.int64)
+_word = types.int64
+
+
+@intrinsic
+def _team(typingctx):
+    """Return the address of the team's memory."""
+
+    def codegen(context, builder, signature, args):
+        try:
+            return builder.module.get_global("fastrelu_team")
+        except KeyError:
+            return ir.GlobalVariable(builder.module, _WORD, "fastrelu_team")
+
+    return _WORDS(), codegen
+
+
+def _on_word(result: types.Type, operands: int, emit: Any) -> Any:
+    """Return codegen and signature of an atomic operation on the word at an index."""
+
+    def codegen(context, builder, signature, args):
+        done = emit(builder, builder.gep(args[0], [args[1]]), *args[2:])
+        return context.get_dummy_value() if result == types.void else done
+
+    return result(_WORDS, types.intp, *[_word] * operands), codegen
+
+
+@intrinsic
+def _load(typingctx, words, i):
+    return _on_word(_word, 0, lambda b, p: b.load_atomic(p, "seq_cst", 8))
+
+
+@intrinsic
+def _store(typingctx, words, i, value):
+    return _on_word(types.void, 1, lambda b, p, v: b.store_atomic(v, p, "seq_cst", 8))
+
+
+@intrinsic
+def _add(typingctx, words, i, value):
+    """Return what the word was before."""
+    return _on_word(_word, 1, lambda b, p, v: b.atomic_rmw("add", p, v, "seq_cst"))
+
+
+@intrinsic
+def _swap(typingctx, words, i, old, new):
+    """Say whether the word was old, and is new now."""
+
+    def emit(b, p, old, new):
+        return b.extract_value(b.cmpxchg(p, old, new, "seq_cst", "seq_cst"), 1)
+
+    return _on_word(types.boolean, 2, emit)
+
+
+@intrinsic
+def _address(typingctx, words, i):
+    def codegen(context, builder, signature, args):
+        return builder.ptrtoint(builder.gep(args[0], [args[1]]), _WORD)
+
+    return _word(_WORDS, types.intp), codegen
+
+
+@intrinsic
+def _look_away(typingctx):
+    """Give the processor a moment."""
+
+    def codegen(context, builder, signature, args):
+        triple, hint = llvm.get_process_triple(), None
+        if triple.startswith(("x86_64", "i686", "amd64")):
+            hint, values = "llvm.x86.sse2.pause", []
+        elif triple.startswith(("aarch64", "arm64")):
+            hint, values = "llvm.aarch64.hint", [ir.IntType(32)(1)]  # yield
+        if hint is not None:
+            kind = ir.FunctionType(ir.VoidType(), [v.type for v in values])
+            function = cgutils.get_or_insert_function(builder.module, kind, hint)
+            builder.call(function, values)
+        return context.get_dummy_value()
+
+    return types.void(), codegen
+
+
+def _call(result: types.Type, operands: int) -> Any:
+    """Return an intrinsic that calls the C function at an address."""
+
+    @intrinsic
+    def call(typingctx, address, values):
+        def codegen(context, builder, signature, args):
+            kind = ir.FunctionType(context.get_value_type(result), [_WORD] * operands)
+            function = builder.inttoptr(args[0], kind.as_pointer())
+            return builder.call(function, cgutils.unpack_tuple(builder, args[1]))
+
+        return result(_word, types.UniTuple(_word, operands)), codegen
+
+    return call
+
+
+_call_loop = _call(types.intc, 3)
+_call_int = _call(types.intc, 0)
+
+# Python's locks are the one way to sleep that every platform has; they do not need its
+# interpreter, and another thread may release them.
+_sleep = types.ExternalFunction("PyThread_acquire_lock", types.intc(_word, types.intc))
+_wake = types.ExternalFunction("PyThread_release_lock", types.void(_word))
+
+
+# The loop -----------------------------------------------------------------------------
+
+
+@njit(nogil=True, error_model="numpy", forceinline=True)
+def _work(team, me):
+    """Do pieces of the loop until none is left."""
+    members = _load(team, _MEMBERS)
+    for other in range(members):
+        part = _MEMBER + (me + other) % members * _MEMBER_SIZE
+        while True:
+            pieces = _load(team, part)
+            first, stop = pieces >> 32, pieces & 0xFFFFFFFF
+            if first >= stop:
+                break
+            if other == 0:
+                mine, rest = first, (first + 1) << 32 | stop
+            else:
+                mine, rest = stop - 1, first << 32 | (stop - 1)
+            # A piece is taken before the loop is looked at, which therefore cannot
+            # end, and give way to another, before that piece is done.
+            if _swap(team, part, pieces, rest):
+                start = mine * team[_PIECE]
+                stop = min(start + team[_PIECE], team[_SIZE])
+                _call_loop(team[_FUNCTION], (team[_ARGUMENTS], start, stop))
+                if _add(team, _PENDING, -1) == 1 and _swap(team, _WAITING, 1, 0):
+                    _wake(team[_MEMBER + _LOCK])
+
+
+@njit(nogil=True, error_model="numpy", forceinline=True)
+def _may_wake(team, asleep):
+    """Say whether to wake members for a loop that alone would not be worth it.
+
+    Where wakings did not pay, more and more loops are left alone between them.
+    """
+    if asleep == 0:
+        team[_AWAKE] += 1
+        return False
+    if team[_LEFT_ALONE] > 0:
+        team[_LEFT_ALONE] -= 1
+        return False
+    paid = team[_AWAKE] >= _SOON
+    team[_PAUSE] = 0 if paid else min(2 * team[_PAUSE] + 1, _LONGEST_PAUSE)
+    team[_LEFT_ALONE] = team[_PAUSE]
+    team[_AWAKE] = 0
+    return True
+
+
+@njit(nogil=True, error_model="numpy", forceinline=True)
+def _keep_away(team, member):
+    """Before a member is woken, forbid it the processor that the loop comes from.
+
+    Linux would often wake it there, where it has to wait for the loop's owner.
+    """
+    words = _MEMBER + member * _MEMBER_SIZE
+    here = _call_int(team[_PLACE], ())
+    if here == team[words + _FORBIDDEN] or here >= 64 * _PLACES:
+        return
+    places = words + _MASK
+    arguments = team[words + _ID], 8 * _PLACES, _address(team, places)
+    if _call_loop(team[_GET_PLACES], arguments) < 0:
+        return
+    before = team[words + _FORBIDDEN]
+    if before >= 0:
+        team[places + (before >> 6)] |= 1 << (before & 63)
+    team[places + (here >> 6)] &= ~(1 << (here & 63))
+    if _call_loop(team[_SET_PLACES], arguments) == 0:  # or there is no other
+        team[words + _FORBIDDEN] = here
+
+
+def _share(function, arguments, size, grain, moved):
+    """Call function(arguments, start, stop) for pieces of range(size).
+
+    All but the last are multiples of `grain`; the loop reads and writes `moved` bytes.
+    """
+    team = _team()
+    members = min(team[_WORKERS] + 1, moved // SHARE, -(-size // grain))
+    if members > 1 and team[_LIMIT] != 0:
+        members = min(members, _call_int(team[_LIMIT], ()))
+    if members < 2 or not _swap(team, _BUSY, 0, 1):
+        _call_loop(function, (arguments, 0, size))
+        return
+    asleep = 0
+    for member in range(1, members):
+        asleep += _load(team, _MEMBER + member * _MEMBER_SIZE + _ASLEEP)
+    wake = moved >= MUCH or _may_wake(team, asleep)
+    if asleep == members - 1 and not wake:
+        _store(team, _BUSY, 0)
+        _call_loop(function, (arguments, 0, size))
+        return
+    piece = -(-size // (_PIECES * members * grain)) * grain
+    pieces = -(-size // piece)
+    team[_FUNCTION], team[_ARGUMENTS] = function, arguments
+    team[_SIZE], team[_PIECE] = size, piece
+    _store(team, _MEMBERS, members)
+    _store(team, _PENDING, pieces)
+    for member in range(members):
+        first, stop = pieces * member // members, pieces * (member + 1) // members
+        _store(team, _MEMBER + member * _MEMBER_SIZE, first << 32 | stop)
+    _add(team, _LOOPS, 1)
+    if wake:
+        for member in range(1, members):
+            words = _MEMBER + member * _MEMBER_SIZE
+            if _load(team, words + _ASLEEP) == 1 and team[words + _ID] != 0:
+                _keep_away(team, member)
+            if _swap(team, words + _ASLEEP, 1, 0):
+                _wake(team[words + _LOCK])
+    _work(team, 0)
+    looks = 0
+    while _load(team, _PENDING) > 0:
+        if looks < _LOOK:
+            looks += 1
+            _look_away()
+            continue
+        _store(team, _WAITING, 1)
+        if _load(team, _PENDING) > 0 or not _swap(team, _WAITING, 1, 0):
+            _sleep(team[_MEMBER + _LOCK], 1)
+    _store(team, _BUSY, 0)
+
+
+def _member(me):
+    """Work on every loop that comes, for ever."""
+    team = _team()
+    words = _MEMBER + me * _MEMBER_SIZE
+    if team[_THREAD] != 0:
+        team[words + _ID] = _call_int(team[_THREAD], ())
+    seen = 0
+    while True:
+        looks = 0
+        while _load(team, _LOOPS) == seen and looks < _LOOK:
+            looks += 1
+            _look_away()
+        loops = _load(team, _LOOPS)
+        if loops != seen:
+            seen = loops
+            if me < _load(team, _MEMBERS):
+                _work(team, me)
+            continue
+        _store(team, words + _ASLEEP, 1)
+        # Whoever brings a loop between these lines may have taken the 1 already: then
+        # the lock is free, or will be in a moment.
+        if _load(team, _LOOPS) == seen or not _swap(team, words + _ASLEEP, 1, 0):
+            _sleep(team[words + _LOCK], 1)
+
+
+@intrinsic
+def spread(typingctx, body, arguments, size, grain, moved):
+    """Call body(*arguments, start, stop) for all of range(size), with the team's help.
+
+    `body` is compiled and allocates nothing.  See `_share` for the rest.
+    """
+
+    def codegen(context, builder, signature, args):
+        operands = *arguments.types, types.intp, types.intp
+        body.dispatcher.compile(operands)
+        compiled = body.dispatcher.overloads[operands]
+        context.add_linking_libs([compiled.library])
+        kind = ir.FunctionType(ir.IntType(32), [_WORD] * 3)
+        name = builder.module.get_unique_name("fastrelu_part")
+        function = ir.Function(builder.module, kind, name)
+        function.linkage = "internal"
+        packed = cgutils.alloca_once_value(builder, args[1])
+
+        inside = ir.IRBuilder(function.append_basic_block())
+        address = inside.inttoptr(function.args[0], packed.type)
+        values = cgutils.unpack_tuple(inside, inside.load(address))
+        status, _ = context.call_internal_no_propagate(
+            inside, compiled.fndesc, compiled.signature, (*values, *function.args[1:])
+        )
+        with inside.if_then(status.is_error, likely=False):
+            # Only an index that Numba was told to check: there is nobody to tell.
+            trap = ir.FunctionType(ir.VoidType(), [])
+            inside.call(
+                cgutils.get_or_insert_function(builder.module, trap, "llvm.trap"), []
+            )
+        inside.ret(ir.IntType(32)(0))
+
+        kind = ir.FunctionType(ir.VoidType(), [_WORD] * 5)
+        share = cgutils.get_or_insert_function(builder.module, kind, "fastrelu_share")
+        where = [builder.ptrtoint(p, _WORD) for p in (function, packed)]
+        builder.call(share, [*where, *args[2:]])
+        return context.get_dummy_value()
+
+    return types.void(body, arguments, types.intp, types.intp, types.intp), codegen
+
+
+_LINUX = {  # the last one says that all are there
+    _PLACE: "sched_getcpu",
+    _GET_PLACES: "sched_getaffinity",
+    _SET_PLACES: "sched_setaffinity",
+    _THREAD: "gettid",
 }
 
-_SMALLEST_WORTH_IT = min(_WORTH_IT.values())
 
-_launch = threading.Lock()
-_one_at_a_time = threading.Lock()
-_layer: str | None = None  # None: not asked yet, "": none can be used here
+# The team itself ----------------------------------------------------------------------
 
+_lock = threading.Lock()
+_started = False
+_functions: list[Any] = []  # must never be freed
 
-def threading_layer() -> str:
-    """Return the layer parallel loops run on, or "" where they must not run."""
-    global _layer
-    if _layer is None:
-        with _launch:
-            if _layer is None:
-                _layer = _start()
-    return _layer
-
-
-def _start() -> str:
-    if config.THREADING_LAYER in ("default", "tbb", "safe", "threadsafe", "forksafe"):
-        _preload_tbb()
-    try:
-        numba.get_num_threads()  # launches the layer
-        return str(numba.threading_layer())
-    except (ValueError, ImportError):  # the layer asked for is not to be had
-        return ""
+_python = ctypes.pythonapi
+_new_lock = _python.PyThread_allocate_lock
+_new_lock.restype = ctypes.c_void_p
+_take_lock = _python.PyThread_acquire_lock
+_take_lock.argtypes = ctypes.c_void_p, ctypes.c_int
+_new_thread = _python.PyThread_start_new_thread
+_new_thread.argtypes = ctypes.c_void_p, ctypes.c_void_p
+_new_thread.restype = ctypes.c_ulong
+_NONE = ctypes.c_ulong(-1).value
 
 
-def _preload_tbb() -> None:
-    """Load the TBB that pip installs: it lies where no dynamic linker looks."""
-    name = "tbb12.dll" if sys.platform == "win32" else "libtbb.so.12"
-    try:
-        for file in metadata.files("tbb") or ():
-            if file.name == name:
-                ctypes.CDLL(str(file.locate()), mode=ctypes.RTLD_GLOBAL)
-                return
-    except (metadata.PackageNotFoundError, OSError):
-        return  # Numba looks for another layer
+def link() -> None:
+    """Make sure that compiled loops find `_share`: before the first is loaded."""
+    if not _functions:
+        with _lock:
+            if not _functions:
+                share = compile_and_keep(_share, types.void(*[_word] * 5))
+                llvm.add_symbol("fastrelu_share", share.address)
+                _functions.append(share)
 
 
-def _forked() -> None:
-    global _layer, _launch, _one_at_a_time
-    _launch, _one_at_a_time = threading.Lock(), threading.Lock()
-    try:
-        launched = numba.threading_layer()
-    except ValueError:  # not by anybody: the child may launch its own
+def ready() -> None:
+    """Start the team, if it is not: before a large array."""
+    if not _started:
+        _start()
+    if not _memory[_LIMIT] and parallel._is_initialized:
+        # From here on somebody may have asked Numba for fewer threads.
+        _memory[_LIMIT] = llvm.address_of_symbol("get_num_threads") or 0
+
+
+def _start() -> None:
+    global _started
+    with _lock:
+        if _started:
+            return
+        member = compile_and_keep(_member, types.void(_word))
+        _functions.append(member)
+        if sys.platform == "linux":
+            library = ctypes.CDLL(None)
+            with contextlib.suppress(AttributeError):  # one that lacks a function
+                for word, name in _LINUX.items():
+                    function = ctypes.cast(getattr(library, name), ctypes.c_void_p)
+                    _memory[word] = function.value or 0
+        for me in range(min(config.NUMBA_NUM_THREADS, _MOST)):
+            words = _MEMBER + me * _MEMBER_SIZE
+            lock = _new_lock()
+            if lock is None:
+                break
+            _take_lock(lock, 0)
+            _memory[words + _LOCK], _memory[words + _FORBIDDEN] = lock, -1
+            if me > 0:
+                with _signals_elsewhere():
+                    if _new_thread(member.address, me) == _NONE:
+                        break
+                _memory[_WORKERS] = me
+        _started = True
+
+
+@contextlib.contextmanager
+def _signals_elsewhere() -> Iterator[None]:
+    """Start threads that leave signals to those that were there before."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
         return
-    if launched == "omp":
-        _layer = ""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+# A child that was forked while another thread compiled would wait for ever for these
+# locks of Numba and llvmlite at its first new function.
+_compiling = global_compiler_lock, getattr(ffi.lib, "_lock", contextlib.nullcontext())
+
+
+def _before_fork() -> None:
+    for lock in _compiling:
+        lock.__enter__()
+
+
+def _after_fork() -> None:
+    for lock in reversed(_compiling):
+        lock.__exit__(None, None, None)
+
+
+def _after_fork_in_child() -> None:
+    global _started, _lock
+    _after_fork()
+    _lock, _started = threading.Lock(), False
+    _memory[:] = 0
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forked)
-
-
-def run(task: Callable[[int], None], moved: int) -> None:
-    """Call task(team) with as many threads as pay and are safe, 1 among them.
-
-    `moved` is how many bytes the task reads and writes.
-    """
-    if moved >= _SMALLEST_WORTH_IT:
-        layer = threading_layer()
-        team = numba.get_num_threads() if layer else 1
-        if team > 1 and moved >= _WORTH_IT[layer]:
-            if layer != "workqueue":
-                task(team)
-                return
-            if _one_at_a_time.acquire(blocking=False):
-                try:
-                    task(team)
-                finally:
-                    _one_at_a_time.release()
-                return
-    task(1)
+    os.register_at_fork(
+        before=_before_fork,
+        after_in_parent=_after_fork,
+        after_in_child=_after_fork_in_child,
+    )

@@ -15,10 +15,11 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from numba import cfunc, types
+from numba import types
 from numpy._core import _multiarray_umath  # type: ignore[attr-defined]
 
 from fastrelu.cpu import loops
+from fastrelu.cpu.jit import compile_and_keep
 from fastrelu.cpu.lanes import lane_of
 
 _STRIDED_LOOP = 5  # NPY_METH_strided_loop
@@ -82,10 +83,7 @@ def ufunc(formula: Callable[..., Any], dtype: np.dtype[Any], *, gradient: bool) 
         else (loops.ufunc_forward, loops.forward)
     )
     function = loops.bound(template, block, formula, lane, "ufunc")
-    try:
-        loop = cfunc(_LOOP, cache=True)(function)
-    except RuntimeError:  # no folder to keep compiled code in
-        loop = cfunc(_LOOP)(function)
+    loop = compile_and_keep(function, _LOOP)
     operands = [dtype] * (2 if gradient else 1)
     signature = [*operands, lane.product, dtype]
     name = formula.__name__.strip("_").encode()

@@ -1,0 +1,239 @@
+"""The team: every index once, whoever calls, and nothing that takes its host down."""
+
+import os
+import subprocess
+import sys
+import textwrap
+import threading
+
+import numba
+import numpy as np
+import pytest
+
+from fastrelu.cpu import threads
+from fastrelu.cpu.jit import compile_
+
+float32 = np.dtype(np.float32)
+several_threads = pytest.mark.skipif(
+    numba.config.NUMBA_NUM_THREADS < 2, reason="needs two threads"
+)
+needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+
+
+@pytest.fixture(scope="module")
+def count():
+    """count(hits, size, grain, moved): add 1 for each index that the team was given."""
+    threads.link()
+    threads.ready()
+    spread = threads.spread
+
+    @compile_
+    def add(hits, step, start, stop):
+        for i in range(start, stop):
+            hits[i] += step
+
+    @compile_
+    def count(hits, size, grain, moved):
+        spread(add, (hits, 1), size, grain, moved)
+
+    return count
+
+
+@pytest.mark.parametrize("moved", [0, threads.SHARE, 2 * threads.SHARE, threads.MUCH])
+@pytest.mark.parametrize("grain", [1, 7, 4096])
+@pytest.mark.parametrize("size", [0, 1, 6, 7, 8, 100, 4096, 100_003])
+def test_every_index_once(count, size, grain, moved):
+    hits = np.zeros(size + 2, np.int64)
+    for times in range(1, 30):
+        count(hits[1:-1], size, grain, moved)
+        assert (hits[1:-1] == times).all()
+    assert hits[0] == hits[-1] == 0
+
+
+@several_threads
+def test_from_many_threads_at_once(count):
+    wrong = []
+
+    def call(seed):
+        rng = np.random.default_rng(seed)
+        for _ in range(1000):
+            size, grain = int(rng.integers(1, 20_000)), int(rng.integers(1, 300))
+            hits = np.zeros(size, np.int64)
+            count(hits, size, grain, threads.MUCH)
+            if not (hits == 1).all():
+                wrong.append((size, grain))
+
+    team = [threading.Thread(target=call, args=(k,)) for k in range(16)]
+    for thread in team:
+        thread.start()
+    for thread in team:
+        thread.join()
+    assert wrong == []
+    assert threads._memory[threads._BUSY] == threads._memory[threads._PENDING] == 0
+
+
+@several_threads
+def test_wakings_that_do_not_pay_become_rare(count):
+    """Where calls are far apart, they soon leave the others asleep."""
+    hits, shared = np.zeros(1 << 16, np.int64), []
+    for _ in range(300):
+        before = int(threads._memory[threads._LOOPS])
+        count(hits, hits.size, 64, 2 * threads.SHARE)
+        shared.append(int(threads._memory[threads._LOOPS]) - before)
+        threading.Event().wait(0.001)
+    assert (hits == 300).all()
+    assert sum(shared[100:]) < 50
+
+
+def run(script, **environment):
+    """What a script prints, in a process of its own that must end well."""
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", textwrap.dedent(script)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+        env={**os.environ, **environment},
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    return done.stdout
+
+
+PRELUDE = """
+    import os, sys, threading, time
+    import numba, numpy as np
+    import fastrelu as F
+    from fastrelu.cpu import threads
+    x = np.random.default_rng(0).standard_normal(1 << 22).astype(np.float32)
+    expected = np.maximum(x, 0)
+    def loops():
+        return int(threads._memory[threads._LOOPS])
+    def works():
+        before = loops()
+        fine = np.array_equal(F.relu(x), expected)
+        return fine and (loops() > before) == (numba.config.NUMBA_NUM_THREADS > 1)
+"""
+
+
+@needs_fork
+def test_a_child_has_a_team_of_its_own():
+    script = """
+    import warnings
+    warnings.simplefilter("ignore")  # Python's own, at every fork beside threads
+    assert works()
+    for _ in range(20):
+        child = os.fork()
+        if child == 0:
+            grandchild = os.fork()
+            fine = works() and works()
+            if grandchild:
+                fine = fine and os.waitpid(grandchild, 0)[1] == 0
+            os._exit(not fine)
+        assert os.waitpid(child, 0)[1] == 0
+        assert works()
+    print("done")
+    """
+    assert run(PRELUDE + script) == "done\n"
+
+
+@needs_fork
+def test_a_fork_in_the_midst_of_other_threads_loops():
+    script = """
+    import warnings
+    warnings.simplefilter("ignore")
+    stop = threading.Event()
+    def call():
+        while not stop.is_set():
+            F.relu(x)
+    team = [threading.Thread(target=call) for _ in range(3)]
+    for thread in team: thread.start()
+    for _ in range(20):
+        child = os.fork()
+        if child == 0:
+            os._exit(not works())
+        assert os.waitpid(child, 0)[1] == 0
+    stop.set()
+    for thread in team: thread.join()
+    print(works())
+    """
+    assert run(PRELUDE + script) == "True\n"
+
+
+def test_the_interpreter_ends_in_the_midst_of_daemon_threads_loops():
+    script = """
+    def call():
+        while True:
+            F.relu(x)
+    for _ in range(3):
+        threading.Thread(target=call, daemon=True).start()
+    time.sleep(0.2)
+    print("end")
+    """
+    for _ in range(3):
+        assert run(PRELUDE + script) == "end\n"
+
+
+@pytest.mark.parametrize("number", [1, 2, 3, 300])
+def test_any_number_of_threads(number):
+    script = "\n    print(all(works() for _ in range(20)), threads._memory[32])"
+    output = run(PRELUDE + script, NUMBA_NUM_THREADS=str(number))
+    assert output == f"True {min(number, threads._MOST) - 1}\n"
+
+
+def test_without_further_threads():
+    """As many as the system grants are enough, and none is too."""
+    script = """
+    threads._new_thread = lambda *_: threads._NONE
+    print(np.array_equal(F.relu(x), expected), loops())
+    """
+    assert run(PRELUDE + script) == "True 0\n"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells")
+@several_threads
+def test_members_keep_off_the_callers_processor():
+    script = """
+    for _ in range(200):
+        F.relu(x)
+        time.sleep(0.001)
+    words = threads._MEMBER + threads._MEMBER_SIZE
+    member = int(threads._memory[words + threads._ID])
+    forbidden = int(threads._memory[words + threads._FORBIDDEN])
+    print(forbidden in os.sched_getaffinity(member), len(os.sched_getaffinity(0)) -
+          len(os.sched_getaffinity(member)))
+    """
+    assert run(PRELUDE + script) == "False 1\n"
+
+
+@pytest.mark.parametrize(
+    ("layer", "module"),
+    [("tbb", "tbbpool"), ("omp", "omppool"), ("workqueue", "workqueue")],
+)
+def test_beside_numbas_own_threads(layer, module):
+    """Whatever layer another library's kernels run on, ours do not meet it."""
+    pytest.importorskip(f"numba.np.ufunc.{module}", exc_type=ImportError)
+    script = """
+    @numba.njit(parallel=True)
+    def double(a):
+        for i in numba.prange(a.size):
+            a[i] *= 2
+    double(x.copy())
+    stop, wrong = threading.Event(), []
+    def call():
+        while not stop.is_set():
+            if not np.array_equal(F.relu(x), expected):
+                wrong.append(1)
+    team = [threading.Thread(target=call) for _ in range(4)]
+    for thread in team: thread.start()
+    for _ in range(100):
+        double(x.copy())
+    stop.set()
+    for thread in team: thread.join()
+    numba.set_num_threads(1)
+    before = loops()
+    F.relu(x)
+    print(numba.threading_layer(), wrong, loops() - before)
+    """
+    output = run(PRELUDE + script, NUMBA_THREADING_LAYER=layer)
+    assert output == f"{layer} [] 0\n"
