@@ -67,7 +67,9 @@ class PlainCalls:
         if return_mask is not False:
             return _with_mask(plain, x, slope, inplace, out, return_mask)
         if x.nbytes > plain.small:
-            return _large(plain, x, x, known, inplace, out)
+            if x.nbytes >= cpu.SMALLEST:
+                return _large(plain, x, x, known, inplace, out)
+            cpu.ready()
         if out is None:
             if inplace is False and (x.ndim == 1 or x.flags.c_contiguous):
                 return plain.ufunc(x, known[1])
@@ -104,7 +106,9 @@ class PlainCalls:
         ):
             return None
         if grad.nbytes > plain.small:
-            return _large(plain, grad, saved, known, inplace, out)
+            if grad.nbytes >= cpu.SMALLEST:
+                return _large(plain, grad, saved, known, inplace, out)
+            cpu.ready()
         if out is None:
             if inplace is False and (grad.ndim == 1 or grad.flags.c_contiguous):
                 return plain.ufunc(grad, saved, known[1])

@@ -9,13 +9,15 @@ import numpy as np
 
 from fastrelu.cpu import loops, threads
 from fastrelu.cpu.lanes import Lane, lane_of
-from fastrelu.cpu.pool import empty_bytes, empty_like
+from fastrelu.cpu.pool import SMALLEST, empty_bytes, empty_like
+from fastrelu.cpu.threads import ready
 from fastrelu.cpu.ufuncs import ufunc
 
 Array = Any  # numpy.ndarray of any dtype; its own generic type says nothing more here
 Function = Callable[..., Any]
 
 __all__ = [
+    "SMALLEST",
     "Plain",
     "backward",
     "backward_mask",
@@ -24,11 +26,12 @@ __all__ = [
     "forward",
     "prelu",
     "prelu_backward",
+    "ready",
 ]
 
 _COLUMN_WISE = 64  # rows of a weight shorter than this are better treated as columns
 _WIDTH = 256  # columns are repeated up to about this many,
-_WIDE = 4096  # or this many where nothing is summed
+_WIDE = 1024  # or this many where nothing is summed
 
 
 # Layout -------------------------------------------------------------------------------
@@ -170,7 +173,7 @@ class Plain:
 
     def run_channels(self, x: Array, weight: Array, axis: int, y: Array) -> None:
         """Take a weight for each index of an axis, or one for all."""
-        view = _channels(x.shape, _along(axis, weight, x))
+        view = _along(x.shape, weight.size, axis)
         flat = self._flat(x)
         flat_y = flat if y is x else self._flat(y)
         _run_channels(self.formula, self.lane, flat_y, flat, weight, view)
@@ -185,7 +188,7 @@ class Plain:
         total: Array,
     ) -> None:
         """Also write the gradient towards the weight into total."""
-        view = _channels(x.shape, _along(axis, weight, x))
+        view = _along(x.shape, weight.size, axis)
         flat = self._flat(grad)
         flat_y = flat if y is grad else self._flat(y)
         _run_channels_backward(
@@ -219,14 +222,6 @@ def _run(
     else:
         driver = loops.inplace if block in _WHOLE else loops.inplace_by_tile
         loops.compiled(driver, block, formula, lane)(a, b, slope, moved)
-
-
-def _along(axis: int, weight: Array, x: Array) -> tuple[int, ...]:
-    """Return the shape in which a weight broadcasts along an axis, or along none."""
-    shape = [1] * x.ndim
-    if weight.size != 1:
-        shape[axis] = weight.size
-    return tuple(shape)
 
 
 _WHOLE = loops.forward, loops.backward  # blocks that do not cut their arrays up
@@ -309,6 +304,15 @@ def _channels(shape: tuple[int, ...], weight: tuple[int, ...]) -> _Channels:
     return _Channels(axes, span, spread, channels, inner, by_column, repeats)
 
 
+@functools.lru_cache(1024)
+def _along(shape: tuple[int, ...], size: int, axis: int) -> _Channels:
+    """Return the view for a weight of so many elements along an axis, or along none."""
+    weight = [1] * len(shape)
+    if size != 1:
+        weight[axis] = size
+    return _channels(shape, tuple(weight))
+
+
 def _widen(weight: Array, view: _Channels, lane: Lane) -> Array:
     """Return a copy with one weight for each channel, in the type of the products."""
     if view.spread:
@@ -338,9 +342,11 @@ def _run_channels(
     elif view.by_column:
         width = view.channels * view.inner
         repeats = max(min(_WIDE, x.size // 8) // width, 1)
-        wide = np.empty(repeats * width, weight.dtype)
-        loops.widen(weight, view.inner, wide)
-        _run(loops.columns, formula, lane, y, x, wide, 0)
+        if repeats * width > weight.size:
+            wide = np.empty(repeats * width, weight.dtype)
+            loops.widen(weight, view.inner, wide)
+            weight = wide
+        _run(loops.columns, formula, lane, y, x, weight, 0)
     else:
         _run(loops.rows, formula, lane, y, x, weight, view.inner)
 

@@ -401,12 +401,15 @@ def _add(sums, errors, i, value, error):
 @njit(nogil=True, error_model="numpy", forceinline=True)
 def _widen(w, inner, wide):
     """Repeat each weight `inner` times, and all of them until `wide` is full."""
-    column = 0
-    while column < wide.size:
-        for channel in range(w.size):
-            for _ in range(inner):
-                wide[column] = w[channel]
-                column += 1
+    if inner == 1:
+        for start in range(0, wide.size, w.size):
+            for channel in range(w.size):
+                wide[start + channel] = w[channel]
+        return
+    for row in range(wide.size // inner):
+        weight = w[row % w.size]
+        for column in range(inner):
+            wide[row * inner + column] = weight
 
 
 def prelu_widen(w, inner, wide):

@@ -17,32 +17,28 @@ _PAGE = 4096
 _LINE = 64
 
 
-class _Block:
-    """Memory, and how NumPy is told about it."""
+class _Block(np.ndarray[Any, Any]):
+    """Memory.  A type of its own, or NumPy would skip `_Lent` as the base of a view."""
 
-    __slots__ = ("interface", "nbytes", "raw")
-
-    def __init__(self, nbytes: int) -> None:
-        self.raw = np.empty(nbytes + _LINE, np.uint8)
-        self.nbytes = nbytes
-        start = -self.raw.ctypes.data % _LINE
-        self.interface = self.raw[start : start + nbytes].__array_interface__
+    @classmethod
+    def of(cls, nbytes: int) -> "_Block":
+        memory = cls(nbytes + _LINE, np.uint8)
+        start = -memory.ctypes.data % _LINE
+        return memory[start : start + nbytes].view(cls)
 
 
-class _Owner:
-    """Holds a block while any view of it lives: the base of every view leads here."""
+class _Lent(np.ndarray[Any, Any]):
+    """A block while any view of it lives: the base of every view leads here."""
 
-    __slots__ = ("__array_interface__", "block", "pool")
-
-    def __init__(self, pool: "MemoryPool", block: _Block) -> None:
-        self.pool, self.block = pool, block
-        self.__array_interface__ = block.interface
+    pool: Any = None  # that of a part of it, which has a base of its own to hold on to
+    block: Any = None
 
     def __del__(self) -> None:
         # The collector may run this in the middle of any line, the pool's included:
         # an append is atomic, and _drain never waits.
-        self.pool._returned.append(self.block)
-        self.pool._drain()
+        if self.pool is not None:
+            self.pool._returned.append(self.block)
+            self.pool._drain()
 
 
 class MemoryPool:
@@ -118,14 +114,16 @@ class MemoryPool:
                 self._idle.move_to_end(size)
         if block is None:
             block = self._new_block(size)
-        return np.asarray(_Owner(self, block))
+        lent = block.view(_Lent)
+        lent.pool, lent.block = self, block
+        return lent
 
     def _new_block(self, size: int) -> _Block:
         try:
-            block = _Block(size)
+            block = _Block.of(size)
         except MemoryError:
             self.free_all_blocks()
-            block = _Block(size)
+            block = _Block.of(size)
         with self._lock:
             self._used += size
         return block
