@@ -1,24 +1,27 @@
 """The quick ways: that they are taken, that they give the same bits, and the pool."""
 
+import ctypes
 import gc
 import os
+import pickle
 import platform
 import re
+import sys
 import threading
+import types
+import weakref
 
 import numba
 import numpy as np
 import pytest
-import reference
 from conftest import FLOATS, normal, sample
 from reference import assert_same
 
 import fastrelu as F
 from fastrelu import activations
-from fastrelu.cpu import loops, pool, threads
+from fastrelu.cpu import calls, loops, pool, threads
 from fastrelu.cpu.jit import compile_
 from fastrelu.cpu.lanes import lane_of
-from fastrelu.cpu.ufuncs import ufunc
 
 float32 = np.dtype(np.float32)
 LARGE = pool.SMALLEST // 4 + 3
@@ -29,24 +32,49 @@ several_threads = pytest.mark.skipif(
 )
 
 
+PLAIN = activations._relu_calls, activations._leaky_relu_calls
+GRADIENTS = activations._relu_backward_calls, activations._leaky_relu_backward_calls
+QUICK = [
+    call
+    for row in (*PLAIN, *GRADIENTS)
+    for call in (row.flat, row.masked, row.by_channel)
+]
+LOOP = ctypes.CFUNCTYPE(
+    None, *[ctypes.c_int64] * 3, *[ctypes.c_ssize_t] * 3, ctypes.c_double, ctypes.c_long
+)
+
+
 @pytest.fixture
 def taken(monkeypatch):
-    """The loops that were run: their driver, block, and whether past the cache."""
-    runs = []
-    compiled = loops.compiled
+    """The loops that were run: their block, and whether past the cache."""
+    runs, kept, compiled = [], [], loops.compiled
 
     def record(driver, block, formula, lane, past_cache=False):
         loop = compiled(driver, block, formula, lane, past_cache)
+        if block is None:
+            return loop
 
-        def run(*args):
-            names = [f.__name__ for f in (driver, block) if f is not None]
-            runs.append((*names, past_cache))
-            return loop(*args)
+        def run(*arguments):
+            runs.append((block.__name__, past_cache))
+            loop.ctypes(*arguments)
 
-        return run
+        kept.append(LOOP(run))
+        address = ctypes.cast(kept[-1], ctypes.c_void_p).value
+        return types.SimpleNamespace(address=address)
 
     monkeypatch.setattr(loops, "compiled", record)
-    return runs
+    monkeypatch.setattr(threads, "CACHE", 1 << 24)
+    ask_for_loops_again()
+    yield runs
+    monkeypatch.undo()
+    ask_for_loops_again()
+
+
+def ask_for_loops_again():
+    for call in QUICK:
+        call.table[calls._CACHE] = threads.CACHE
+        for row in call.dtypes.values():
+            call.table[row + calls._LOOP : row + calls._ROW] = 0
 
 
 @pytest.fixture
@@ -61,31 +89,142 @@ def fresh_pool():
 # That they are taken ------------------------------------------------------------------
 
 
-def test_which_loop_runs(taken, monkeypatch):
-    monkeypatch.setattr(threads, "CACHE", 1 << 24)
+def test_which_loop_runs(taken):
     middle, large = normal(1 << 20, float32), normal(1 << 22, float32)
+    weight = normal(16, float32)
     F.relu(middle)
-    F.relu(middle.copy(), inplace=True)
-    F.relu_backward(middle, middle)
     F.relu(large.copy(), inplace=True)
-    assert taken == []  # a ufunc is all they need
     F.relu(large)
     F.relu(large, return_mask=True)
+    F.relu_backward(middle, middle)
+    F.relu_backward(large, large)
     F.leaky_relu(large.reshape(2048, 2048).T)
+    F.prelu(middle.reshape(-1, 16), weight)
+    F.prelu(large.reshape(-1, 16), weight)
+    F.prelu(middle.reshape(16, 16, -1), weight)
+    F.prelu(large.reshape(16, 16, -1), weight)
     assert taken == [
-        ("straight", "forward", True),
-        ("straight", "forward_mask", True),
-        ("straight", "forward", True),
+        ("forward", False),
+        ("forward", False),
+        ("forward", True),
+        ("forward_mask", True),
+        ("backward", False),
+        ("backward", True),
+        ("forward", True),
+        ("columns", False),
+        ("columns", True),
+        ("rows", False),
+        ("rows", True),
     ]
 
 
-def test_a_small_array_takes_a_ufunc(taken):
-    x = normal(1000, float32)
-    F.relu(x)
-    F.leaky_relu(x.reshape(10, 100), 0.5, out=x.reshape(10, 100))
-    F.leaky_relu_backward(x, x, 0.5, inplace=True)
-    F.prelu(x.reshape(10, 100), normal(100, float32))
-    assert taken == []
+def cube(order="C"):
+    return np.asarray(normal((4, 6, 8), float32), order=order)
+
+
+def unpickled(x):
+    return pickle.loads(pickle.dumps(x))
+
+
+# What a call takes, and the same with something that it leaves to Python.
+QUICK_CALLS = {
+    "fresh": lambda f, x: f.flat.call(x, 0.5, False, None),
+    "inplace": lambda f, x: f.flat.call(x, 0.5, True, None),
+    "out": lambda f, x: f.flat.call(x, 0.5, False, np.empty_like(x)),
+    "out is x": lambda f, x: f.flat.call(x, 0.5, False, x),
+    "mask": lambda f, x: f.masked.call(x, 0.5, False, None, np.zeros(24, np.uint8)),
+    "rows": lambda f, x: f.by_channel.call(
+        x.reshape(3, 1, 64), x.ravel()[:3], 0, False, None
+    ),
+    "columns": lambda f, x: f.by_channel.call(x, x[0, 0].copy(), -1, True, None),
+    "shared": lambda f, x: f.by_channel.call(x, x.ravel()[:1].copy(), 1, False, None),
+}
+LEFT_CALLS = {
+    "integer slope": lambda f, x: f.flat.call(x, 1, False, None),
+    "infinite slope": lambda f, x: f.flat.call(x, np.inf, False, None),
+    "nan slope": lambda f, x: f.flat.call(x, np.nan, False, None),
+    "both": lambda f, x: f.flat.call(x, 0.5, True, x),
+    "one": lambda f, x: f.flat.call(x, 0.5, 1, None),
+    "dtype": lambda f, x: f.flat.call(x, 0.5, False, x.astype(np.float64)),
+    "shape": lambda f, x: f.flat.call(x, 0.5, False, np.empty((4, 6, 7), float32)),
+    "ndim": lambda f, x: f.flat.call(x, 0.5, False, np.empty((1, 4, 6, 8), float32)),
+    "swapped": lambda f, x: f.flat.call(x, 0.5, False, x.astype(">f4")),
+    "list": lambda f, x: f.flat.call(x.tolist(), 0.5, False, None),
+    "subclass": lambda f, x: f.flat.call(x.view(np.memmap), 0.5, False, None),
+    "strided": lambda f, x: f.flat.call(x[::2], 0.5, False, None),
+    "order": lambda f, x: f.flat.call(x, 0.5, False, cube("F")),
+    "large": lambda f, x: f.flat.call(normal(LARGE, float32), 0.5, False, None),
+    "overlap": lambda f, x: f.flat.call(x[1:], 0.5, False, x[:-1]),
+    "bits": lambda f, x: f.masked.call(x, 0.5, False, None, np.zeros(25, np.uint8)),
+    "bits' dtype": lambda f, x: f.masked.call(x, 0.5, False, None, np.zeros(24, "i1")),
+    "bits in F": lambda f, x: f.masked.call(
+        cube("F"), 0.5, False, None, np.zeros(24, np.uint8)
+    ),
+    "axis": lambda f, x: f.by_channel.call(x, x.ravel()[:8], 3, False, None),
+    "huge axis": lambda f, x: f.by_channel.call(x, x.ravel()[:8], 2**70, False, None),
+    "true axis": lambda f, x: f.by_channel.call(x, x.ravel()[:6], True, False, None),
+    "channels": lambda f, x: f.by_channel.call(x, x.ravel()[:7], -1, False, None),
+    "weight's dtype": lambda f, x: f.by_channel.call(x, np.ones(8), -1, False, None),
+    "weight's ndim": lambda f, x: f.by_channel.call(x, x[0], -1, False, None),
+    "weight in out": lambda f, x: f.by_channel.call(x, x.ravel()[:8], -1, True, None),
+}
+
+
+@pytest.fixture(scope="module")
+def leaky():
+    """The calls of leaky_relu, ready for float32."""
+    row = activations._leaky_relu_calls
+    for call, blocks in ((row.flat, 1), (row.masked, 1), (row.by_channel, 2)):
+        for block in range(blocks):
+            call.prepare(float32, 0, in_place=False, block=block)
+    return row
+
+
+@pytest.mark.parametrize("name", QUICK_CALLS)
+def test_plain_arrays_take_the_quick_call(name, leaky):
+    x = cube()
+    y = QUICK_CALLS[name](leaky, x)
+    assert (type(y), y.size) == (np.ndarray, x.size)
+
+
+@pytest.mark.parametrize("name", LEFT_CALLS)
+def test_other_arguments_are_left_to_python(name, leaky):
+    x = cube()
+    before = x.copy()
+    assert LEFT_CALLS[name](leaky, x) is None
+    assert np.array_equal(x, before)
+
+
+def test_the_quick_call_knows_a_dtype_by_what_it_is(leaky):
+    x = unpickled(cube())
+    assert x.dtype is not float32
+    assert leaky.flat.call(x, 0.5, False, None) is not None
+    x = np.zeros(4, np.dtype(float32, metadata={"unit": "m"}))
+    assert leaky.flat.call(x, 0.5, False, None) is not None
+
+
+def test_the_quick_call_keeps_the_memory_order(leaky):
+    y = leaky.flat.call(cube("F"), 0.5, False, None)
+    assert y.flags.f_contiguous
+    assert_same(y, F.leaky_relu(cube(), 0.5))
+
+
+def test_the_quick_call_refers_to_what_it_returns(leaky):
+    """Neither does a result live for ever, nor is None or an argument given up."""
+    x, out = cube(), cube()
+    counts = [sys.getrefcount(a) for a in (x, out, None)]
+    for _ in range(1000):
+        leaky.flat.call(x, 0.5, False, None)
+        leaky.flat.call(x, 0.5, True, None)
+        leaky.flat.call(x, 0.5, False, out)
+        leaky.flat.call(x[::2], 0.5, False, None)
+        leaky.by_channel.call(x, x.ravel()[:8], -1, False, out)
+    later = [sys.getrefcount(a) for a in (x, out, None)]
+    assert all(abs(a - b) < 50 for a, b in zip(counts, later, strict=True))
+    y = leaky.flat.call(x, 0.5, False, None)
+    gone = weakref.ref(y)
+    del y
+    assert gone() is None
 
 
 def shared():
@@ -141,17 +280,24 @@ def test_other_layouts_of_dense_arrays_are_not_copied(order, taken, fresh_pool):
     assert len(taken) == 1
 
 
-def assembly(driver, block, formula, dtype, past_cache=False):
+def run(loop, a, b, y, slope, moved=0):
+    """Call a compiled loop on arrays; the slope of rows and columns is their width."""
+    sizes = a.size, b.size, int(slope)
+    addresses = [array.ctypes.data for array in (a, b, y)]
+    getattr(loop, "ctypes", loop)(*addresses, *sizes, float(slope), moved)
+
+
+def assembly(block, formula, dtype, past_cache=False):
+    """The parts of a loop: that for another array, and that for working in place."""
     lane = lane_of(np.dtype(dtype))
-    python = loops.bound(driver, block, formula, lane, "seen", past_cache)
+    python = loops.bound(loops.flat, block, formula, lane, "seen", past_cache)
     loop = compile_(python)
     a = np.zeros(1 << 12, lane.storage)
-    b = np.zeros(1 << 9, np.uint8) if "mask" in block.__name__ else a.copy()
-    y = a.copy()
-    args = (a, b, 0.5, 0) if "inplace" in driver.__name__ else (a, b, y, 0.5, 0)
-    loop(*args)
+    run(loop, a, np.zeros(1 << 15, np.uint8), a.copy(), 0.5)
     (text,) = loop.inspect_asm().values()
-    return text
+    parts = re.split(r"^fastrelu_part[.\d]*:$", text, flags=re.MULTILINE)[1:]
+    assert len(parts) == 2
+    return parts
 
 
 @pytest.mark.skipif(not X86, reason="reads the assembly language of x86")
@@ -161,19 +307,20 @@ def test_stores_past_the_cache(block, dtype):
     formula = activations._relu_gradient if block == "backward" else activations._relu
     block = getattr(loops, block)
     stores = r"v?movnt(ps|pd|dq)"
-    assert re.search(stores, assembly(loops.straight, block, formula, dtype, True))
-    assert not re.search(stores, assembly(loops.straight, block, formula, dtype))
+    assert any(
+        re.search(stores, part) for part in assembly(block, formula, dtype, True)
+    )
+    assert not any(re.search(stores, part) for part in assembly(block, formula, dtype))
 
 
 @pytest.mark.skipif(not X86, reason="reads the assembly language of x86")
-@pytest.mark.parametrize("driver", ["straight", "inplace"])
 @pytest.mark.parametrize("block", ["forward", "backward"])
-def test_vector_code(block, driver):
+def test_vector_code(block):
     formula = activations._leaky_relu
     if block == "backward":
         formula = activations._leaky_relu_gradient
-    text = assembly(getattr(loops, driver), getattr(loops, block), formula, np.float32)
-    assert re.search(r"v?mulps", text)
+    for part in assembly(getattr(loops, block), formula, np.float32):
+        assert re.search(r"v?mulps", part)
 
 
 # That they give the same bits ---------------------------------------------------------
@@ -189,8 +336,10 @@ def arguments(block, dtype, n):
         return a, np.random.default_rng(0).integers(0, 256, -(-n // 8), np.uint8), 0.37
     if block == "forward_mask":
         return a, np.zeros(-(-n // 8), np.uint8), 0.37
+    if block == "forward":
+        return a, a, 0.37
     weights = np.linspace(-1, 2, 7 if block == "rows" else 96).astype(lane.product)
-    return a, (a if block == "forward" else weights), 0.37 if block == "forward" else 50
+    return a, weights, 50 if block == "rows" else 2
 
 
 @pytest.mark.parametrize("n", [1, 63, 64, 200, 4096, 13_001])
@@ -203,7 +352,8 @@ def test_every_path_gives_the_same_bits(block, dtype, n):
     lane, function = lane_of(dtype), getattr(loops, block)
     a, b, slope = arguments(block, dtype, n)
     expected = np.zeros_like(a)
-    loops.compiled(loops.straight, function, formula, lane)(a, b, expected, slope, 0)
+    driver = loops.DRIVERS.get(function, loops.flat)
+    run(loops.compiled(driver, function, formula, lane), a, b, expected, slope)
     expected, mask = expected.view(dtype), b.copy()
     memory = np.zeros(a.nbytes + 128, np.uint8)
     threads.ready()
@@ -213,58 +363,26 @@ def test_every_path_gives_the_same_bits(block, dtype, n):
         (0, True),
         (threads.MUCH, True),
     ]:
-        loop = loops.compiled(loops.straight, function, formula, lane, past_cache)
+        loop = loops.compiled(driver, function, formula, lane, past_cache)
         for offset in range(0, 72, 8):
             memory[:] = 0xA5
             y = memory[offset:][: a.nbytes].view(lane.storage)
             if block == "forward_mask":
                 b[:] = 0xFF
-            loop(a, b, y, slope, moved)
+            run(loop, a, b, y, slope, moved)
             assert_same(y.view(dtype), expected)
             assert block != "forward_mask" or np.array_equal(b, mask)
             assert (memory[:offset] == 0xA5).all()
             assert (memory[offset + a.nbytes :] == 0xA5).all()
-    drivers = [loops.inplace_by_tile]
-    if block in ("forward", "backward"):
-        drivers.append(loops.inplace)
-    for driver in drivers:
-        for moved in (0, threads.MUCH):
-            y = a.copy()
-            other = y if b is a else b
-            loop = loops.compiled(driver, function, formula, lane)
-            loop(y, other, slope, moved)
-            assert_same(y.view(dtype), expected)
-            assert block != "forward_mask" or np.array_equal(b, mask)
+    loop = loops.compiled(driver, function, formula, lane)
+    for moved in (0, threads.MUCH):
+        y = a.copy()
+        run(loop, y, y if b is a else b, y, slope, moved)
+        assert_same(y.view(dtype), expected)
+        assert block != "forward_mask" or np.array_equal(b, mask)
 
 
-@pytest.mark.parametrize("dtype", FLOATS, indirect=True)
-def test_a_ufunc_walks_every_layout(dtype):
-    x, g = sample((12, 14), dtype), sample((12, 14), dtype, seed=1)
-    product = lane_of(dtype).product
-    value = ufunc(activations._leaky_relu, dtype, gradient=False)
-    gradient = ufunc(activations._leaky_relu_gradient, dtype, gradient=True)
-    one, many = np.array(0.37, product), np.linspace(-1, 2, 14).astype(product)
-    wide = np.repeat(many, 2)
-    # NumPy looks for floating-point errors of its own copies of ml_dtypes' numbers.
-    with np.errstate(all="ignore"):
-        walk_every_layout(x, g, value, gradient, (one, many, wide))
-
-
-def walk_every_layout(x, g, value, gradient, slopes):
-    one, many, wide = slopes
-    for view in (np.s_[:], np.s_[::-1], np.s_[:, ::2], np.s_[::3, ::-1], np.s_[2:3]):
-        a, b = x[view], g[view]
-        columns = a.shape[1]
-        for slope in (one, many[:columns], many[:columns][::-1], wide[::2][:columns]):
-            expected = reference.forward("prelu", a, weight=slope, axis=1)
-            assert_same(value(a, slope), expected)
-            into = np.zeros((12, 28), x.dtype)[: a.shape[0], 1::2][:, :columns]
-            assert_same(value(a, slope, into), expected)
-            expected = reference.backward("prelu", b, a, weight=slope, axis=1)
-            assert_same(gradient(b, a, slope), expected)
-
-
-def test_a_ufunc_warns_of_nothing():
+def test_a_quick_call_warns_of_nothing():
     x = np.array([np.nan, -np.nan, np.inf, -np.inf, 3e38, -3e38, 1e-45], float32)
     for _ in range(3):  # warnings are errors here
         F.leaky_relu(x, 1e30)
@@ -273,7 +391,6 @@ def test_a_ufunc_warns_of_nothing():
 
 
 def test_threads_that_use_other_slopes():
-    """A slope is remembered between calls; each call must still get its own."""
     x, wrong = normal(100, float32), []
 
     def call(slope):

@@ -8,30 +8,54 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fastrelu.cpu import loops, threads
+from fastrelu.cpu.calls import Call
 from fastrelu.cpu.lanes import Lane, lane_of
+from fastrelu.cpu.loops import NARROW
 from fastrelu.cpu.pool import SMALLEST, empty_bytes, empty_like
-from fastrelu.cpu.threads import ready
-from fastrelu.cpu.ufuncs import ufunc
 
 Array = Any  # numpy.ndarray of any dtype; its own generic type says nothing more here
 Function = Callable[..., Any]
 
 __all__ = [
+    "NARROW",
     "SMALLEST",
-    "Plain",
+    "Call",
     "backward",
     "backward_mask",
+    "channel_call",
+    "channel_gradients",
     "empty_bytes",
     "empty_like",
+    "flat_call",
     "forward",
+    "lane_of",
+    "mask_call",
     "prelu",
     "prelu_backward",
-    "ready",
 ]
 
-_COLUMN_WISE = 64  # rows of a weight shorter than this are better treated as columns
-_WIDTH = 256  # columns are repeated up to about this many,
-_WIDE = 1024  # or this many where nothing is summed
+_WIDTH = 256  # columns are repeated up to about this many where something is summed
+
+
+# Quick calls --------------------------------------------------------------------------
+
+
+@functools.cache
+def flat_call(formula: Function, *, gradient: bool) -> Call:
+    """Return ``call(x, slope, inplace, out)`` or ``call(g, slope, ..., saved)``."""
+    return Call(formula, loops.backward if gradient else loops.forward)
+
+
+@functools.cache
+def mask_call(formula: Function, *, gradient: bool) -> Call:
+    """Return the same with a mask's bits, which are written or for a gradient read."""
+    return Call(formula, loops.backward_mask if gradient else loops.forward_mask)
+
+
+@functools.cache
+def channel_call(formula: Function) -> Call:
+    """Return ``call(x, weight, axis, inplace, out)``."""
+    return Call(formula, loops.rows, loops.columns)
 
 
 # Layout -------------------------------------------------------------------------------
@@ -43,20 +67,23 @@ def _memory_order(x: Array) -> list[int]:
 
 
 def _flat(x: Array, order: Sequence[int]) -> Array | None:
-    """Return x as a writeable 1-D view along `order`, or None if it does not lie so."""
+    """Return x as a 1-D view along `order`, or None if it does not lie so."""
     x = x.transpose(order)
-    if not x.flags.c_contiguous or not x.flags.aligned:
-        return None
+    return x.reshape(-1) if x.flags.c_contiguous and x.flags.aligned else None
+
+
+def _stored(x: Array, lane: Lane) -> Array:
+    """Return x as Numba knows it, whose types are fewer than NumPy's."""
+    x = x.view(lane.storage)
     if not x.flags.writeable:  # another type to Numba, which would compile it anew
         x = np.asarray(_Writeable(x))
-    return x.reshape(-1).view(lane_of(x.dtype).storage)
+    return x
 
 
 class _Writeable:
     """Shows read-only memory, which no loop writes, as writeable."""
 
     def __init__(self, x: Array) -> None:
-        x = x.view(lane_of(x.dtype).storage)  # NumPy alone knows no bfloat16
         interface = x.__array_interface__
         self.x = x
         self.__array_interface__ = {**interface, "data": (interface["data"][0], False)}
@@ -108,134 +135,23 @@ def _lies_on(x: Array, y: Array) -> bool:
 # Elementwise --------------------------------------------------------------------------
 
 
-class Plain:
-    """What plain arrays of one dtype need: those that lie flat, in C order.
-
-    `ufunc` is for small ones, the methods are for all.  Their arrays are clear of each
-    other or the same.
-    """
-
-    def __init__(
-        self, formula: Function, dtype: np.dtype[Any], *, gradient: bool
-    ) -> None:
-        self.formula, self.lane = formula, lane_of(dtype)
-        # Larger ones are worth sharing.
-        self.small = 2 * threads.SHARE // (3 if gradient else 2) - 1
-        self.dtype, self.gradient = dtype, gradient
-        self.ufunc = self._first_call
-        self.block, self.masked_block = (
-            (loops.backward, loops.backward_mask)
-            if gradient
-            else (loops.forward, loops.forward_mask)
-        )
-        self.masked, self.masked_inplace = (
-            loops.compiled(driver, self.masked_block, formula, self.lane)
-            for driver in (loops.straight, loops.inplace_by_tile)
-        )
-        self.storage = None if self.lane.storage == dtype else self.lane.storage
-        self.compute = self.lane.product
-        # The last one, and as an array: most calls repeat theirs.
-        self.slope: tuple[float, Any] = 0.0, np.zeros((), self.compute)
-
-    def _first_call(self, *operands: Array) -> Array:
-        # Compiled when it is needed: a weight's gradient, say, does without.
-        self.ufunc = ufunc(self.formula, self.dtype, gradient=self.gradient)
-        return self.ufunc(*operands)
-
-    def run(self, a: Array, b: Array, slope: tuple[float, Any], y: Array) -> None:
-        """Write the formula of a, and of b for a gradient, into y."""
-        if y is a or (3 if self.gradient else 2) * a.nbytes <= threads.CACHE:
-            threads.ready()
-            operands = (a, b) if self.gradient else (a,)
-            self.ufunc(*operands, slope[1], y)
-            return
-        flat = self._flat(a)
-        _run(
-            self.block,
-            self.formula,
-            self.lane,
-            self._flat(y),
-            flat,
-            flat if b is a else self._flat(b),
-            slope[0],
-        )
-
-    def run_masked(self, a: Array, bits: Array, slope: float, y: Array) -> None:
-        """Also write the mask, or for a gradient read it."""
-        flat = self._flat(a)
-        flat_y = flat if y is a else self._flat(y)
-        if a.nbytes > self.small:
-            _run(self.masked_block, self.formula, self.lane, flat_y, flat, bits, slope)
-        elif y is a:
-            self.masked_inplace(flat, bits, slope, 2 * a.nbytes)
-        else:
-            self.masked(flat, bits, flat_y, slope, 2 * a.nbytes)
-
-    def run_channels(self, x: Array, weight: Array, axis: int, y: Array) -> None:
-        """Take a weight for each index of an axis, or one for all."""
-        view = _along(x.shape, weight.size, axis)
-        flat = self._flat(x)
-        flat_y = flat if y is x else self._flat(y)
-        _run_channels(self.formula, self.lane, flat_y, flat, weight, view)
-
-    def run_channels_backward(
-        self,
-        grad: Array,
-        x: Array,
-        weight: Array,
-        axis: int,
-        y: Array,
-        total: Array,
-    ) -> None:
-        """Also write the gradient towards the weight into total."""
-        view = _along(x.shape, weight.size, axis)
-        flat = self._flat(grad)
-        flat_y = flat if y is grad else self._flat(y)
-        _run_channels_backward(
-            self.formula, self.lane, flat_y, flat, self._flat(x), weight, view, total
-        )
-
-    def _flat(self, x: Array) -> Array:
-        return x.ravel() if self.storage is None else x.ravel().view(self.storage)
-
-
-def _run(
-    block: Function,
-    formula: Function,
-    lane: Lane,
-    y: Array,
-    a: Array,
-    b: Array,
-    slope: Any,
-) -> None:
-    """Run a block over flat arrays with the driver that suits their size and place."""
-    if a.size == 0:
-        return
-    threads.ready()
-    moved = a.nbytes + y.nbytes
-    if b is not a and b.size == a.size:  # not the weights of channels, nor bits
-        moved += b.nbytes
-    if y is not a:
-        past_cache = moved > threads.CACHE
-        loop = loops.compiled(loops.straight, block, formula, lane, past_cache)
-        loop(a, b, y, slope, moved)
-    else:
-        driver = loops.inplace if block in _WHOLE else loops.inplace_by_tile
-        loops.compiled(driver, block, formula, lane)(a, b, slope, moved)
-
-
-_WHOLE = loops.forward, loops.backward  # blocks that do not cut their arrays up
+def _run(call: Call, a: Array, slope: float, y: Array, *b: Array) -> None:
+    """Run a call over flat arrays, which leave it no question."""
+    call.prepare(a.dtype, a.nbytes, in_place=y is a)
+    call.call(a, slope, False, y, *b)
 
 
 def forward(
     formula: Function, x: Array, slope: float, out: Array, *, want_mask: bool
 ) -> Array | None:
     """Write formula(x, slope) into out; return the mask bits if they are wanted."""
-    lane = lane_of(x.dtype)
     y, _, (flat_y, flat_x) = _lay_flat(out, [x], c_order=want_mask)
-    bits = empty_bytes(-(-x.size // 8)) if want_mask else None
-    block = loops.forward_mask if want_mask else loops.forward
-    _run(block, formula, lane, flat_y, flat_x, flat_x if bits is None else bits, slope)
+    bits = None
+    if want_mask:
+        bits = empty_bytes(-(-x.size // 8))
+        _run(mask_call(formula, gradient=False), flat_x, slope, flat_y, bits)
+    else:
+        _run(flat_call(formula, gradient=False), flat_x, slope, flat_y)
     if y is not out:
         np.copyto(out, y)
     return bits
@@ -246,8 +162,7 @@ def backward(
 ) -> None:
     """Write gradient(grad, saved, slope) into out."""
     y, _, (flat_y, flat_grad, flat_saved) = _lay_flat(out, [grad, saved])
-    lane = lane_of(grad.dtype)
-    _run(loops.backward, gradient, lane, flat_y, flat_grad, flat_saved, slope)
+    _run(flat_call(gradient, gradient=True), flat_grad, slope, flat_y, flat_saved)
     if y is not out:
         np.copyto(out, y)
 
@@ -259,9 +174,8 @@ def backward_mask(
     if np.may_share_memory(bits, out):
         bits = bits.copy()
     y, _, (flat_y, flat_grad) = _lay_flat(out, [grad], c_order=True)
-    flat_bits = _flat(bits, [0])
-    lane = lane_of(grad.dtype)
-    _run(loops.backward_mask, gradient, lane, flat_y, flat_grad, flat_bits, slope)
+    bits = np.ascontiguousarray(bits)
+    _run(mask_call(gradient, gradient=True), flat_grad, slope, flat_y, bits)
     if y is not out:
         np.copyto(out, y)
 
@@ -298,7 +212,7 @@ def _channels(shape: tuple[int, ...], weight: tuple[int, ...]) -> _Channels:
     )
     channels, inner = math.prod(span), math.prod(shape[last:])
     outer = math.prod(shape[:first])
-    by_column = inner < _COLUMN_WISE and channels > 1
+    by_column = inner < NARROW and channels > 1
     repeats = max(1, min(_WIDTH // (channels * inner), outer)) if by_column else 1
     axes = slice(first, last)
     return _Channels(axes, span, spread, channels, inner, by_column, repeats)
@@ -326,29 +240,18 @@ def prelu(formula: Function, x: Array, weight: Array, out: Array) -> None:
     y, order, (flat_y, flat_x) = _lay_flat(out, [x])
     if x.size == 0:
         return
-    lane = lane_of(x.dtype)
     weight = weight.transpose(order)
     view = _channels(y.transpose(order).shape, weight.shape)
-    _run_channels(formula, lane, flat_y, flat_x, _widen(weight, view, lane), view)
+    slopes = _widen(weight, view, lane_of(x.dtype))
+    inner, block = view.inner, int(view.by_column)
+    if view.by_column and view.channels * inner > loops.WIDE:
+        slopes, inner = np.repeat(slopes, inner), 1
+    call = channel_call(formula)
+    call.prepare(x.dtype, x.nbytes, in_place=flat_y is flat_x, block=block)
+    shape = -1, slopes.size, inner
+    call.call(flat_x.reshape(shape), slopes, 1, False, flat_y.reshape(shape))
     if y is not out:
         np.copyto(out, y)
-
-
-def _run_channels(
-    formula: Function, lane: Lane, y: Array, x: Array, weight: Array, view: _Channels
-) -> None:
-    if view.channels == 1:
-        _run(loops.forward, formula, lane, y, x, x, float(weight[0]))
-    elif view.by_column:
-        width = view.channels * view.inner
-        repeats = max(min(_WIDE, x.size // 8) // width, 1)
-        if repeats * width > weight.size:
-            wide = np.empty(repeats * width, weight.dtype)
-            loops.widen(weight, view.inner, wide)
-            weight = wide
-        _run(loops.columns, formula, lane, y, x, weight, 0)
-    else:
-        _run(loops.rows, formula, lane, y, x, weight, view.inner)
 
 
 def prelu_backward(
@@ -379,6 +282,23 @@ def prelu_backward(
         out_weight[...] = total
 
 
+def channel_gradients(
+    gradient: Function,
+    grad: Array,
+    x: Array,
+    weight: Array,
+    axis: int,
+    y: Array,
+    total: Array,
+) -> None:
+    """Write both gradients; the arrays are plain, and the weight is one-dimensional."""
+    view = _along(x.shape, weight.size, axis)
+    flat = grad.ravel()
+    flat_y = flat if y is grad else y.ravel()
+    lane = lane_of(x.dtype)
+    _run_channels_backward(gradient, lane, flat_y, flat, x.ravel(), weight, view, total)
+
+
 _SIMPLE = np.dtype(np.float32), np.dtype(np.float64)  # dtypes that Numba rounds to
 
 
@@ -393,12 +313,15 @@ def _run_channels_backward(
     total: Array,
 ) -> None:
     """Write the gradient towards x into y and that towards the weight into total."""
+    in_place = y is grad
+    grad, x = _stored(grad, lane), _stored(x, lane)
+    y = grad if in_place else _stored(y, lane)
     driver = (
         loops.prelu_backward_columns if view.by_column else loops.prelu_backward_rows
     )
     sums = np.empty((2, view.channels))
     moved = grad.nbytes + x.nbytes + y.nbytes
-    past_cache = y is not grad and moved > threads.CACHE
+    past_cache = not in_place and moved > threads.CACHE
 
     loop = loops.compiled(driver, None, gradient, lane)
     threads.ready()

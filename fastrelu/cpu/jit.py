@@ -1,11 +1,16 @@
-"""How functions become machine code, and where it is kept."""
+"""How functions become machine code, where it is kept, and how it calls C."""
 
-import types
+import types as python_types
 from collections.abc import Callable
 from typing import Any
 
-from numba import cfunc, njit
-from numba.core import ccallback  # noqa: F401 (see below)
+from llvmlite import ir
+from numba import cfunc, njit, types
+from numba.core import (
+    ccallback,  # noqa: F401 (see below)
+    cgutils,
+)
+from numba.extending import intrinsic
 
 Function = Callable[..., Any]
 
@@ -42,6 +47,46 @@ def rebuild(template: Function, name: str, names: dict[str, Any]) -> Function:
     kept function must say all that the function is made of.
     """
     globals_ = {**template.__globals__, **names}
-    copy = types.FunctionType(template.__code__, globals_, name)
+    copy = python_types.FunctionType(template.__code__, globals_, name)
     copy.__qualname__, copy.__module__ = name, template.__module__
     return copy
+
+
+# Addresses ----------------------------------------------------------------------------
+
+
+def pointer_to(kind: types.Type) -> Any:
+    """Return an intrinsic that makes a pointer to this type of an address."""
+
+    @intrinsic  # type: ignore[untyped-decorator]
+    def at(typingctx: Any, address: Any) -> Any:
+        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            return builder.inttoptr(args[0], context.get_value_type(kind))
+
+        return kind(types.int64), codegen
+
+    return at
+
+
+def calling(signature: Any) -> Any:
+    """Return an intrinsic that calls the C function of a signature at an address."""
+
+    @intrinsic  # type: ignore[untyped-decorator]
+    def call(typingctx: Any, address: Any, values: Any) -> Any:
+        def codegen(context: Any, builder: Any, _: Any, args: Any) -> Any:
+            operands = [context.get_value_type(kind) for kind in signature.args]
+            result = context.get_value_type(signature.return_type)
+            if signature.return_type == types.void:
+                result = ir.VoidType()
+            function = ir.FunctionType(result, operands).as_pointer()
+            returned = builder.call(
+                builder.inttoptr(args[0], function),
+                cgutils.unpack_tuple(builder, args[1]),
+            )
+            if signature.return_type == types.void:
+                return context.get_dummy_value()
+            return returned
+
+        return signature.return_type(types.int64, types.Tuple(signature.args)), codegen
+
+    return call

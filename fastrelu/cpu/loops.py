@@ -15,6 +15,7 @@ where a driver names one array twice, for in place, the compiler sees that it is
 still makes vector code.
 """
 
+import contextlib
 import functools
 import hashlib
 from pathlib import Path
@@ -22,11 +23,10 @@ from typing import Any
 
 import numba
 import numpy as np
-from numba import carray, njit
-from numpy.lib.stride_tricks import as_strided
+from numba import carray, njit, types
 
 from fastrelu.cpu import lanes, threads
-from fastrelu.cpu.jit import Function, compile_, compile_and_keep, rebuild
+from fastrelu.cpu.jit import Function, compile_, compile_and_keep, pointer_to, rebuild
 from fastrelu.cpu.lanes import (
     WORD,
     Lane,
@@ -45,17 +45,22 @@ LANES = 32  # running sums kept side by side, so that a row's sum is vector work
 SEGMENT = 1 << 14  # elements of a row summed on their own
 BLOCK_ROWS = 64  # rows summed together where channels are the last axis
 SEGMENT_COLUMNS = 1024
+NARROW = 64  # rows of a weight shorter than this are better treated as columns;
+WIDE = 1024  # columns up to which narrow rows are taken together
 
+at = pointer_to(types.voidptr)
 word_buffer = buffer(WORD)
 tile_buffer = buffer(TILE)
 flag_buffer = buffer(MASKED + 2 * WORD, numba.uint8)
 sum_buffer = buffer(LANES, numba.float64)
+weight_buffer = buffer(WIDE)
 
 # The names the blocks and drivers below leave open; `rebuild` binds them.
 formula: Any
 block: Any
 part: Any
 inplace_part: Any
+beside: Any
 load: Any
 store: Any
 compute: Any
@@ -233,10 +238,25 @@ ELEMENTS = {
 }
 
 
+@njit(nogil=True, error_model="numpy", forceinline=True)
+def widen(w, inner, wide):
+    """Repeat each weight `inner` times, and all of them until `wide` is full."""
+    if inner == 1:
+        for start in range(0, wide.size, w.size):
+            for channel in range(w.size):
+                wide[start + channel] = w[channel]
+        return
+    for row in range(wide.size // inner):
+        weight = w[row % w.size]
+        for column in range(inner):
+            wide[row * inner + column] = weight
+
+
 # Drivers ------------------------------------------------------------------------------
 #
-# A driver spreads its part over the team; `moved` says how many bytes it will read and
-# write in all.  A part allocates nothing, so that nothing in it can fail.
+# C functions: they take the addresses of their arrays, or of one array twice to work in
+# place, and spread their part over the team.  `moved` says how many bytes they will read
+# and write in all.  A part allocates nothing, so that nothing in it can fail.
 
 
 @njit(inline="always")
@@ -244,8 +264,44 @@ def _nothing():
     pass
 
 
-def straight(a, b, y, slope, moved):
-    spread(part, (a, b, y, slope), a.size, TILE, moved)
+def flat(a, b, y, size, channels, inner, slope, moved):
+    x = carray(at(a), size, storage)
+    if y == a:
+        spread(inplace_part, (x, beside(b, x), slope), size, TILE, moved)
+    else:
+        result = carray(at(y), size, storage)
+        spread(part, (x, beside(b, x), result, slope), size, TILE, moved)
+
+
+def by_row(a, w, y, size, channels, inner, slope, moved):
+    """One weight for each row of `inner` elements."""
+    x = carray(at(a), size, storage)
+    weights = carray(at(w), channels, compute)
+    if y == a:
+        spread(inplace_part, (x, weights, inner), size, TILE, moved)
+    else:
+        result = carray(at(y), size, storage)
+        spread(part, (x, weights, result, inner), size, TILE, moved)
+
+
+def by_column(a, w, y, size, channels, inner, slope, moved):
+    """One weight for each `inner` columns; the rows are `channels * inner` long.
+
+    Short ones are taken together until a loop over them is worth starting.
+    """
+    x = carray(at(a), size, storage)
+    weights = carray(at(w), channels, compute)
+    width = channels * inner
+    repeats = max(1, min(WIDE, size // 8) // width)
+    if repeats * width > channels:
+        wide = carray(weight_buffer(weights), repeats * width)
+        widen(weights, inner, wide)
+        weights = wide
+    if y == a:
+        spread(inplace_part, (x, weights, inner), size, TILE, moved)
+    else:
+        result = carray(at(y), size, storage)
+        spread(part, (x, weights, result, inner), size, TILE, moved)
 
 
 def _straight(a, b, y, slope, start, stop):
@@ -253,22 +309,13 @@ def _straight(a, b, y, slope, start, stop):
     finished()
 
 
-def inplace(a, b, slope, moved):
-    """Work in place, for blocks that do not cut their arrays up."""
-    spread(part, (a, b, slope), a.size, TILE, moved)
-
-
 def _inplace(a, b, slope, start, stop):
     x = a[start:stop]
     block(x, b, x, slope, start)
 
 
-def inplace_by_tile(a, b, slope, moved):
-    """Work in place, where the compiler would not see that it is one array."""
-    spread(part, (a, b, slope), a.size, TILE, moved)
-
-
 def _inplace_by_tile(a, b, slope, start, stop):
+    """Work in place where the compiler would not see that it is one array."""
     tile = carray(tile_buffer(a), TILE)
     for first in range(start, stop, TILE):
         x = a[first : min(first + TILE, stop)]
@@ -276,11 +323,29 @@ def _inplace_by_tile(a, b, slope, start, stop):
         _put(tile, x, False)
 
 
-PARTS: dict[Any, Function] = {
-    straight: _straight,
-    inplace: _inplace,
-    inplace_by_tile: _inplace_by_tile,
+def _itself(b, x):
+    return x
+
+
+def _saved(b, x):
+    return carray(at(b), x.size, storage)
+
+
+def _bits(b, x):
+    return carray(at(b), (x.size + 7) >> 3, np.uint8)
+
+
+# What lies at `b`; and the blocks that do not cut their arrays up, and so may take one
+# array twice.
+BESIDE: dict[Any, Function] = {
+    backward: _saved,
+    forward_mask: _bits,
+    backward_mask: _bits,
 }
+WHOLE = forward, backward
+
+SIGNATURE = types.void(*[types.int64] * 3, *[types.intp] * 3, types.float64, types.intp)
+DRIVERS = {rows: by_row, columns: by_column}  # flat for the others
 
 
 @njit(nogil=True, error_model="numpy", forceinline=True)
@@ -298,55 +363,6 @@ def _put(tile, target, past_cache):
     kept = tile[done:]
     for i in range(rest.size):
         rest[i] = kept[i]
-
-
-# Drivers that NumPy calls ------------------------------------------------------------
-#
-# The inner loop of a ufunc: `data` holds the addresses of the inputs, the slopes among
-# them, and of the result; `strides` says how far apart their elements are, in bytes.
-
-
-def ufunc_forward(context, data, dimensions, strides, extra):
-    size = dimensions[0]
-    x = carray(data[0], size, storage)
-    slopes = carray(data[1], size, compute)
-    y = carray(data[2], size, storage)
-    dense = strides[0] == x.itemsize and strides[2] == y.itemsize
-    if dense and strides[1] == slopes.itemsize:
-        for i in range(size):
-            y[i] = store(formula(load(x[i]), slopes[i]))
-    elif not dense or strides[1] != 0:
-        x = as_strided(x, (size,), (strides[0],))
-        slopes = as_strided(slopes, (size,), (strides[1],))
-        y = as_strided(y, (size,), (strides[2],))
-        for i in range(size):
-            y[i] = store(formula(load(x[i]), slopes[i]))
-    elif x.ctypes.data == y.ctypes.data:
-        spread(inplace_part, (x, x, slopes[0]), size, TILE, 2 * x.nbytes)
-    else:
-        spread(part, (x, x, y, slopes[0]), size, TILE, 2 * x.nbytes)
-    return 0
-
-
-def ufunc_backward(context, data, dimensions, strides, extra):
-    size = dimensions[0]
-    grad = carray(data[0], size, storage)
-    saved = carray(data[1], size, storage)
-    slopes = carray(data[2], size, compute)
-    y = carray(data[3], size, storage)
-    item = y.itemsize
-    if not strides[0] == strides[1] == strides[3] == item or strides[2] != 0:
-        grad = as_strided(grad, (size,), (strides[0],))
-        saved = as_strided(saved, (size,), (strides[1],))
-        slopes = as_strided(slopes, (size,), (strides[2],))
-        y = as_strided(y, (size,), (strides[3],))
-        for i in range(size):
-            y[i] = store(formula(load(grad[i]), load(saved[i]), slopes[i]))
-    elif grad.ctypes.data == y.ctypes.data:
-        spread(inplace_part, (grad, saved, slopes[0]), size, TILE, 3 * y.nbytes)
-    else:
-        spread(part, (grad, saved, y, slopes[0]), size, TILE, 3 * y.nbytes)
-    return 0
 
 
 # PReLU's backward pass ----------------------------------------------------------------
@@ -396,24 +412,6 @@ def _add(sums, errors, i, value, error):
     total = sums[i] + value
     errors[i] += _error(sums[i], value, total) + error
     sums[i] = total
-
-
-@njit(nogil=True, error_model="numpy", forceinline=True)
-def _widen(w, inner, wide):
-    """Repeat each weight `inner` times, and all of them until `wide` is full."""
-    if inner == 1:
-        for start in range(0, wide.size, w.size):
-            for channel in range(w.size):
-                wide[start + channel] = w[channel]
-        return
-    for row in range(wide.size // inner):
-        weight = w[row % w.size]
-        for column in range(inner):
-            wide[row * inner + column] = weight
-
-
-def prelu_widen(w, inner, wide):
-    _widen(w, inner, wide)
 
 
 def prelu_backward_rows(g, x, w, y, inner, repeats, sums, past_cache, moved):
@@ -466,7 +464,7 @@ def prelu_backward_columns(g, x, w, y, inner, repeats, sums, past_cache, moved):
     wide = w
     if size > w.size:
         wide = np.empty(size, w.dtype)
-        _widen(w, inner, wide)
+        widen(w, inner, wide)
     blocks = -(-x.size // (size * BLOCK_ROWS))
     partial = np.empty((2, blocks, size))
     across = -(-size // SEGMENT_COLUMNS)
@@ -514,8 +512,10 @@ def _prelu_backward_columns(g, x, wide, y, partial, past_cache, first_cell, stop
         fence()
 
 
-PARTS[prelu_backward_rows] = _prelu_backward_rows
-PARTS[prelu_backward_columns] = _prelu_backward_columns
+PARTS = {
+    prelu_backward_rows: _prelu_backward_rows,
+    prelu_backward_columns: _prelu_backward_columns,
+}
 
 
 def prelu_finish(partial, result):
@@ -534,18 +534,19 @@ def prelu_finish(partial, result):
 # Building -----------------------------------------------------------------------------
 
 
-def _sources() -> bytes:
-    """Return what compiled code depends on besides its formula and Numba's version."""
-    try:
-        return b"".join(
-            Path(module).read_bytes()
-            for module in (__file__, lanes.__file__, threads.__file__)
-        )
-    except OSError:  # run from an archive: such files do not change under our feet
-        return b""
+def _sources() -> Any:
+    """Return a digest of what compiled code depends on besides its formula and Numba.
+
+    That is our own code, and what of the machine's caches is a constant in it.
+    """
+    digest = hashlib.sha256(repr(threads.SHARE).encode())
+    with contextlib.suppress(OSError):  # in an archive: that does not change
+        for module in sorted(Path(__file__).parent.glob("*.py")):
+            digest.update(module.read_bytes())
+    return digest
 
 
-_SOURCES = _sources()
+SOURCES = _sources()
 
 
 def bound(
@@ -566,7 +567,7 @@ def bound(
         "active": lane.active,
     }
     parts = [driver.__name__, lane.name, kind]
-    digest = hashlib.sha256(_SOURCES)
+    digest = SOURCES.copy()
 
     def inlined(name: str, template: Function, **options: Any) -> None:
         """Bind one more name; the template may use those before it."""
@@ -579,18 +580,22 @@ def bound(
         parts.append(inner_formula.__name__)
     if inner_block is not None:
         parts.append(inner_block.__name__)
+        whole = inner_block in WHOLE
+        inlined("beside", BESIDE.get(inner_block, _itself), forceinline=True)
         if past_cache:
             inner_block = PAST_CACHE.get(inner_block, inner_block)
         names["finished"] = fence if past_cache else _nothing
         inlined("element", ELEMENTS[inner_block], forceinline=True)
         inlined("fill", fill_past_cache if past_cache else fill, inline="always")
         inlined("block", inner_block, inline="always")
+        inlined("part", _straight, forceinline=True)
+        inplace: Function = _inplace if whole else _inplace_by_tile
+        inlined("inplace_part", inplace, forceinline=True)
     elif driver in PARTS:
         inlined("step", _step, forceinline=True)
         inlined("one_weight", _one_weight, forceinline=True)
         inlined("own_weights", _own_weights, forceinline=True)
-    inlined("part", PARTS.get(driver, _straight), forceinline=True)
-    inlined("inplace_part", _inplace, forceinline=True)
+        inlined("part", PARTS[driver], forceinline=True)
     return rebuild(driver, "_".join([*parts, digest.hexdigest()[:12]]), names)
 
 
@@ -602,10 +607,11 @@ def compiled(
     lane: Lane,
     past_cache: bool = False,
 ) -> Any:
-    """Return one compiled loop; its machine code is made when it is first called."""
+    """Return one compiled loop: a C function, or one that Python calls."""
     kind = "past_cache" if past_cache else "plain"
     return compile_and_keep(
-        bound(driver, inner_block, inner_formula, lane, kind, past_cache)
+        bound(driver, inner_block, inner_formula, lane, kind, past_cache),
+        None if driver in PARTS or driver is prelu_finish else SIGNATURE,
     )
 
 
@@ -613,11 +619,4 @@ def finish(partial: Any, result: Any) -> None:
     """Add partial sums up, and over them, into a float32 or float64 result."""
     compiled(prelu_finish, None, None, lanes.lane_of(np.dtype(np.float64)))(
         partial, result
-    )
-
-
-def widen(weight: Any, inner: int, wide: Any) -> None:
-    """Write the weight of each column."""
-    compiled(prelu_widen, None, None, lanes.lane_of(np.dtype(np.float64)))(
-        weight, inner, wide
     )

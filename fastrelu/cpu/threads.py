@@ -20,7 +20,6 @@ import ctypes
 import os
 import signal
 import sys
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -35,7 +34,7 @@ from numba.core.compiler_lock import global_compiler_lock
 from numba.extending import intrinsic
 from numba.np.ufunc import parallel
 
-from fastrelu.cpu.jit import compile_and_keep
+from fastrelu.cpu.jit import calling, compile_and_keep
 
 
 def _cache_size(level: int, default: int) -> int:
@@ -76,6 +75,8 @@ _WORKERS = 32  # members besides the owner
 _LIMIT = 33  # the address of Numba's get_num_threads, or 0
 _PAUSE, _LEFT_ALONE, _AWAKE = 34, 35, 36  # see _may_wake
 _PLACE, _GET_PLACES, _SET_PLACES, _THREAD = range(37, 41)  # see _LINUX; or 0
+_STARTED = 41
+_NUMBA, _LAUNCHED, _TRUE = 42, 43, 44  # see `is_ready`
 _MEMBER, _MEMBER_SIZE = 48, 32  # the first member's words; the next has the next 32
 _ASLEEP, _LOCK = 8, 9  # after its part: (first piece << 32) + the piece after the last
 _ID, _FORBIDDEN = 10, 11  # to Linux, and the processor it must not use, or -1
@@ -170,28 +171,14 @@ def _look_away(typingctx):
     return types.void(), codegen
 
 
-def _call(result: types.Type, operands: int) -> Any:
-    """Return an intrinsic that calls the C function at an address."""
-
-    @intrinsic
-    def call(typingctx, address, values):
-        def codegen(context, builder, signature, args):
-            kind = ir.FunctionType(context.get_value_type(result), [_WORD] * operands)
-            function = builder.inttoptr(args[0], kind.as_pointer())
-            return builder.call(function, cgutils.unpack_tuple(builder, args[1]))
-
-        return result(_word, types.UniTuple(_word, operands)), codegen
-
-    return call
-
-
-_call_loop = _call(types.intc, 3)
-_call_int = _call(types.intc, 0)
+_call_loop = calling(types.intc(_word, _word, _word))
+_call_int = calling(types.intc())
 
 # Python's locks are the one way to sleep that every platform has; they do not need its
 # interpreter, and another thread may release them.
 _sleep = types.ExternalFunction("PyThread_acquire_lock", types.intc(_word, types.intc))
 _wake = types.ExternalFunction("PyThread_release_lock", types.void(_word))
+_dict_item = types.ExternalFunction("PyDict_GetItem", _word(_word, _word))
 
 
 # The loop -----------------------------------------------------------------------------
@@ -379,6 +366,18 @@ def spread(typingctx, body, arguments, size, grain, moved):
     return types.void(body, arguments, types.intp, types.intp, types.intp), codegen
 
 
+@njit(nogil=True, error_model="numpy", forceinline=True)
+def is_ready():
+    """Say whether a large array may be shared, or `ready` has something to do first.
+
+    Needs the interpreter's lock: it looks at a global name of Numba's.
+    """
+    team = _team()
+    if team[_LIMIT] == 0 and team[_STARTED] != 0:
+        return _dict_item(team[_NUMBA], team[_LAUNCHED]) != team[_TRUE]
+    return team[_STARTED] != 0
+
+
 _LINUX = {  # the last one says that all are there
     _PLACE: "sched_getcpu",
     _GET_PLACES: "sched_getaffinity",
@@ -389,8 +388,6 @@ _LINUX = {  # the last one says that all are there
 
 # The team itself ----------------------------------------------------------------------
 
-_lock = threading.Lock()
-_started = False
 _functions: list[Any] = []  # must never be freed
 
 _python = ctypes.pythonapi
@@ -407,7 +404,7 @@ _NONE = ctypes.c_ulong(-1).value
 def link() -> None:
     """Make sure that compiled loops find `_share`: before the first is loaded."""
     if not _functions:
-        with _lock:
+        with global_compiler_lock:
             if not _functions:
                 share = compile_and_keep(_share, types.void(*[_word] * 5))
                 llvm.add_symbol("fastrelu_share", share.address)
@@ -416,17 +413,20 @@ def link() -> None:
 
 def ready() -> None:
     """Start the team, if it is not: before a large array."""
-    if not _started:
+    if not _memory[_STARTED]:
         _start()
     if not _memory[_LIMIT] and parallel._is_initialized:
         # From here on somebody may have asked Numba for fewer threads.
         _memory[_LIMIT] = llvm.address_of_symbol("get_num_threads") or 0
+        _memory[_TRUE] = 0  # there is no more to look for
+
+
+_launched = sys.intern("_is_initialized")
 
 
 def _start() -> None:
-    global _started
-    with _lock:
-        if _started:
+    with global_compiler_lock:
+        if _memory[_STARTED]:
             return
         member = compile_and_keep(_member, types.void(_word))
         _functions.append(member)
@@ -448,7 +448,9 @@ def _start() -> None:
                     if _new_thread(member.address, me) == _NONE:
                         break
                 _memory[_WORKERS] = me
-        _started = True
+        _memory[_NUMBA], _memory[_LAUNCHED] = id(vars(parallel)), id(_launched)
+        _memory[_TRUE] = id(True)
+        _memory[_STARTED] = 1
 
 
 @contextlib.contextmanager
@@ -464,8 +466,8 @@ def _signals_elsewhere() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-# A child that was forked while another thread compiled would wait for ever for these
-# locks of Numba and llvmlite at its first new function.
+# A child that was forked while another thread compiled, or made something ready, would
+# wait for ever for these locks of Numba and llvmlite at its first new function.
 _compiling = global_compiler_lock, getattr(ffi.lib, "_lock", contextlib.nullcontext())
 
 
@@ -480,9 +482,7 @@ def _after_fork() -> None:
 
 
 def _after_fork_in_child() -> None:
-    global _started, _lock
     _after_fork()
-    _lock, _started = threading.Lock(), False
     _memory[:] = 0
 
 

@@ -1,0 +1,377 @@
+"""Quick calls: from the arguments to the loop without a line of Python.
+
+At a thousand elements, asking an array what it is takes Python longer than the loop
+takes, and at a hundred thousand still a third as long.  Here compiled code asks, and
+reads the objects where they lie: the layout of NumPy's arrays is part of its C
+interface.  What it cannot answer for plain arrays it leaves to Python, by returning
+None: every check with its error message is there.
+
+A call is a built-in function with a *table*, an array of words that holds what is known
+once the process runs: the addresses of types, of C functions, and of compiled loops.
+"""
+
+import ctypes
+from typing import Any
+
+import numpy as np
+from numba import njit, types
+from numba.core.compiler_lock import global_compiler_lock
+from numpy._core import _multiarray_umath  # type: ignore[attr-defined]
+
+from fastrelu.cpu import loops, threads
+from fastrelu.cpu.jit import Function, calling, compile_and_keep, pointer_to, rebuild
+from fastrelu.cpu.lanes import lane_of
+from fastrelu.cpu.pool import SMALLEST
+
+_BRIEF = 1 << 15  # bytes: to let the interpreter go would take longer than the work
+_KEEP_ORDER = 2  # NPY_KEEPORDER
+_C_ORDER, _ANY_ORDER, _ALIGNED, _WRITEABLE = 1, 3, 0x100, 0x400  # NPY_ARRAY_...
+_METH_FASTCALL = 0x80
+
+# Words of an object: its type; an array's (PyArrayObject_fields), a float's.
+_HEAD = object.__basicsize__ // 8
+_TYPE = _HEAD - 1
+_DATA, _NDIM, _SHAPE, _DTYPE, _FLAGS = (_HEAD + i for i in (0, 1, 2, 5, 6))
+_KIND = _HEAD + 1  # a dtype's (PyArray_Descr): its number and byte order in one word
+_VALUE = _HEAD
+
+# Words of a table.  A row is what is known of one dtype; its loops are 0 until needed.
+_NONE, _FALSE, _TRUE, _ARRAY, _FLOAT, _INT, _BYTE, _EMPTY_LIKE = range(8)
+_BESIDE, _CACHE, _KNOWN, _ROWS = range(8, 12)
+_ITEM, _WEIGHT, _LOOP, _ROW = 1, 2, 3, 7  # the dtype comes first
+_PAST_CACHE, _COLUMNS = 1, 2  # added to _LOOP
+_MOST = 32  # rows: there are fewer dtypes
+
+_NOTHING, _SAVED, _BITS = range(3)  # what lies beside the first array
+
+_words = pointer_to(types.CPointer(types.int64))
+_floats = pointer_to(types.CPointer(types.float64))
+_call_loop = calling(loops.SIGNATURE)
+_address = types.int64
+_call_empty_like = calling(_address(_address, types.intc, _address, types.intc))
+_keep = types.ExternalFunction("Py_IncRef", types.void(_address))
+_let_go = types.ExternalFunction("PyEval_SaveThread", _address())
+_take_back = types.ExternalFunction("PyEval_RestoreThread", types.void(_address))
+_as_integer = types.ExternalFunction("PyLong_AsSsize_t", types.intp(_address))
+_failed = types.ExternalFunction("PyErr_Occurred", _address())
+_forget = types.ExternalFunction("PyErr_Clear", types.void())
+_inline = njit(nogil=True, error_model="numpy", forceinline=True)
+
+
+# Questions ----------------------------------------------------------------------------
+
+
+@_inline
+def _ndim(x):
+    return _words(x)[_NDIM] & 0xFFFFFFFF
+
+
+@_inline
+def _kind(x):
+    return _words(_words(x)[_DTYPE])[_KIND]
+
+
+@_inline
+def _order(table, x):
+    """Return the flags of the orders in which a plain array lies flat, if any."""
+    if _words(x)[_TYPE] != table[_ARRAY] or not _words(x)[_FLAGS] & _ALIGNED:
+        return 0
+    return _words(x)[_FLAGS] & _ANY_ORDER
+
+
+@_inline
+def _size(x):
+    size, shape = 1, _words(_words(x)[_SHAPE])
+    for axis in range(_ndim(x)):
+        size *= shape[axis]
+    return size
+
+
+@_inline
+def _is_like(x, y):
+    """Say whether two arrays have one dtype and one shape."""
+    if _kind(x) != _kind(y) or _ndim(x) != _ndim(y):
+        return False
+    shape, other = _words(_words(x)[_SHAPE]), _words(_words(y)[_SHAPE])
+    for axis in range(_ndim(x)):
+        if shape[axis] != other[axis]:
+            return False
+    return True
+
+
+@_inline
+def _row(table, x):
+    """Return where the row of an array's dtype starts, or 0."""
+    kind = _kind(x)
+    for row in range(_ROWS, _ROWS + table[_KNOWN] * _ROW, _ROW):
+        if table[row] == kind:
+            return row
+    return 0
+
+
+@_inline
+def _meet(start, length, other, other_length):
+    """Say whether two pieces of memory have a byte in common."""
+    return start < other + other_length and other < start + length
+
+
+@_inline
+def _target(table, x, order, nbytes, inplace, out):
+    """Return the array to write to, 0 for a fresh one, or -1 to leave it to Python."""
+    if out != table[_NONE]:
+        if inplace != table[_FALSE] or not _order(table, out) & order:
+            return -1
+        if not _is_like(out, x) or not _words(out)[_FLAGS] & _WRITEABLE:
+            return -1
+        start, target = _words(x)[_DATA], _words(out)[_DATA]
+        return -1 if start != target and _meet(start, nbytes, target, nbytes) else out
+    if inplace == table[_TRUE]:
+        return x if _words(x)[_FLAGS] & _WRITEABLE else -1
+    return 0 if inplace == table[_FALSE] and nbytes < SMALLEST else -1
+
+
+@_inline
+def _loop(table, row, kind, moved, past_cache):
+    """Return the address of a loop, or 0 if Python must make something ready first."""
+    if moved >= 2 * threads.SHARE and not threads.is_ready():
+        return 0
+    if past_cache and moved > table[_CACHE]:
+        kind += _PAST_CACHE
+    return table[row + _LOOP + kind]
+
+
+@_inline
+def _none(table):
+    _keep(table[_NONE])
+    return table[_NONE]
+
+
+@_inline
+def _run(table, loop, x, other, result, size, channels, inner, slope, moved):
+    """Run a loop; return a new reference to its result."""
+    if result != 0:
+        _keep(result)
+    else:
+        result = _call_empty_like(table[_EMPTY_LIKE], (x, _KEEP_ORDER, 0, 0))
+        if result == 0:
+            return 0  # a MemoryError is on its way
+    start, target = _words(x)[_DATA], _words(result)[_DATA]
+    operands = start, other, target, size, channels, inner, slope, moved
+    if moved < _BRIEF:
+        _call_loop(loop, operands)
+    else:
+        thread = _let_go()
+        _call_loop(loop, operands)
+        _take_back(thread)
+    return result
+
+
+# Answers ------------------------------------------------------------------------------
+
+
+def call_flat(self, arguments, number):
+    """Take (a, slope, inplace, out), and b if there is something beside a."""
+    table, given = _words(_words(self)[_DATA]), _words(arguments)
+    a, slope, inplace, out = given[0], given[1], given[2], given[3]
+    order = _order(table, a)
+    if order == 0 or _words(slope)[_TYPE] != table[_FLOAT]:
+        return _none(table)
+    factor = _floats(slope)[_VALUE]
+    row = _row(table, a)
+    if row == 0 or not abs(factor) < np.inf:
+        return _none(table)
+    size = _size(a)
+    nbytes = size * table[row + _ITEM]
+    start = other = _words(a)[_DATA]
+    length, moved = 0, 2 * nbytes
+    if table[_BESIDE] != _NOTHING:
+        b = given[4]
+        order &= _order(table, b)
+        other, length = _words(b)[_DATA], nbytes
+        if table[_BESIDE] == _SAVED:
+            moved += nbytes
+            if order == 0 or not _is_like(b, a):
+                return _none(table)
+        else:  # bits are in C order
+            order &= _C_ORDER
+            length = (size + 7) >> 3
+            if order == 0 or _kind(b) != table[_BYTE] or _ndim(b) != 1:
+                return _none(table)
+            if _size(b) != length:
+                return _none(table)
+    result = _target(table, a, order, nbytes, inplace, out)
+    if result == -1:
+        return _none(table)
+    target = _words(result)[_DATA] if result != 0 else 0
+    if target != other and _meet(target, nbytes, other, length):
+        return _none(table)
+    loop = _loop(table, row, 0, moved, target != start)
+    if loop == 0:
+        return _none(table)
+    return _run(table, loop, a, other, result, size, 1, size, factor, moved)
+
+
+def call_channels(self, arguments, number):
+    """Take (x, weight, axis, inplace, out); the weight is one-dimensional."""
+    table, given = _words(_words(self)[_DATA]), _words(arguments)
+    x, weight, axis, inplace, out = given[0], given[1], given[2], given[3], given[4]
+    if not _order(table, x) & _order(table, weight) & _C_ORDER:
+        return _none(table)
+    row = _row(table, x)
+    if row == 0 or _words(axis)[_TYPE] != table[_INT] or _ndim(weight) != 1:
+        return _none(table)
+    if _kind(weight) != table[row + _WEIGHT]:
+        return _none(table)
+    place = _as_integer(axis)
+    if place == -1 and _failed() != 0:
+        _forget()
+        return _none(table)
+    size, channels = _size(x), _size(weight)
+    ndim, inner = _ndim(x), max(size, 1)
+    if -ndim <= place < ndim:
+        shape = _words(_words(x)[_SHAPE])
+        place += ndim if place < 0 else 0
+        if channels != 1:
+            if shape[place] != channels or size == 0:
+                return _none(table)
+            inner = 1
+            for later in range(place + 1, ndim):
+                inner *= shape[later]
+    elif channels != 1 or place != 1:  # the default, where it is of no matter
+        return _none(table)
+    kind = _COLUMNS if inner < loops.NARROW and channels > 1 else 0
+    if kind == _COLUMNS and inner > 1 and channels * inner > loops.WIDE:
+        return _none(table)
+    nbytes, length = size * table[row + _ITEM], channels * 8  # or less
+    result = _target(table, x, _C_ORDER, nbytes, inplace, out)
+    if result == -1:
+        return _none(table)
+    start, other = _words(x)[_DATA], _words(weight)[_DATA]
+    target = _words(result)[_DATA] if result != 0 else 0
+    if _meet(target, nbytes, other, length):
+        return _none(table)
+    moved = 2 * nbytes
+    loop = _loop(table, row, kind, moved, target != start)
+    if loop == 0:
+        return _none(table)
+    return _run(table, loop, x, other, result, size, channels, inner, 0.0, moved)
+
+
+# Building -----------------------------------------------------------------------------
+
+
+class _Method(ctypes.Structure):  # PyMethodDef
+    _fields_ = [
+        ("name", ctypes.c_char_p),
+        ("function", ctypes.c_void_p),
+        ("flags", ctypes.c_int),
+        ("doc", ctypes.c_char_p),
+    ]
+
+
+def _empty_like_of_numpy() -> int:
+    """Return the address of PyArray_NewLikeArray."""
+    get_pointer = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.py_object, ctypes.c_char_p)(
+        ("PyCapsule_GetPointer", ctypes.pythonapi)
+    )
+    table = get_pointer(_multiarray_umath._ARRAY_API, None)
+    return ctypes.cast(table, ctypes.POINTER(ctypes.c_void_p))[277] or 0
+
+
+_new_function = ctypes.PYFUNCTYPE(
+    ctypes.py_object, ctypes.POINTER(_Method), ctypes.py_object, ctypes.c_void_p
+)(("PyCFunction_NewEx", ctypes.pythonapi))
+
+
+def _kind_of(dtype: np.dtype[Any]) -> int:
+    return ctypes.c_int64.from_address(id(dtype) + 8 * _KIND).value
+
+
+_known = {
+    _NONE: id(None),
+    _FALSE: id(False),
+    _TRUE: id(True),
+    _ARRAY: id(np.ndarray),
+    _FLOAT: id(float),
+    _INT: id(int),
+    _BYTE: _kind_of(np.dtype(np.uint8)),
+    _EMPTY_LIKE: _empty_like_of_numpy(),
+}
+_SIGNATURE = _address(_address, _address, types.intp)
+_kept: list[Any] = []  # C code has their addresses only
+
+
+class Call:
+    """The quick call of one formula, over one block or, for PReLU, over either of two.
+
+    It is ``call(a, slope, inplace, out)``, with ``b`` at the end if the block has
+    something beside `a`, or ``call(x, weight, axis, inplace, out)``.  It returns the
+    result, or None where it leaves the matter to Python.
+    """
+
+    __slots__ = ("blocks", "call", "dtypes", "formula", "streams", "table")
+
+    def __init__(self, formula: Function, *blocks: Function) -> None:
+        self.formula, self.blocks = formula, blocks
+        self.streams = 3 if blocks[0] is loops.backward else 2  # arrays read or written
+        self.call: Any = _leave_it
+        self.table = np.zeros(_ROWS + _MOST * _ROW, np.int64)
+        self.dtypes: dict[np.dtype[Any], int] = {}  # those that have a row, and where
+
+    def prepare(
+        self, dtype: np.dtype[Any], nbytes: int, *, in_place: bool, block: int = 0
+    ) -> None:
+        """Make ready what a call needs for plain arrays of so many bytes."""
+        row = self.dtypes.get(dtype) or self._add(dtype)
+        moved = self.streams * nbytes
+        past_cache = moved > threads.CACHE and not in_place
+        place = row + _LOOP + _COLUMNS * block + _PAST_CACHE * past_cache
+        if not self.table[place]:
+            function = self.blocks[block]
+            driver = loops.DRIVERS.get(function, loops.flat)
+            loop = loops.compiled(
+                driver, function, self.formula, lane_of(dtype), past_cache
+            )
+            self.table[place] = loop.address
+        if moved >= 2 * threads.SHARE:
+            threads.ready()
+
+    def _add(self, dtype: np.dtype[Any]) -> int:
+        """Add the row of a dtype; with the first, make the call."""
+        with global_compiler_lock:  # a fork waits for it
+            if dtype in self.dtypes:
+                return self.dtypes[dtype]
+            table, row = self.table, _ROWS + _ROW * len(self.dtypes)
+            weight = _kind_of(lane_of(dtype).product)
+            table[row : row + _LOOP] = _kind_of(dtype), dtype.itemsize, weight
+            if not self.dtypes:
+                for word, value in _known.items():
+                    table[word] = value
+                table[_BESIDE] = _BESIDES.get(self.blocks[0], _NOTHING)
+                table[_CACHE] = threads.CACHE
+                template = call_channels if len(self.blocks) > 1 else call_flat
+                self.call = _built_in(template, table)
+            self.dtypes[dtype] = row
+            table[_KNOWN] = len(self.dtypes)
+            return row
+
+
+_BESIDES = {
+    loops.backward: _SAVED,
+    loops.forward_mask: _BITS,
+    loops.backward_mask: _BITS,
+}
+
+
+def _leave_it(*arguments: Any) -> None:
+    """Stand in for a call that is not made yet."""
+
+
+def _built_in(template: Function, table: Any) -> Any:
+    """Return compiled code as a function of Python that finds its table in `self`."""
+    threads.link()
+    name = f"{template.__name__}_{loops.SOURCES.hexdigest()[:12]}"
+    compiled = compile_and_keep(rebuild(template, name, {}), _SIGNATURE)
+    method = _Method(b"call", compiled.address, _METH_FASTCALL, None)
+    _kept.append((compiled, method, table))
+    return _new_function(method, table, None)
