@@ -281,23 +281,35 @@ def buffer(number: int, element: types.Type | None = None) -> Any:
     return space
 
 
-@intrinsic
-def stream_word(typingctx, target, first, buffer):
-    """Send WORD elements from a buffer past the cache to target[first:]."""
+def _word_store(past_cache: bool) -> Any:
+    """Return `store(target, first, buffer)`: send WORD elements to target[first:]."""
 
-    def codegen(context, builder, signature, args):
-        element = context.get_data_type(target.dtype)
-        to = _pointer(context, builder, target, args[0], element)
-        to = builder.bitcast(builder.gep(to, [args[1]]), _LINE.as_pointer())
-        start = _pointer(context, builder, buffer, args[2], _LINE)
-        hint = builder.module.add_metadata([ir.Constant(_I32, 1)])
-        for i in range(WORD * context.get_abi_sizeof(element) // 64):
-            line = builder.load(builder.gep(start, [_I32(i)]), align=64)
-            store = builder.store(line, builder.gep(to, [_I32(i)]), align=64)
-            store.set_metadata("nontemporal", hint)
-        return context.get_dummy_value()
+    @intrinsic
+    def store_word(typingctx, target, first, buffer):
+        def codegen(context, builder, signature, args):
+            element = context.get_data_type(target.dtype)
+            size = context.get_abi_sizeof(element)
+            to = _pointer(context, builder, target, args[0], element)
+            to = builder.bitcast(builder.gep(to, [args[1]]), _LINE.as_pointer())
+            start = _pointer(context, builder, buffer, args[2], _LINE)
+            hint = builder.module.add_metadata([ir.Constant(_I32, 1)])
+            lines = [
+                builder.load(builder.gep(start, [_I32(i)]), align=64)
+                for i in range(WORD * size // 64)
+            ]
+            for i, line in enumerate(lines):
+                place = builder.gep(to, [_I32(i)])
+                store = builder.store(line, place, align=64 if past_cache else size)
+                if past_cache:
+                    store.set_metadata("nontemporal", hint)
+            return context.get_dummy_value()
 
-    return types.void(target, types.uintp, buffer), codegen
+        return types.void(target, types.uintp, buffer), codegen
+
+    return store_word
+
+
+stream_word, store_word = _word_store(past_cache=True), _word_store(past_cache=False)
 
 
 @intrinsic

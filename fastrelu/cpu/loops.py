@@ -33,6 +33,7 @@ from fastrelu.cpu.lanes import (
     buffer,
     fence,
     put_word,
+    store_word,
     stream,
     stream_word,
     unpack,
@@ -49,7 +50,7 @@ NARROW = 64  # rows of a weight shorter than this are better treated as columns;
 WIDE = 1024  # columns up to which narrow rows are taken together
 
 at = pointer_to(types.voidptr)
-word_buffer = buffer(WORD)
+word_buffer, rest_buffer = buffer(WORD), buffer(WORD)
 tile_buffer = buffer(TILE)
 flag_buffer = buffer(MASKED + 2 * WORD, numba.uint8)
 sum_buffer = buffer(LANES, numba.float64)
@@ -59,6 +60,7 @@ weight_buffer = buffer(WIDE)
 formula: Any
 block: Any
 part: Any
+inplace_block: Any
 inplace_part: Any
 beside: Any
 load: Any
@@ -116,6 +118,23 @@ def fill_past_cache(y, x, b, s):
         stream_word(y, first, buffer)
     for i in range(lead + words * WORD, x.size):
         y[i] = element(x, b, s, i)
+
+
+def fill_in_place(y, x, b, s):
+    """Write where x is, which the compiler could not tell: a word is read first."""
+    buffer = carray(word_buffer(y), WORD)
+    words = x.size // WORD
+    for word in range(np.uintp(words)):
+        first = word * np.uintp(WORD)
+        for j in range(np.uintp(WORD)):
+            buffer[j] = element(x, b, s, first + j)
+        store_word(y, first, buffer)
+    rest = carray(rest_buffer(y), WORD)
+    first = words * WORD
+    for j in range(x.size - first):
+        rest[j] = element(x, b, s, first + j)
+    for j in range(x.size - first):
+        y[first + j] = rest[j]
 
 
 # Blocks -------------------------------------------------------------------------------
@@ -311,16 +330,7 @@ def _straight(a, b, y, slope, start, stop):
 
 def _inplace(a, b, slope, start, stop):
     x = a[start:stop]
-    block(x, b, x, slope, start)
-
-
-def _inplace_by_tile(a, b, slope, start, stop):
-    """Work in place where the compiler would not see that it is one array."""
-    tile = carray(tile_buffer(a), TILE)
-    for first in range(start, stop, TILE):
-        x = a[first : min(first + TILE, stop)]
-        block(x, b, tile[: x.size], slope, first)
-        _put(tile, x, False)
+    inplace_block(x, b, x, slope, start)
 
 
 def _itself(b, x):
@@ -335,8 +345,8 @@ def _bits(b, x):
     return carray(at(b), (x.size + 7) >> 3, np.uint8)
 
 
-# What lies at `b`; and the blocks that do not cut their arrays up, and so may take one
-# array twice.
+# What lies at `b`; and the blocks that do not cut their arrays up: where they take one
+# array twice, the compiler sees that it is one.
 BESIDE: dict[Any, Function] = {
     backward: _saved,
     forward_mask: _bits,
@@ -569,7 +579,7 @@ def bound(
     parts = [driver.__name__, lane.name, kind]
     digest = SOURCES.copy()
 
-    def inlined(name: str, template: Function, **options: Any) -> None:
+    def inlined(name: str, template: Any, **options: Any) -> None:
         """Bind one more name; the template may use those before it."""
         names[name] = compile_(rebuild(template, name, names), **options)
 
@@ -588,9 +598,11 @@ def bound(
         inlined("element", ELEMENTS[inner_block], forceinline=True)
         inlined("fill", fill_past_cache if past_cache else fill, inline="always")
         inlined("block", inner_block, inline="always")
+        if not whole:
+            inlined("fill", fill_in_place, inline="always")
+        inlined("inplace_block", inner_block, inline="always")
         inlined("part", _straight, forceinline=True)
-        inplace: Function = _inplace if whole else _inplace_by_tile
-        inlined("inplace_part", inplace, forceinline=True)
+        inlined("inplace_part", _inplace, forceinline=True)
     elif driver in PARTS:
         inlined("step", _step, forceinline=True)
         inlined("one_weight", _one_weight, forceinline=True)
