@@ -6,6 +6,7 @@ memory pool does on a GPU.
 """
 
 import os
+import sys
 import threading
 from collections import OrderedDict
 from typing import Any, Literal
@@ -102,6 +103,9 @@ class MemoryPool:
 
     def _take(self, nbytes: int) -> Any:
         """Return at least so many bytes; they come back when no view is left."""
+        if nbytes > sys.maxsize - 2 * _PAGE:  # to NumPy, a wrong shape
+            msg = f"cannot allocate {nbytes} bytes"
+            raise MemoryError(msg)
         size = -(-nbytes // _PAGE) * _PAGE
         with self._lock:
             if self._returned:
