@@ -4,6 +4,7 @@ Messages name the argument, what was expected and what came.  A wrong kind of th
 a TypeError, a wrong value of the right kind a ValueError.
 """
 
+import contextlib
 import math
 import numbers
 import operator
@@ -22,11 +23,25 @@ _FLOAT_CODES = frozenset("efd")
 _REAL_CODES = frozenset("bBhHiIlLqQefd")
 
 
+def _is(value: object, kind: type | tuple[type, ...]) -> bool:
+    """Ask the type alone: an object may claim another class, or fail when asked."""
+    return issubclass(type(value), kind)
+
+
 def _kind(value: object) -> str:
     """Name the type of a value, and the dtype where it has one."""
     name = type(value).__name__
-    dtype = getattr(value, "dtype", None)
-    return name if dtype is None else f"{name} of dtype {dtype}"
+    with contextlib.suppress(Exception):  # of a broken property
+        dtype = getattr(value, "dtype", None)
+        return name if dtype is None else f"{name} of dtype {dtype}"
+    return name
+
+
+def _shown(value: object) -> str:
+    """Return a value as text, or its kind where that fails: too many digits, say."""
+    with contextlib.suppress(Exception):
+        return str(value)
+    return f"a value of type {_kind(value)}"
 
 
 def is_accepted(dtype: np.dtype[Any], integers: bool) -> bool:
@@ -38,13 +53,15 @@ def is_accepted(dtype: np.dtype[Any], integers: bool) -> bool:
 
 def array(name: str, value: Any, *, integers: bool = False) -> Array:
     """Return value as a native numpy.ndarray of an accepted dtype."""
-    if isinstance(value, np.ma.MaskedArray):
+    if _is(value, np.ma.MaskedArray):
         msg = f"{name} must be a plain array, got a MaskedArray: fill its gaps first"
         raise TypeError(msg)
     try:
         result = np.asarray(value)
+    except MemoryError:
+        raise
     except Exception as error:
-        msg = f"{name} must be an array of numbers, got {_kind(value)}: {error}"
+        msg = f"{name} must be an array of numbers, got {_kind(value)}: {_shown(error)}"
         raise TypeError(msg) from error
     if not is_accepted(result.dtype, integers):
         expected = REALS if integers else FLOATS
@@ -76,7 +93,7 @@ def like(name: str, value: Any, other_name: str, other: Array) -> Array:
 
 def flag(name: str, value: object) -> bool:
     """Return a bool that is one."""
-    if not isinstance(value, (bool, np.bool_)):
+    if not _is(value, (bool, np.bool_)):
         msg = f"{name} must be True or False, got {_kind(value)}"
         raise TypeError(msg)
     return bool(value)
@@ -84,16 +101,19 @@ def flag(name: str, value: object) -> bool:
 
 def slope(value: Any) -> float:
     """Return a finite real slope as a float."""
-    real = isinstance(value, (numbers.Real, np.floating, np.integer))
-    if not real or isinstance(value, bool):
+    real = _is(value, (numbers.Real, np.floating, np.integer))
+    if not real or _is(value, (bool, np.timedelta64)):
         msg = f"negative_slope must be a real number, got {_kind(value)}"
         raise TypeError(msg)
     try:
         number = float(value)
     except OverflowError:
         number = math.inf
+    except Exception as error:
+        msg = f"negative_slope must be a real number, got {_kind(value)}"
+        raise TypeError(msg) from error
     if not math.isfinite(number):
-        msg = f"negative_slope must be finite, got {value}"
+        msg = f"negative_slope must be finite, got {_shown(value)}"
         raise ValueError(msg)
     return number
 
@@ -117,24 +137,27 @@ def output(
 
 def writeable(name: str, value: Any, model: Array, expected: str) -> Array:
     """Return value as an array that can take a result shaped and typed like model."""
-    if not isinstance(value, np.ndarray) or isinstance(value, np.ma.MaskedArray):
+    if not _is(value, np.ndarray) or _is(value, np.ma.MaskedArray):
         msg = f"{name} {expected} (numpy.ndarray), got {_kind(value)}"
         raise TypeError(msg)
-    if value.dtype != model.dtype or not value.dtype.isnative:
-        came = value.dtype if value.dtype.isnative else f"byte-swapped {value.dtype}"
-        msg = f"{name} must have the native dtype {model.dtype}, got {came}"
+    result: Array = np.asarray(value)  # a subclass may have attributes of its own
+    if result.dtype != model.dtype or not result.dtype.isnative:
+        swapped = "" if result.dtype.isnative else "byte-swapped "
+        msg = (
+            f"{name} must have the native dtype {model.dtype}, "
+            f"got {swapped}{result.dtype}"
+        )
         raise TypeError(msg)
-    if value.shape != model.shape:
-        msg = f"{name} must have shape {model.shape}, got {value.shape}"
+    if result.shape != model.shape:
+        msg = f"{name} must have shape {model.shape}, got {result.shape}"
         raise ValueError(msg)
-    if not value.flags.writeable:
+    if not result.flags.writeable:
         msg = f"{name} must be writeable, got a read-only array"
         raise ValueError(msg)
-    result = np.asarray(value)
     if _shares_elements(result):
         msg = (
             f"{name} must not share memory between its own elements, got shape "
-            f"{value.shape} with strides {value.strides}"
+            f"{result.shape} with strides {result.strides}"
         )
         raise ValueError(msg)
     return result
@@ -178,15 +201,20 @@ def distinct(first_name: str, first: Array, second_name: str, second: Array) -> 
 
 def saved(value: Any, name: str, model: Array) -> Array | Mask:
     """Return the saved state: a mask of the right shape, or an array like model."""
-    if not isinstance(value, Mask):
+    if not _is(value, Mask):
         return like("saved", value, name, model)
-    if value.shape != model.shape:
+    try:
+        mask = Mask(value.bits, value.shape)  # both may have been changed since
+    except Exception as error:
+        msg = f"saved must be a mask that is still as it was made: {_shown(error)}"
+        raise (ValueError if _is(error, ValueError) else TypeError)(msg) from error
+    if mask.shape != model.shape:
         msg = (
             f"saved must be a mask of shape {model.shape}, as {name} is, "
-            f"got one of shape {value.shape}"
+            f"got one of shape {mask.shape}"
         )
         raise ValueError(msg)
-    return value
+    return mask
 
 
 def weight(value: Any, x: Array, axis: Any) -> tuple[Array, Array]:
@@ -197,12 +225,12 @@ def weight(value: Any, x: Array, axis: Any) -> tuple[Array, Array]:
         expected = f"{x.dtype} or float32" if x.dtype.itemsize == 2 else str(x.dtype)
         msg = f"weight must have the dtype of x, {expected}, got {given.dtype}"
         raise TypeError(msg)
-    if isinstance(axis, (bool, np.bool_)):
+    if _is(axis, (bool, np.bool_)):
         msg = f"axis must be an integer, got {_kind(axis)}"
         raise TypeError(msg)
     try:
         position = operator.index(axis)
-    except TypeError as error:
+    except Exception as error:
         msg = f"axis must be an integer, got {_kind(axis)}"
         raise TypeError(msg) from error
     if given.ndim > 1:
@@ -223,7 +251,7 @@ def weight(value: Any, x: Array, axis: Any) -> tuple[Array, Array]:
                 f"other axis is named, got shape {given.shape}"
             )
         else:
-            msg = f"axis must be in [{-x.ndim}, {x.ndim}), got {position}"
+            msg = f"axis must be in [{-x.ndim}, {x.ndim}), got {_shown(position)}"
         raise ValueError(msg)
     shape = [1] * x.ndim
     if not shared:
@@ -239,11 +267,11 @@ def weight(value: Any, x: Array, axis: Any) -> tuple[Array, Array]:
 
 def pair(value: Any) -> Sequence[Any]:
     """Return prelu_backward's out as (grad_input, grad_weight)."""
-    if isinstance(value, tuple):
+    if _is(value, tuple):
         if len(value) != 2:
             msg = (
                 f"out must be one array or (grad_input, grad_weight), got {len(value)}"
             )
             raise ValueError(msg)
-        return value
+        return tuple(value)
     return value, None

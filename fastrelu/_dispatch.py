@@ -1,5 +1,6 @@
 """From the type of an array to its engine, found without importing anything."""
 
+import contextlib
 import math
 from collections.abc import Callable
 from types import ModuleType
@@ -15,7 +16,10 @@ from fastrelu.mask import Mask
 
 def engine_of(name: str, value: object) -> ModuleType:
     """Return the engine for an argument: all that NumPy can read runs on the CPU."""
-    if hasattr(value, "__cuda_array_interface__"):
+    on_gpu = False
+    with contextlib.suppress(Exception):  # of a broken property: NumPy will complain
+        on_gpu = hasattr(value, "__cuda_array_interface__")
+    if on_gpu:
         kind = f"{type(value).__module__}.{type(value).__qualname__}"
         msg = (
             f"{name} must be in the host's memory, got a {kind} on a GPU: this version "
@@ -66,9 +70,12 @@ class PlainCalls:
     ) -> Any:
         call = self.flat
         if type(saved) is Mask:
-            if type(grad) is not ndarray or saved.shape != grad.shape:
+            try:  # what was changed since the mask was made may be anything
+                if type(grad) is not ndarray or saved.shape != grad.shape:
+                    return None
+                call, saved = self.masked, saved.bits
+            except Exception:  # noqa: BLE001
                 return None
-            call, saved = self.masked, saved.bits
         dx = call.call(grad, slope, inplace, out, saved)
         return self._again(call, grad, slope, inplace, out, saved) if dx is None else dx
 

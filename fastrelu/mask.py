@@ -30,7 +30,7 @@ class Mask:
         If `bits` is not an array of uint8, or `shape` holds something else than
         integers.
     ValueError
-        If `bits` has another shape than `shape` asks for.
+        If no array has that `shape`, or `bits` another than `shape` asks for.
 
     Examples
     --------
@@ -49,24 +49,33 @@ class Mask:
     shape: tuple[int, ...]
 
     def __init__(self, bits: Any, shape: Any) -> None:
-        if not isinstance(bits, np.ndarray) or bits.dtype != np.uint8:
-            came = getattr(bits, "dtype", type(bits).__name__)
-            msg = f"bits must be an array of uint8, got {came}"
+        kind = type(bits)
+        if not issubclass(kind, np.ndarray) or issubclass(kind, np.ma.MaskedArray):
+            msg = f"bits must be an array of uint8, got {kind.__name__}"
+            raise TypeError(msg)
+        plain = np.asarray(bits)  # a subclass may have attributes of its own
+        if plain.dtype != np.uint8:
+            msg = f"bits must be an array of uint8, got {plain.dtype}"
             raise TypeError(msg)
         try:
-            lengths = shape if isinstance(shape, tuple) else (shape,)
-            self.shape = tuple(operator.index(length) for length in lengths)
-        except TypeError as error:
-            msg = f"shape must be an integer or a tuple of integers, got {shape!r}"
+            lengths = shape if issubclass(type(shape), tuple) else (shape,)
+            checked = tuple(operator.index(length) for length in lengths)
+        except Exception as error:
+            msg = f"shape must be an integer or a tuple of integers: {error}"
             raise TypeError(msg) from error
-        size = -(-math.prod(self.shape) // 8)
-        if min(self.shape, default=0) < 0 or bits.shape != (size,):
+        try:
+            np.broadcast_to(True, checked)
+        except ValueError as error:
+            msg = f"shape must be that of an array: {error}"
+            raise ValueError(msg) from error
+        size = -(-math.prod(checked) // 8)
+        if plain.shape != (size,):
             msg = (
-                f"bits must have shape ({size},) for a mask of shape {self.shape}, "
-                f"got {bits.shape}"
+                f"bits must have shape ({size},) for a mask of shape {checked}, "
+                f"got {plain.shape}"
             )
             raise ValueError(msg)
-        self.bits = bits
+        self.bits, self.shape = plain, checked
 
     @property
     def nbytes(self) -> int:

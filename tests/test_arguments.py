@@ -10,6 +10,8 @@ from numpy.lib.stride_tricks import as_strided
 from reference import assert_same
 
 import fastrelu as F
+from fastrelu import activations
+from fastrelu._dispatch import PlainCalls
 from fastrelu.activations import ACTIVATIONS
 
 FLOAT32 = np.dtype(np.float32)
@@ -70,17 +72,22 @@ def call(function, given):
 
 
 def several(results):
-    return results if isinstance(results, tuple) else (results,)
+    return results if issubclass(type(results), tuple) else (results,)
 
 
 def refuses(error, argument, function, given):
     """The call fails, names the argument, and leaves every array as it was"""
     values = [value for given in given.values() for value in several(given)]
-    arrays = [a for a in values if isinstance(a, np.ndarray)]
+    arrays = [a for a in values if issubclass(type(a), np.ndarray)]
     before = [a.tobytes() for a in arrays]
     with pytest.raises(error, match=rf"\b{argument}\b"):
         call(function, given)
     assert [a.tobytes() for a in arrays] == before
+
+
+def fails(*_):
+    """What objects may do when they are asked for something"""
+    raise RuntimeError
 
 
 NO_ARRAYS = {
@@ -96,6 +103,10 @@ NO_ARRAYS = {
     "list of bool": [True, False],
     "list of None": [None, 1.0],
     "list of str": ["1.5"],
+    **{
+        f"broken {name}": type("Broken", (), {name: property(fails)})()
+        for name in ("__array__", "__cuda_array_interface__", "__class__", "dtype")
+    },
 }
 KINDS = ("?", "F", "D", "g", "G", "O", "S4", "U4", "V8", "M8[s]", "m8[s]", "f4,f4")
 
@@ -194,6 +205,9 @@ SLOPES = {
     "-inf": (ValueError, -float("inf")),
     "numpy nan": (ValueError, np.float32("nan")),
     "10**400": (ValueError, 10**400),
+    "10**5000": (ValueError, 10**5000),  # too long for str
+    "timedelta": (TypeError, np.timedelta64(1, "s")),  # an np.integer to Python
+    "broken float": (TypeError, type("Broken", (float,), {"__float__": fails})()),
 }
 
 
@@ -210,6 +224,8 @@ AXES = {
     "2": (ValueError, 2),
     "-3": (ValueError, -3),
     "2**70": (ValueError, 2**70),
+    "10**5000": (ValueError, 10**5000),
+    "broken": (TypeError, type("Broken", (), {"__index__": fails})()),
     "float": (TypeError, 1.0),
     "str": (TypeError, "1"),
     "None": (TypeError, None),
@@ -320,6 +336,48 @@ def test_mask_of_another_shape(function, shape):
     refuses(ValueError, "saved", function, given | {"inplace": True})
 
 
+MISUSED = {
+    "fewer bits": (ValueError, "bits", np.zeros(1, np.uint8)),
+    "more bits": (ValueError, "bits", np.zeros(3, np.uint8)),
+    "bits in two dimensions": (ValueError, "bits", np.zeros((1, 2), np.uint8)),
+    "bits of another type": (TypeError, "bits", np.zeros(2, np.int8)),
+    "list of bits": (TypeError, "bits", [0, 0]),
+    "no bits": (TypeError, "bits", None),
+    "larger shape": (ValueError, "shape", (2, 30)),
+    "another number of dimensions": (ValueError, "shape", 15),
+    "list for a shape": (TypeError, "shape", [3, 5]),
+    "array for a shape": (TypeError, "shape", np.array([3, 5])),
+}
+
+
+@pytest.mark.parametrize("case", MISUSED)
+@takes("saved")
+def test_mask_that_was_changed(function, case):
+    error, attribute, value = MISUSED[case]
+    _, mask = F.relu(np.ones((3, 5), np.float32), return_mask=True)
+    setattr(mask, attribute, value)
+    given = sound(function, (3, 5)) | {"saved": mask}
+    refuses(error, "saved", function, given)
+    refuses(error, "saved", function, given | {"inplace": True})
+    given["saved"] = F.Mask.__new__(F.Mask)  # neither bits nor shape
+    refuses(TypeError, "saved", function, given)
+
+
+@takes("saved")
+def test_mask_of_every_other_byte(function):
+    given = sound(function, (3, 5))
+    _, given["saved"] = F.relu(given["saved"], return_mask=True)
+    expected = call(function, given)
+    bits = np.repeat(given["saved"].bits, 2)[::2]
+    assert_same(call(function, given | {"saved": F.Mask(bits, (3, 5))}), expected)
+
+
+def test_mask_of_a_shape_that_no_array_has():
+    for shape in ((0, 2**100), (1,) * 65, 10**5000, (2**40, 2**40), (-1,)):
+        with pytest.raises(ValueError, match="shape"):
+            F.Mask(np.zeros(1, np.uint8), shape)
+
+
 @pytest.mark.parametrize("argument", ["x", "grad_output", "weight"])
 def test_a_mask_is_no_array(argument):
     _, mask = F.relu(np.ones((2, 3), np.float32), return_mask=True)
@@ -345,6 +403,8 @@ WRONG_OUTS = {
     "str": (TypeError, lambda s: "out"),
     "scalar": (TypeError, lambda s: np.float32(1)),
     "type": (TypeError, lambda s: np.ndarray),
+    "broken": (TypeError, lambda s: NO_ARRAYS["broken dtype"]),
+    "claiming": (TypeError, lambda s: type("Out", (), {"__class__": np.ndarray})()),
     "memoryview": (TypeError, lambda s: memoryview(np.ones(s, np.float32))),
     "masked": (TypeError, lambda s: np.ma.ones(s, np.float32)),
     "float64": (TypeError, lambda s: np.ones(s)),
@@ -643,6 +703,55 @@ def test_memmap(function, tmp_path):
         mapped.flush()
         written = np.fromfile(tmp_path / "data", np.float32).reshape(2, 3)
         assert_same(written, expected)
+
+
+class Odd(np.ndarray):
+    """An array that answers no question about itself"""
+
+    dtype = shape = strides = flags = ndim = size = nbytes = property(fails)
+    __array_ufunc__ = __array_function__ = fails
+
+
+@each_function
+def test_a_subclass_may_answer_otherwise(function):
+    given = sound(function)
+    expected = several(call(function, given))
+    for argument in given:
+        taken = {argument: given[argument].view(Odd)}
+        for a, b in zip(several(call(function, given | taken)), expected, strict=True):
+            assert_same(a, b)
+    out = np.empty_like(expected[0]).view(Odd)
+    assert several(call(function, given | {"out": out}))[0] is out
+    assert_same(out.view(np.ndarray), expected[0])
+
+
+@pytest.mark.parametrize("first", ["l", "q"])
+def test_integer_types_of_one_size(first):
+    """C's long and long long are one dtype by ==, but two to a ufunc."""
+    relu = PlainCalls(activations._relu, gradient=False, integers=True)
+    for code in (first, *np.typecodes["AllInteger"]):
+        y = relu.forward(np.array([1, 2], code), 0.0, False, None, False)
+        assert y.tolist() == [1, 2]
+        assert y.dtype.char == np.dtype(code).char
+
+
+HUGE = [(2**60, "f4"), (2**50, "f2"), (2**63 - 1, "i1"), (2**63 - 5000, "u1")]
+
+
+@pytest.mark.parametrize(("size", "dtype"), HUGE)
+@each_function
+def test_arrays_larger_than_memory(function, size, dtype):
+    """One element, broadcast: the result cannot be had."""
+    if dtype in ("i1", "u1") and not function.startswith("relu"):
+        dtype, size = "f8", size // 8
+    x = as_strided(np.ones((), dtype), (size,), (0,))
+    given = sound(function, (1, 1), x.dtype)
+    given |= {name: x for name in given if name != "weight"}
+    with pytest.raises(MemoryError):
+        call(function, given)
+    if x.nbytes < 2**62:
+        with pytest.raises(ValueError, match="memory between its own elements"):
+            call(function, given | {"out": x})
 
 
 @pytest.mark.filterwarnings("ignore:the matrix subclass:PendingDeprecationWarning")
