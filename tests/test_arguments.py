@@ -611,6 +611,19 @@ def test_weight_within_the_output(function, size, row, how):
     assert several(got)[0] is memory
 
 
+@takes("weight")
+def test_weight_within_the_output_of_an_input_that_is_copied(function):
+    given = sound(function, (30, 7))
+    first = next(iter(given))
+    expected = call(function, given)
+    given[first] = place(given[first], "misaligned")[0]
+    out = np.empty((30, 7), np.float32)
+    out[-1] = given["weight"]
+    got = call(function, given | {"weight": out[-1], "out": out})
+    for a, b in zip(several(got), several(expected), strict=True):
+        assert_same(a, b)
+
+
 @pytest.mark.parametrize("size", ["7", "1000"])
 @pytest.mark.parametrize("argument", ["weight", "x", "grad_output"])
 def test_weight_gradient_onto_an_input(argument, size):

@@ -237,6 +237,8 @@ def _widen(weight: Array, view: _Channels, lane: Lane) -> Array:
 
 def prelu(formula: Function, x: Array, weight: Array, out: Array) -> None:
     """Write formula(x, weight of x's channel) into out."""
+    if np.may_share_memory(weight, out):
+        weight = weight.copy()
     y, order, (flat_y, flat_x) = _lay_flat(out, [x])
     if x.size == 0:
         return
@@ -266,6 +268,8 @@ def prelu_backward(
     if x.size == 0:
         out_weight[...] = 0
         return
+    if np.may_share_memory(weight, out):
+        weight = weight.copy()
     y, order, (flat_y, flat_grad, flat_x) = _lay_flat(out, [grad, x])
     lane = lane_of(x.dtype)
     weight = weight.transpose(order)
