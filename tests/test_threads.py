@@ -181,6 +181,11 @@ def test_any_number_of_threads(number):
     assert output == f"True {min(number, threads._MOST) - 1}\n"
 
 
+def test_the_first_call_may_take_the_long_way():
+    script = "import fastrelu as F; print(F.relu([1.5, -2.0]).tolist())"
+    assert run(script) == "[1.5, 0.0]\n"
+
+
 def test_without_further_threads():
     """As many as the system grants are enough, and none is too."""
     script = """

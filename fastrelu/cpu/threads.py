@@ -425,6 +425,7 @@ _launched = sys.intern("_is_initialized")
 
 
 def _start() -> None:
+    link()  # takes what is in _functions as a sign that it is done
     with global_compiler_lock:
         if _memory[_STARTED]:
             return
