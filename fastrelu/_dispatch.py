@@ -83,17 +83,15 @@ class PlainCalls:
         self, call: cpu.Call, a: Any, slope: Any, inplace: Any, out: Any, *b: Any
     ) -> Any:
         """Call once more with what was missing, if that is why nothing came of it."""
-        if type(a) is not ndarray or not a.flags.forc or not self._takes(call, a.dtype):
+        if type(a) is not ndarray or not a.flags.forc or not self._takes(a.dtype):
             return None
         call.prepare(a.dtype, a.nbytes, in_place=inplace is True or out is a)
         if out is None and inplace is False and a.nbytes >= cpu.SMALLEST:
             out = cpu.empty_like(a)
         return call.call(a, slope, inplace, out, *b)
 
-    def _takes(self, call: cpu.Call, dtype: np.dtype[Any]) -> bool:
-        return dtype in call.dtypes or (
-            is_accepted(dtype, self.integers) and dtype.isnative
-        )
+    def _takes(self, dtype: np.dtype[Any]) -> bool:
+        return is_accepted(dtype, self.integers) and dtype.isnative
 
     def channels(self, x: Any, weight: Any, axis: Any, inplace: Any, out: Any) -> Any:
         """Take one slope for each index of an axis, or one for all."""
@@ -101,7 +99,7 @@ class PlainCalls:
         y = call.call(x, weight, axis, inplace, out)
         if y is not None:
             return y
-        if type(x) is not ndarray or not self._takes(call, x.dtype):
+        if type(x) is not ndarray or not self._takes(x.dtype):
             return None
         slopes = _slopes(weight, x, axis)
         if slopes is None or not x.flags.c_contiguous:
@@ -126,7 +124,7 @@ class PlainCalls:
             or not grad.size
             or x.dtype != grad.dtype
             or x.shape != grad.shape
-            or not self._takes(self.flat, x.dtype)
+            or not self._takes(x.dtype)
         ):
             return None
         slopes = _slopes(weight, x, axis)

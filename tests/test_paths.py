@@ -73,7 +73,7 @@ def taken(monkeypatch):
 def ask_for_loops_again():
     for call in QUICK:
         call.table[calls._CACHE] = threads.CACHE
-        for row in call.dtypes.values():
+        for row in call.rows.values():
             call.table[row + calls._LOOP : row + calls._ROW] = 0
 
 

@@ -69,7 +69,10 @@ def _memory_order(x: Array) -> list[int]:
 def _flat(x: Array, order: Sequence[int]) -> Array | None:
     """Return x as a 1-D view along `order`, or None if it does not lie so."""
     x = x.transpose(order)
-    return x.reshape(-1) if x.flags.c_contiguous and x.flags.aligned else None
+    if not x.flags.c_contiguous or not x.flags.aligned:
+        return None
+    # NumPy has two names for some integers, which calls would take for two dtypes.
+    return x.reshape(-1).view(x.dtype if x.dtype.kind == "V" else x.dtype.str)
 
 
 def _stored(x: Array, lane: Lane) -> Array:
@@ -138,7 +141,13 @@ def _lies_on(x: Array, y: Array) -> bool:
 def _run(call: Call, a: Array, slope: float, y: Array, *b: Array) -> None:
     """Run a call over flat arrays, which leave it no question."""
     call.prepare(a.dtype, a.nbytes, in_place=y is a)
-    call.call(a, slope, False, y, *b)
+    _answered(call.call(a, slope, False, y, *b))
+
+
+def _answered(result: Array | None) -> None:
+    if result is None:  # an answer that is left out must not pass for a result
+        msg = "a quick call left flat arrays to Python: this is a bug of fastrelu"
+        raise RuntimeError(msg)
 
 
 def forward(
@@ -251,7 +260,7 @@ def prelu(formula: Function, x: Array, weight: Array, out: Array) -> None:
     call = channel_call(formula)
     call.prepare(x.dtype, x.nbytes, in_place=flat_y is flat_x, block=block)
     shape = -1, slopes.size, inner
-    call.call(flat_x.reshape(shape), slopes, 1, False, flat_y.reshape(shape))
+    _answered(call.call(flat_x.reshape(shape), slopes, 1, False, flat_y.reshape(shape)))
     if y is not out:
         np.copyto(out, y)
 

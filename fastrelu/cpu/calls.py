@@ -187,17 +187,18 @@ def call_flat(self, arguments, number):
     if table[_BESIDE] != _NOTHING:
         b = given[4]
         order &= _order(table, b)
+        if table[_BESIDE] == _BITS:
+            order &= _C_ORDER
+        if order == 0:
+            return _none(table)
         other, length = _words(b)[_DATA], nbytes
         if table[_BESIDE] == _SAVED:
             moved += nbytes
-            if order == 0 or not _is_like(b, a):
+            if not _is_like(b, a):
                 return _none(table)
-        else:  # bits are in C order
-            order &= _C_ORDER
+        else:
             length = (size + 7) >> 3
-            if order == 0 or _kind(b) != table[_BYTE] or _ndim(b) != 1:
-                return _none(table)
-            if _size(b) != length:
+            if _kind(b) != table[_BYTE] or _ndim(b) != 1 or _size(b) != length:
                 return _none(table)
     result = _target(table, a, order, nbytes, inplace, out)
     if result == -1:
@@ -309,20 +310,20 @@ class Call:
     result, or None where it leaves the matter to Python.
     """
 
-    __slots__ = ("blocks", "call", "dtypes", "formula", "streams", "table")
+    __slots__ = ("blocks", "call", "formula", "rows", "streams", "table")
 
     def __init__(self, formula: Function, *blocks: Function) -> None:
         self.formula, self.blocks = formula, blocks
         self.streams = 3 if blocks[0] is loops.backward else 2  # arrays read or written
         self.call: Any = _leave_it
         self.table = np.zeros(_ROWS + _MOST * _ROW, np.int64)
-        self.dtypes: dict[np.dtype[Any], int] = {}  # those that have a row, and where
+        self.rows: dict[int, int] = {}  # where the row of a kind of dtype starts
 
     def prepare(
         self, dtype: np.dtype[Any], nbytes: int, *, in_place: bool, block: int = 0
     ) -> None:
         """Make ready what a call needs for plain arrays of so many bytes."""
-        row = self.dtypes.get(dtype) or self._add(dtype)
+        row = self.rows.get(_kind_of(dtype)) or self._add(dtype)
         moved = self.streams * nbytes
         past_cache = moved > threads.CACHE and not in_place
         place = row + _LOOP + _COLUMNS * block + _PAST_CACHE * past_cache
@@ -338,21 +339,22 @@ class Call:
 
     def _add(self, dtype: np.dtype[Any]) -> int:
         """Add the row of a dtype; with the first, make the call."""
+        kind = _kind_of(dtype)
         with global_compiler_lock:  # a fork waits for it
-            if dtype in self.dtypes:
-                return self.dtypes[dtype]
-            table, row = self.table, _ROWS + _ROW * len(self.dtypes)
+            if kind in self.rows:
+                return self.rows[kind]
+            table, row = self.table, _ROWS + _ROW * len(self.rows)
             weight = _kind_of(lane_of(dtype).product)
-            table[row : row + _LOOP] = _kind_of(dtype), dtype.itemsize, weight
-            if not self.dtypes:
+            table[row : row + _LOOP] = kind, dtype.itemsize, weight
+            if not self.rows:
                 for word, value in _known.items():
                     table[word] = value
                 table[_BESIDE] = _BESIDES.get(self.blocks[0], _NOTHING)
                 table[_CACHE] = threads.CACHE
                 template = call_channels if len(self.blocks) > 1 else call_flat
                 self.call = _built_in(template, table)
-            self.dtypes[dtype] = row
-            table[_KNOWN] = len(self.dtypes)
+            self.rows[kind] = row
+            table[_KNOWN] = len(self.rows)
             return row
 
 

@@ -85,6 +85,7 @@ _MOST = 256  # members
 
 _memory = np.zeros(_MEMBER + _MOST * _MEMBER_SIZE + 8, np.int64)
 _memory = _memory[-_memory.ctypes.data % 64 // 8 :]
+ctypes.pythonapi.Py_IncRef(ctypes.py_object(_memory))  # members outlive this module
 llvm.add_symbol("fastrelu_team", _memory.ctypes.data)
 
 
@@ -430,6 +431,8 @@ def _start() -> None:
         if _memory[_STARTED]:
             return
         member = compile_and_keep(_member, types.void(_word))
+        if _memory[_STARTED]:  # by a signal's handler, while that was compiled
+            return
         _functions.append(member)
         if sys.platform == "linux":
             library = ctypes.CDLL(None)
