@@ -8,7 +8,9 @@ memory pool does on a GPU.
 import os
 import sys
 import threading
+import weakref
 from collections import OrderedDict
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -31,12 +33,13 @@ class _Block(np.ndarray[Any, Any]):
 class _Lent(np.ndarray[Any, Any]):
     """A block while any view of it lives: the base of every view leads here."""
 
+    base: Any = None  # and no further: nobody may keep the block itself, or resize it
     pool: Any = None  # that of a part of it, which has a base of its own to hold on to
     block: Any = None
 
     def __del__(self) -> None:
         # The collector may run this in the middle of any line, the pool's included:
-        # an append is atomic, and _drain never waits.
+        # an append is atomic, and _drain does not wait for what is interrupted.
         if self.pool is not None:
             self.pool._returned.append(self.block)
             self.pool._drain()
@@ -70,7 +73,8 @@ class MemoryPool:
             OrderedDict()
         )  # by size, stalest first
         self._returned: list[_Block] = []
-        self._used = self._free = 0
+        self._blocks: dict[tuple[int, int], Any] = {}  # all that live: (id, size)
+        self._free = 0
         self._limit = _default_limit() if limit is None else limit
 
     def empty_like(self, x: Any, order: Literal["K", "C"] = "K") -> Any:
@@ -107,15 +111,17 @@ class MemoryPool:
             msg = f"cannot allocate {nbytes} bytes"
             raise MemoryError(msg)
         size = -(-nbytes // _PAGE) * _PAGE
-        with self._lock:
-            if self._returned:
-                self._collect()
-            blocks = self._idle.get(size)
-            block = blocks.pop() if blocks else None
-            if block is not None:
-                self._free -= size
-                self._used += size
-                self._idle.move_to_end(size)
+        block = None
+        if not self._lock.locked():  # this very thread may be in the midst of it
+            with self._lock:
+                if self._returned:
+                    self._collect()
+                blocks = self._idle.get(size)
+                if blocks:
+                    self._idle.move_to_end(size)
+                    block = blocks[-1]
+                    del blocks[-1]
+                    self._free -= size
         if block is None:
             block = self._new_block(size)
         lent = block.view(_Lent)
@@ -128,14 +134,14 @@ class MemoryPool:
         except MemoryError:
             self.free_all_blocks()
             block = _Block.of(size)
-        with self._lock:
-            self._used += size
+        # A block that dies takes its key along: pop(key, the dead reference).
+        key = id(block), size
+        self._blocks[key] = weakref.ref(block, partial(self._blocks.pop, key))
         return block
 
     def used_bytes(self) -> int:
         """Return the bytes behind arrays that are still in use."""
-        self._drain()
-        return self._used
+        return self.total_bytes() - self._free
 
     def free_bytes(self) -> int:
         """Return the bytes kept for the next results."""
@@ -144,14 +150,12 @@ class MemoryPool:
 
     def total_bytes(self) -> int:
         """Return the bytes in use and kept."""
-        return self.used_bytes() + self.free_bytes()
+        self._drain()
+        return sum(size for _, size in list(self._blocks))
 
     def free_all_blocks(self) -> None:
         """Hand all idle memory back to the system."""
-        with self._lock:
-            self._collect()
-            self._idle.clear()
-            self._free = 0
+        self._drain(0)
 
     def get_limit(self) -> int:
         """Return the most bytes kept idle."""
@@ -173,30 +177,36 @@ class MemoryPool:
         if size < 0:
             msg = f"size must be at least 0, got {size}"
             raise ValueError(msg)
-        with self._lock:
-            self._limit = size
-            self._collect()
+        self._limit = size
+        self._drain(size)
 
-    def _drain(self) -> None:
+    # A collector, a finalizer or a signal's handler may run at any call here, need the
+    # pool itself, or raise.  So nobody waits for the lock where this thread may have it;
+    # no line without a call is parted from the next; and a block that gets lost in
+    # between is nobody's, and dies.
+
+    def _drain(self, limit: int | None = None) -> None:
         """Take back what was returned, unless someone is at it already."""
-        while self._returned and self._lock.acquire(blocking=False):
-            try:
-                self._collect()
-            finally:
-                self._lock.release()
+        while (self._returned or limit is not None) and not self._lock.locked():
+            with self._lock:
+                self._collect(limit)
+            limit = None
 
-    def _collect(self) -> None:
+    def _collect(self, limit: int | None = None) -> None:
         """Take back what was returned and keep to the limit.  The lock is held."""
         while self._returned:
             block = self._returned.pop()
-            self._used -= block.nbytes
-            self._free += block.nbytes
-            self._idle.setdefault(block.nbytes, []).append(block)
-            self._idle.move_to_end(block.nbytes)
-        while self._free > self._limit:
+            size = block.nbytes
+            blocks = self._idle.setdefault(size, [])
+            self._idle.move_to_end(size)
+            blocks += [block]
+            self._free += size
+        if limit is None:
+            limit = self._limit
+        while self._free > limit:
             size, blocks = next(iter(self._idle.items()))
             if blocks:
-                blocks.pop()
+                del blocks[-1]
                 self._free -= size
             else:
                 del self._idle[size]
