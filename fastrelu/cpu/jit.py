@@ -1,15 +1,20 @@
 """How functions become machine code, where it is kept, and how it calls C."""
 
+import contextlib
+import hashlib
+import pickle
 import types as python_types
+import uuid
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import numba
 from llvmlite import ir
-from numba import cfunc, njit, types
-from numba.core import (
-    ccallback,  # noqa: F401 (see below)
-    cgutils,
-)
+from numba import njit, types
+from numba.core import cgutils, serialize, sigutils
+from numba.core.caching import FunctionCache
+from numba.core.ccallback import CFunc
 from numba.extending import intrinsic
 
 Function = Callable[..., Any]
@@ -25,18 +30,70 @@ def compile_and_keep(function: Function, signature: Any = None) -> Any:
 
     With a signature it is one that C code calls.
     """
+    if signature is None:
+        result = compile_(function)
+    else:
+        signature = sigutils.normalize_signature(signature)
+        result = CFunc(function, signature, {}, {"error_model": "numpy"})
+    with contextlib.suppress(RuntimeError):  # there is no folder that can be written
+        result._cache = _Cache(function)
+    if signature is not None:
+        result.compile()
+    return result
 
-    def compiler(**options: Any) -> Any:
-        if signature is None:
-            return compile_(function, **options)
-        return cfunc(signature, error_model="numpy", **options)(function)
 
-    # cfunc imports ccallback only now, if nobody has: a child that was forked in that
-    # moment would wait for ever for the import's lock.
-    try:
-        return compiler(cache=True)
-    except RuntimeError:  # there is no folder that can be written
-        return compiler()
+class _Cache(FunctionCache):  # type: ignore[misc]
+    """Numba's cache, but whatever is wrong with the disk, the function is compiled."""
+
+    def __init__(self, function: Function) -> None:
+        super().__init__(function)
+        stamp = self._impl.locator.get_source_stamp()
+        self._cache_file = _Files(
+            Path(self.cache_path, self._impl.filename_base), stamp
+        )
+
+    def load_overload(self, sig: Any, target_context: Any) -> Any:
+        with contextlib.suppress(Exception):
+            return super().load_overload(sig, target_context)
+
+    def save_overload(self, sig: Any, data: Any) -> None:
+        with contextlib.suppress(OSError):
+            super().save_overload(sig, data)
+
+
+class _Files:
+    """One file for each signature, which tells whether it is whole and up to date.
+
+    Numba's own files are an index and what it numbers.  Two processes that start at
+    once may give two signatures one number, and a damaged file raises or crashes.
+    """
+
+    def __init__(self, path: Path, stamp: Any) -> None:
+        self.path, self.stamp = path, repr((numba.__version__, stamp)).encode()
+
+    def _file(self, key: Any) -> Path:
+        digest = hashlib.sha256(repr(key).encode()).hexdigest()
+        return self.path.with_name(f"{self.path.name}.{digest[:16]}.nbc")
+
+    def _digest(self, data: bytes) -> bytes:
+        return hashlib.sha256(self.stamp + data).digest()
+
+    def load(self, key: Any) -> Any:
+        """Return what was saved, or None."""
+        file = self._file(key).read_bytes()
+        digest, data = file[:32], file[32:]
+        return pickle.loads(data) if digest == self._digest(data) else None
+
+    def save(self, key: Any, data: Any) -> None:
+        """Write a new file and put it in the old one's place."""
+        data = serialize.dumps(data)
+        file = self._file(key)
+        new = file.with_suffix(f".{uuid.uuid4().hex}")
+        try:
+            new.write_bytes(self._digest(data) + data)
+            new.replace(file)
+        finally:
+            new.unlink(missing_ok=True)
 
 
 def rebuild(template: Function, name: str, names: dict[str, Any]) -> Function:
