@@ -176,6 +176,13 @@ def normal(shape, dtype, seed=0):
     return np.random.default_rng(seed).standard_normal(shape).astype(dtype)
 
 
+def run_loop(loop, a, b, y, slope, moved=0):
+    """Call a compiled loop on arrays; the slope of rows and columns is their width."""
+    sizes = a.size, b.size, int(slope)
+    addresses = [array.ctypes.data for array in (a, b, y)]
+    getattr(loop, "ctypes", loop)(*addresses, *sizes, float(slope), moved)
+
+
 def slopes_for(name, x, slope=0.2, seed=9):
     """The keyword arguments that activation `name` takes beside the array x"""
     if ACTIVATIONS[name].parameter == "negative_slope":

@@ -14,7 +14,7 @@ import weakref
 import numba
 import numpy as np
 import pytest
-from conftest import FLOATS, normal, sample
+from conftest import FLOATS, normal, run_loop, sample
 from reference import assert_same
 
 import fastrelu as F
@@ -280,20 +280,13 @@ def test_other_layouts_of_dense_arrays_are_not_copied(order, taken, fresh_pool):
     assert len(taken) == 1
 
 
-def run(loop, a, b, y, slope, moved=0):
-    """Call a compiled loop on arrays; the slope of rows and columns is their width."""
-    sizes = a.size, b.size, int(slope)
-    addresses = [array.ctypes.data for array in (a, b, y)]
-    getattr(loop, "ctypes", loop)(*addresses, *sizes, float(slope), moved)
-
-
 def assembly(block, formula, dtype, past_cache=False):
     """The parts of a loop: that for another array, and that for working in place."""
     lane = lane_of(np.dtype(dtype))
     python = loops.bound(loops.flat, block, formula, lane, "seen", past_cache)
     loop = compile_(python)
     a = np.zeros(1 << 12, lane.storage)
-    run(loop, a, np.zeros(1 << 15, np.uint8), a.copy(), 0.5)
+    run_loop(loop, a, np.zeros(1 << 15, np.uint8), a.copy(), 0.5)
     (text,) = loop.inspect_asm().values()
     parts = re.split(r"^fastrelu_part[.\d]*:$", text, flags=re.MULTILINE)[1:]
     assert len(parts) == 2
@@ -353,7 +346,7 @@ def test_every_path_gives_the_same_bits(block, dtype, n):
     a, b, slope = arguments(block, dtype, n)
     expected = np.zeros_like(a)
     driver = loops.DRIVERS.get(function, loops.flat)
-    run(loops.compiled(driver, function, formula, lane), a, b, expected, slope)
+    run_loop(loops.compiled(driver, function, formula, lane), a, b, expected, slope)
     expected, mask = expected.view(dtype), b.copy()
     memory = np.zeros(a.nbytes + 128, np.uint8)
     threads.ready()
@@ -369,7 +362,7 @@ def test_every_path_gives_the_same_bits(block, dtype, n):
             y = memory[offset:][: a.nbytes].view(lane.storage)
             if block == "forward_mask":
                 b[:] = 0xFF
-            run(loop, a, b, y, slope, moved)
+            run_loop(loop, a, b, y, slope, moved)
             assert_same(y.view(dtype), expected)
             assert block != "forward_mask" or np.array_equal(b, mask)
             assert (memory[:offset] == 0xA5).all()
@@ -377,7 +370,7 @@ def test_every_path_gives_the_same_bits(block, dtype, n):
     loop = loops.compiled(driver, function, formula, lane)
     for moved in (0, threads.MUCH):
         y = a.copy()
-        run(loop, y, y if b is a else b, y, slope, moved)
+        run_loop(loop, y, y if b is a else b, y, slope, moved)
         assert_same(y.view(dtype), expected)
         assert block != "forward_mask" or np.array_equal(b, mask)
 

@@ -1,0 +1,269 @@
+"""Compiled code beside memory that it must not touch.
+
+Every array lies in pages of its own between two that nobody may read or write, as near
+to one of them as its alignment allows, and the bytes between are canaries.  A violation
+kills the process, so this runs in one of its own, which keeps note of where it is:
+``python tests/test_memory_bounds.py STEP NOTE``.
+"""
+
+import ctypes
+import itertools
+import json
+import mmap
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import reference
+from conftest import dtype_of, floats_here, run_loop, sample
+from reference import assert_same
+
+from fastrelu import activations
+from fastrelu.cpu import loops, threads
+from fastrelu.cpu.lanes import lane_of
+
+CANARY = 0xA5
+PAGE = mmap.PAGESIZE
+TAILS = 131
+MOST = loops.TILE + TAILS  # elements: the team shares what is longer than a tile
+
+
+class Fenced:
+    """Memory between two pages that nobody may touch"""
+
+    def __init__(self, nbytes):
+        pages = -(-nbytes // PAGE) + 1
+        self.map = mmap.mmap(-1, (pages + 2) * PAGE)
+        whole = np.frombuffer(self.map, np.uint8)
+        protect = ctypes.CDLL(None, use_errno=True).mprotect
+        for place in (0, (pages + 1) * PAGE):
+            address = ctypes.c_void_p(whole.ctypes.data + place)
+            assert protect(address, ctypes.c_size_t(PAGE), 0) == 0, ctypes.get_errno()
+        self.memory = whole[PAGE:-PAGE]
+
+    def put(self, values, alignment, at_end):
+        """A copy of flat values, so many bytes after a cache line, by one fence"""
+        start = alignment
+        if at_end:
+            start = (
+                self.memory.size - values.nbytes - alignment
+            ) // 64 * 64 + alignment
+        self.memory[:] = CANARY
+        self.place = start, start + values.nbytes
+        window = self.memory[slice(*self.place)]
+        window[:] = values.view(np.uint8)
+        return window.view(values.dtype)
+
+    def holds(self, values):
+        """Say whether just these values are there, and canaries around them"""
+        start, stop = self.place
+        return (
+            self.memory[start:stop].tobytes() == values.tobytes()
+            and not (self.memory[:start] != CANARY).any()
+            and not (self.memory[stop:] != CANARY).any()
+        )
+
+
+BLOCKS = {
+    "forward": (loops.forward, activations._leaky_relu),
+    "backward": (loops.backward, activations._leaky_relu_gradient),
+    "forward_mask": (loops.forward_mask, activations._leaky_relu),
+    "backward_mask": (loops.backward_mask, activations._leaky_relu_gradient),
+    "rows": (loops.rows, activations._leaky_relu),
+    "columns": (loops.columns, activations._leaky_relu),
+}
+RELU = {
+    activations._leaky_relu: activations._relu,
+    activations._leaky_relu_gradient: activations._relu_gradient,
+}
+WAYS = [  # in place, bytes that the loop believes to move, past the cache
+    (False, 0, False),
+    (False, threads.MUCH, False),
+    (False, 0, True),
+    (False, threads.MUCH, True),
+    (True, 0, False),
+    (True, threads.MUCH, False),
+]
+ROW = 50  # elements that share a weight
+
+
+def places(step, dtype, aligned):
+    """Sizes, alignments and fences: every step-th of all"""
+    item = dtype.itemsize
+    offsets = [a for a in range(64) if (a % item == 0) == aligned]
+    yield from itertools.islice(
+        itertools.product(range(TAILS), offsets, (False, True)), 0, None, step
+    )
+
+
+def walk_loops(dtype, step, note):
+    """Loops as they are, in every way that they run, with the values that one gave"""
+    lane = lane_of(dtype)
+    x, other = sample((MOST,), dtype), sample((MOST,), dtype, seed=1)
+    random = np.random.default_rng(0).integers(0, 256, -(-MOST // 8), np.uint8)
+    fences = [Fenced(MOST * dtype.itemsize) for _ in range(3)]
+    for name, (block, formula) in BLOCKS.items():
+        if dtype.kind == "i":
+            if name in ("rows", "columns"):
+                continue
+            formula = RELU[formula]
+        a, b, slope = x.view(lane.storage), other.view(lane.storage), 0.37
+        if name in ("rows", "columns"):
+            weights = 7 if name == "rows" else ROW
+            b = np.linspace(-1, 2, weights).astype(lane.product)
+            slope = ROW if name == "rows" else 1
+        elif name == "forward":
+            b = a
+        elif name in ("forward_mask", "backward_mask"):
+            b = random.copy()
+        whole = np.zeros_like(a)
+        driver = loops.DRIVERS.get(block, loops.flat)
+        run_loop(loops.compiled(driver, block, formula, lane), a, b, whole, slope)
+        check(name, dtype, x, other, b, whole.view(dtype))
+        for in_place, moved, past_cache in WAYS:
+            loop = loops.compiled(driver, block, formula, lane, past_cache)
+            for tail, alignment, at_end in places(step, dtype, True):
+                n = tail + (loops.TILE if moved else 0)
+                note(dtype.name, name, in_place, moved, past_cache, n)
+                note.place(alignment, at_end)
+                size = -(-n // 8) if "mask" in name else b.size if b is not a else n
+                size = n if name == "backward" else size
+                kept = b[:size].copy()
+                if name == "forward_mask" and n % 8:
+                    kept[-1] &= (1 << n % 8) - 1
+                first = fences[0].put(a[:n], alignment, at_end)
+                second = first if b is a else fences[1].put(b[:size], alignment, at_end)
+                if in_place:
+                    run_loop(loop, first, second, first, slope, moved)
+                    assert fences[0].holds(whole[:n])
+                else:
+                    y = fences[2].put(np.zeros_like(a[:n]), alignment, at_end)
+                    run_loop(loop, first, second, y, slope, moved)
+                    assert fences[0].holds(a[:n])
+                    assert fences[2].holds(whole[:n])
+                assert b is a or fences[1].holds(kept)
+
+
+def check(name, dtype, x, other, b, got):
+    """Against the definition, once for all the prefixes that follow"""
+    if name == "forward_mask":
+        assert b.tobytes() == reference.mask_bits(x).tobytes()
+    kind = {} if dtype.kind == "i" else {"negative_slope": 0.37}
+    activation = "relu" if dtype.kind == "i" else "leaky_relu"
+    if name in ("forward", "forward_mask"):
+        expected = reference.forward(activation, x, **kind)
+    elif name in ("rows", "columns"):
+        places = np.arange(MOST)
+        places = places // ROW % b.size if name == "rows" else places % b.size
+        expected = reference.forward("prelu", x, weight=b[places], axis=0)
+    else:
+        if name == "backward_mask":
+            flags = np.unpackbits(b, count=MOST, bitorder="little")
+            other = flags.astype(dtype)
+        expected = reference.backward(activation, x, other, **kind)
+    assert_same(got, expected)
+
+
+def walk_functions(dtype, step, note):
+    """Public functions, aligned or not: small arrays, and PReLU's two passes"""
+    x, g = sample((TAILS * 4,), dtype), sample((TAILS * 4,), dtype, seed=1)
+    fences = [Fenced(5 * TAILS * dtype.itemsize) for _ in range(4)]
+    weights = np.linspace(-1, 2, 4).astype(dtype)
+    for aligned in (True, False):
+        for n, alignment, at_end in places(step, dtype, aligned):
+            for name in ("relu", "prelu"):
+                if name == "prelu" and dtype.kind == "i":
+                    continue
+                note(dtype.name, name, "aligned" if aligned else "misaligned", n)
+                note.place(alignment, at_end)
+                # prelu's weights are one for all, one a row, or one a column
+                shape = (
+                    (n,) if name == "relu" else [(1, 4, n), (n, 4), (1, 1, n)][n % 3]
+                )
+                channels = 1 if name == "relu" else shape[1]
+                size = n * channels
+                u, v = x[:size], g[:size]
+                put = [
+                    fence.put(a, alignment, at_end)
+                    for fence, a in zip(
+                        fences,
+                        (u, v, np.zeros_like(u), weights[:channels]),
+                        strict=True,
+                    )
+                ]
+                a, b, y = (array.reshape(shape) for array in put[:3])
+                more = {} if name == "relu" else {"weight": put[3]}
+                row = activations.ACTIVATIONS[name]
+                got = row.forward(a, out=y, **more)
+                assert got is y
+                fresh = {} if name == "relu" else {"weight": weights[:channels].copy()}
+                expected = row.forward(u.copy().reshape(shape), **fresh)
+                assert_same(
+                    expected, reference.forward(name, u.reshape(shape), **fresh)
+                )
+                assert fences[2].holds(expected.ravel())
+                assert_same(row.forward(a, **more), expected)
+                expected = row.backward(
+                    v.copy().reshape(shape), u.reshape(shape), **fresh
+                )
+                both = row.backward(b, a, out=y, **more)
+                if name == "prelu":
+                    assert both[1].tobytes() == expected[1].tobytes()
+                    expected = expected[0]
+                want = reference.backward(
+                    name, v.reshape(shape), u.reshape(shape), **fresh
+                )
+                assert_same(expected, want)
+                assert fences[2].holds(expected.ravel())
+                assert fences[0].holds(u)
+                assert fences[1].holds(v)
+                assert fences[3].holds(weights[:channels])
+                row.backward(b, a, inplace=True, **more)
+                assert fences[1].holds(expected.ravel())
+                row.forward(a, inplace=True, **more)
+                assert fences[0].holds(reference_of(row, u, shape, fresh))
+
+
+def reference_of(row, u, shape, more):
+    return row.forward(u.copy().reshape(shape), **more).ravel()
+
+
+class Note:
+    """Where we are, in a file that outlives the process"""
+
+    def __init__(self, path):
+        path.write_bytes(bytes(PAGE))
+        with path.open("r+b") as file:
+            self.map = mmap.mmap(file.fileno(), PAGE)
+
+    def __call__(self, *where):
+        self.where = where
+
+    def place(self, *where):
+        text = json.dumps([*self.where, *where]).encode()
+        self.map[: len(text) + 1] = text + b"\0"
+
+
+def main(step, path):
+    note = Note(path)
+    threads.ready()
+    for dtype in map(dtype_of, [*floats_here(), "int8"]):
+        walk_loops(dtype, step, note)
+        walk_functions(dtype, step, note)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="protects pages by mprotect")
+@pytest.mark.parametrize("step", [97, pytest.param(1, marks=pytest.mark.long)])
+def test_beside_guarded_pages(step, tmp_path):
+    note = tmp_path / "note"
+    command = [sys.executable, "-X", "faulthandler", __file__, str(step), str(note)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    where = note.read_bytes().partition(b"\0")[0].decode()
+    assert done.returncode == 0, f"at {where}:\n{done.stderr}"
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), Path(sys.argv[2]))
