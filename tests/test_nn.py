@@ -115,7 +115,7 @@ def test_what_the_caller_holds_is_left_alone(activation):
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_buffers_grow_with_the_batch(activation):
     model, (x, labels) = small(activation), data()
-    model.backward(model.forward(x[:3]))
+    model.backward(model.forward(x[:6]))
     fresh = small(activation)
     loss, grad = nn.softmax_cross_entropy(model.forward(x), labels)
     assert loss == nn.softmax_cross_entropy(fresh.forward(x), labels)[0]
@@ -219,6 +219,22 @@ def test_sgd_takes_the_steps_of_pytorch(momentum, weight_decay):
     np.testing.assert_allclose(ours.value, theirs.detach().numpy(), rtol=0, atol=1e-13)
 
 
+def test_a_buffer_follows_the_shape_of_a_row():
+    model = nn.Sequential(nn.ReLU(), nn.LeakyReLU(0.5))
+    for columns in (3, 5, 4):
+        x = np.random.default_rng(columns).standard_normal((4, columns))
+        np.testing.assert_array_equal(model.forward(x), np.maximum(x, 0))
+
+
+def test_sgd_takes_steps_that_can_be_told_by_hand():
+    parameter = nn.Parameter(np.array([2.0]))
+    optimiser = nn.SGD([parameter], lr=0.5, momentum=0.5, weight_decay=0.25)
+    parameter.grad[:] = 1
+    for value in (1.25, 0.21875):  # with velocities of 1.5 and 2.0625
+        optimiser.step()
+        assert parameter.value.tolist() == [value]
+
+
 def test_slopes_take_no_weight_decay():
     layer = nn.PReLU()
     nn.SGD(layer.parameters, lr=0.1, weight_decay=0.5).step()
@@ -231,6 +247,13 @@ def test_cross_entropy_of_large_scores():
     )
     assert loss == 5e3
     np.testing.assert_array_equal(grad, [[0, 0], [-0.5, 0.5]])
+
+
+def test_cross_entropy_of_rows_that_lie_far_apart():
+    scores = np.array([[0.0, 0.0], [1e4, 1e4]])
+    loss, grad = nn.softmax_cross_entropy(scores, np.array([0, 1]))
+    assert loss == np.log(2)
+    np.testing.assert_array_equal(grad, [[-0.25, 0.25], [0.25, -0.25]])
 
 
 def test_dead_units():

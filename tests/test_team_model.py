@@ -1,0 +1,423 @@
+"""The team's algorithm under every interleaving: its own lines, run as Python.
+
+Each thread stops before every word it reads or writes, and only one goes on at a time.
+Who that is, a schedule decides.  For small teams all schedules are tried: a state that
+was seen before needs no second look, so there is an end to them.  For larger ones the
+schedules are random.
+"""
+
+import random
+import sys
+import threading
+
+import pytest
+
+from fastrelu.cpu import threads
+
+FILE = threads.__file__
+
+
+def interpret(monkeypatch):
+    """Have the team's compiled functions run as the Python that they are."""
+    for name, value in list(vars(threads).items()):
+        if hasattr(value, "py_func"):
+            monkeypatch.setattr(threads, name, value.py_func)
+
+
+class Ended(BaseException):
+    """Ends a thread whose run is over."""
+
+
+class Task:
+    """A thread of the model."""
+
+    def __init__(self, model, work):
+        self.model, self.work = model, work
+        self.turn = threading.Semaphore(0)
+        self.access = (
+            None  # (word, whether it is written, whether atomically): the next
+        )
+        self.lock = None  # what it waits for
+        self.done = False
+        self.thread = threading.Thread(target=self.run, daemon=True)
+
+    def run(self):
+        try:
+            self.turn.acquire()
+            self.model.check_end()
+            self.work()
+            self.done, self.access = True, None
+            self.model.go_on(self)
+        except Ended:
+            pass
+        except BaseException as error:  # noqa: BLE001 - it is raised again
+            self.model.end(error)
+
+    def place(self, frame):
+        """Where in the team's code it is, and with what in hand."""
+        found = [self.done, self.lock, self.access]
+        while frame is not None:
+            if frame.f_code.co_filename == FILE:
+                held = [i for i in frame.f_locals.items() if i[0] != "team"]
+                found.append((frame.f_lasti, *held))
+            frame = frame.f_back
+        return tuple(found)
+
+
+class Loop:
+    """A loop that was brought to the team."""
+
+    def __init__(self, size):
+        self.hits = [0] * size
+        self.runs = True  # until its owner goes on
+
+
+class Words(list):
+    """The team's memory; to read or write a word of it plainly is a step as well."""
+
+    def __init__(self, model, size):
+        super().__init__([0] * size)
+        self.model = model
+
+    def __getitem__(self, i):
+        self.model.step((i, False, False))
+        return super().__getitem__(i)
+
+    def __setitem__(self, i, value):
+        self.model.step((i, True, False))
+        super().__setitem__(i, value)
+
+    def peek(self, i):
+        return super().__getitem__(i)
+
+    def poke(self, i, value):
+        super().__setitem__(i, value)
+
+
+class Model:
+    """A team whose members, and those who bring loops to it, take turns."""
+
+    def __init__(self, members, choose):
+        self.words = Words(self, threads._MEMBER + members * threads._MEMBER_SIZE)
+        self.words.poke(threads._WORKERS, members - 1)
+        self.held, self.loops = set(), []
+        for me in range(members):
+            lock = threads._MEMBER + me * threads._MEMBER_SIZE + threads._LOCK
+            self.words.poke(lock, 7000 + me)
+            self.held.add(7000 + me)
+        self.members = [
+            Task(self, lambda me=me: threads._member(me)) for me in range(1, members)
+        ]
+        self.tasks, self.owners, self.choose = [*self.members], [], choose
+        self.limit = members
+        self.over, self.error = threading.Event(), None
+
+    # The steps ------------------------------------------------------------------------
+
+    def step(self, access=None):
+        """Let others go first; `access` says what will be done."""
+        self.running.access = access
+        self.go_on(self.running)
+
+    def go_on(self, me):
+        self.check_races()
+        ready = [t for t in self.tasks if not t.done and t.lock not in self.held]
+        if not ready:
+            self.check_rest()
+        # Whoever went last comes first.
+        ready.sort(key=lambda task: task is not me)
+        chosen = self.choose(self, ready) if ready else None
+        if chosen is None:
+            self.end()
+        self.check_end()
+        if chosen is me:
+            return
+        self.running = chosen
+        chosen.turn.release()
+        if not me.done:
+            me.turn.acquire()
+            self.check_end()
+
+    def check_races(self):
+        """Nobody is about to write a word plainly that another is about to touch."""
+        touched = {}
+        for task in self.tasks:
+            if task.access is not None:
+                word, written, atomic = task.access
+                for also_written, also_atomic in touched.get(word, ()):
+                    plain = not (atomic and also_atomic)
+                    assert not (plain and (written or also_written)), f"word {word}"
+                touched.setdefault(word, []).append((written, atomic))
+
+    def check_end(self):
+        if self.over.is_set():
+            raise Ended
+
+    def end(self, error=None):
+        self.error = self.error or error
+        self.over.set()
+
+    def run(self):
+        """Run to the end: all loops are done, and all members asleep."""
+        for task in self.tasks:
+            task.thread.start()
+        self.running = self.tasks[-1]
+        self.running.turn.release()
+        assert self.over.wait(60)
+        for task in self.tasks:
+            task.turn.release()
+            task.thread.join()
+        if self.error is not None:
+            raise self.error
+
+    def state(self):
+        """All that can make a difference from here on."""
+        frames = sys._current_frames()
+        places = [task.place(frames.get(task.thread.ident)) for task in self.tasks]
+        loops = [(loop.runs, *loop.hits) for loop in self.loops]
+        return tuple(self.words), frozenset(self.held), *loops, *places
+
+    # What the team's code calls -------------------------------------------------------
+
+    def install(self, patch):
+        for name in ("load", "store", "add", "swap", "sleep", "wake"):
+            patch.setattr(threads, f"_{name}", getattr(self, name))
+        patch.setattr(threads, "_team", lambda: self.words)
+        patch.setattr(threads, "_look_away", lambda: None)
+        patch.setattr(threads, "_call_loop", self.call_loop)
+        patch.setattr(threads, "_call_int", lambda *_: self.limit)
+
+    def load(self, words, i):
+        self.step((i, False, True))
+        return words.peek(i)
+
+    def store(self, words, i, value):
+        self.step((i, True, True))
+        words.poke(i, value)
+
+    def add(self, words, i, value):
+        self.step((i, True, True))
+        before = words.peek(i)
+        words.poke(i, before + value)
+        return before
+
+    def swap(self, words, i, old, new):
+        self.step((i, True, True))
+        if words.peek(i) != old:
+            return False
+        words.poke(i, new)
+        return True
+
+    def sleep(self, lock, wait):
+        assert wait == 1
+        self.running.lock = lock
+        self.step()
+        self.running.lock = None
+        self.held.add(lock)
+
+    def wake(self, lock):
+        self.step()
+        assert lock in self.held, "a lock is released that nobody took"
+        self.held.remove(lock)
+
+    def call_loop(self, function, values):
+        arguments, start, stop = values
+        assert arguments == -function
+        loop = self.loops[function - 1]
+        self.step()
+        for i in range(start, stop):
+            assert loop.runs, "a loop is touched whose owner went on"
+            loop.hits[i] += 1
+        self.step()
+        assert loop.runs, "an owner went on before its loop was done"
+
+    # Who brings loops -----------------------------------------------------------------
+
+    def owner(self, *loops):
+        """Add a thread that brings loops of these sizes, grains and bytes moved."""
+
+        def work():
+            for size, grain, moved in loops:
+                self.loops.append(Loop(size))
+                loop, function = self.loops[-1], len(self.loops)
+                threads._share(function, -function, size, grain, moved)
+                assert loop.hits == [1] * size
+                loop.runs = False
+
+        self.owners.append(Task(self, work))
+        self.tasks.append(self.owners[-1])
+
+    def check_rest(self):
+        """All is done, and whoever comes next finds everything in its place."""
+        assert all(owner.done for owner in self.owners), "an owner waits for ever"
+        for word in (threads._BUSY, threads._PENDING, threads._WAITING):
+            assert self.words.peek(word) == 0
+        for me in range(1, len(self.members) + 1):
+            words = threads._MEMBER + me * threads._MEMBER_SIZE
+            assert self.words.peek(words + threads._ASLEEP) == 1
+            assert self.words.peek(words + threads._LOCK) in self.held
+
+
+@pytest.fixture
+def team(monkeypatch):
+    """Return `team(members, choose)`; what the members do is Python."""
+    interpret(monkeypatch)
+    monkeypatch.setattr(threads, "_LOOK", 1)
+
+    def make(members, choose):
+        model = Model(members, choose)
+        model.install(monkeypatch)
+        return model
+
+    return make
+
+
+def every_schedule(make):
+    """Run the model of make(choose) under every schedule; return how many states it has.
+
+    A run goes on from a choice that was left, and ends where another was before.
+    """
+    seen, left = set(), [[]]
+
+    def choose(model, ready):
+        if len(ready) == 1:
+            return ready[0]
+        tasks = [model.tasks.index(task) for task in ready]
+        if len(path) < len(given):
+            tasks = [given[len(path)]]
+        else:
+            state = model.state()
+            if state in seen:
+                return None
+            seen.add(state)
+        left.extend([*path, other] for other in tasks[1:])
+        path.append(tasks[0])
+        return model.tasks[tasks[0]]
+
+    while left:
+        path, given = [], left.pop()
+        make(choose).run()
+    return len(seen)
+
+
+MUCH, LITTLE = threads.MUCH, 2 * threads.SHARE
+
+
+@pytest.mark.parametrize(("pieces", "moved"), [(2, MUCH), (3, LITTLE)])
+def test_every_schedule_of_two(team, pieces, moved):
+    def make(choose):
+        model = team(2, choose)
+        model.owner((pieces, 1, moved))
+        return model
+
+    assert every_schedule(make) > 1000
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_random_schedules_of_many(team, seed):
+    """Three members, and up to three threads that bring loops at the same time."""
+    rng = random.Random(seed)
+
+    def choose(model, ready):
+        return ready[0] if rng.random() < calm else rng.choice(ready)
+
+    for _ in range(200):
+        calm = rng.choice((0, 0.5, 0.9, 0.98))
+        model = team(rng.choice((2, 3)), choose)
+        for _ in range(rng.randint(1, 3)):
+            sizes = [rng.randint(0, 14) for _ in range(rng.randint(1, 4))]
+            model.owner(
+                *(
+                    (size, rng.randint(1, 3), rng.choice((MUCH, LITTLE, 3 * LITTLE, 0)))
+                    for size in sizes
+                )
+            )
+        model.run()
+
+
+def test_a_limit_is_kept(team):
+    model = team(3, lambda model, ready: ready[-1])
+    model.words.poke(threads._LIMIT, 1)
+    model.limit = 1
+    model.owner((8, 1, MUCH))
+    model.run()
+    assert model.words.peek(threads._LOOPS) == 0
+
+
+def test_wakings_that_do_not_pay_become_rare(monkeypatch):
+    interpret(monkeypatch)
+    words, alone = [0] * 64, [0]
+    while len(alone) < 9:
+        if threads._may_wake(words, 1):
+            alone.append(0)
+        else:
+            alone[-1] += 1
+    assert alone[:8] == [0, 1, 3, 7, 15, 31, 63, 63]
+    for _ in range(threads._SOON):
+        assert not threads._may_wake(words, 0)
+    while not threads._may_wake(words, 1):
+        pass
+    assert threads._may_wake(words, 1)  # it paid
+
+
+def test_a_member_keeps_off_the_owners_processor(monkeypatch):
+    """The processors of a member that may use all of 128, as its owner moves about."""
+    interpret(monkeypatch)
+    words = [0] * (threads._MEMBER + 2 * threads._MEMBER_SIZE)
+    member = threads._MEMBER + threads._MEMBER_SIZE
+    words[threads._GET_PLACES], words[threads._SET_PLACES] = "get", "set"
+    words[member + threads._FORBIDDEN] = -1
+    allowed, here, fails, calls = [*range(128)], 0, "", []
+    masks = slice(member + threads._MASK, member + threads._MASK + 2)
+
+    def call(function, arguments):
+        nonlocal allowed
+        calls.append(function)
+        if function == "get":
+            words[masks] = [
+                sum(1 << place % 64 for place in allowed if place // 64 == word)
+                for word in (0, 1)
+            ]
+        elif function != fails:
+            bits = words[masks][0] | words[masks][1] << 64
+            allowed = [place for place in range(128) if bits >> place & 1]
+        return -(function == fails)
+
+    monkeypatch.setattr(threads, "_call_loop", call)
+    monkeypatch.setattr(threads, "_call_int", lambda *_: here)
+    monkeypatch.setattr(threads, "_address", lambda words, i: i)
+    for here in (3, 70, 127, 0):
+        threads._keep_away(words, 1)
+        assert allowed == [place for place in range(128) if place != here]
+        assert words[member + threads._FORBIDDEN] == here
+    del calls[:]
+    threads._keep_away(words, 1)  # where it keeps off already,
+    here = 64 * threads._PLACES
+    threads._keep_away(words, 1)  # and where there is no bit for it
+    assert calls == []
+    here = 5
+    for fails in ("get", "set"):
+        threads._keep_away(words, 1)
+        assert words[member + threads._FORBIDDEN] == 0
+
+
+# The model finds what it is made for --------------------------------------------------
+
+
+def test_a_piece_that_two_take_is_found(team, monkeypatch):
+    def make(choose):
+        model = team(2, choose)
+        model.owner((2, 1, MUCH))
+
+        def swap(words, i, old, new):
+            """Not in one step."""
+            same = model.load(words, i) == old
+            if same:
+                model.store(words, i, new)
+            return same
+
+        monkeypatch.setattr(threads, "_swap", swap)
+        return model
+
+    with pytest.raises(AssertionError):
+        every_schedule(make)
