@@ -732,7 +732,7 @@ def info(args: argparse.Namespace) -> int:
         "CPU": f"{llvmlite.binding.get_host_cpu_name()}, {platform.machine()}",
         "features": " ".join(features) or "none of those that matter here",
         "threads": str(numba.config.NUMBA_NUM_THREADS),
-        "CUDA": f"not used: this version computes on the CPU only ({cuda()})",
+        "CUDA": cuda(),
     }
     width = max(map(len, lines)) + 2
     columns = max(shutil.get_terminal_size().columns, 40)
@@ -764,7 +764,7 @@ def cuda() -> str:
     release = f"CUDA {version.value // 1000}.{version.value % 1000 // 10}"
     found = f"found {devices} and a driver for {release}"
     if importlib.util.find_spec("numba_cuda") is None:
-        return f"{found}; numba-cuda is not installed"
+        return f'{found}; numba-cuda is missing: pip install "fastrelu[cuda13]"'
     return f"{found}, and numba-cuda"
 
 

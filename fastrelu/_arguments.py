@@ -5,10 +5,12 @@ a TypeError, a wrong value of the right kind a ValueError.
 """
 
 import contextlib
+import functools
 import math
 import numbers
 import operator
 from collections.abc import Sequence
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -21,6 +23,8 @@ FLOATS = "float16, bfloat16, float32 or float64"
 REALS = f"{FLOATS}, or an integer dtype"
 _FLOAT_CODES = frozenset("efd")
 _REAL_CODES = frozenset("bBhHiIlLqQefd")
+_FLOAT_NAMES = frozenset(["float16", "bfloat16", "float32", "float64"])
+_INTEGER_NAMES = frozenset(np.dtype(code).name for code in "bBhHiIlLqQ")
 
 
 def _is(value: object, kind: type | tuple[type, ...]) -> bool:
@@ -44,38 +48,98 @@ def _shown(value: object) -> str:
     return f"a value of type {_kind(value)}"
 
 
-def is_accepted(dtype: np.dtype[Any], integers: bool) -> bool:
+def is_accepted(dtype: np.dtype[Any] | str, integers: bool) -> bool:
+    if isinstance(dtype, str):  # of an array that is not NumPy's
+        return dtype in _FLOAT_NAMES or (integers and dtype in _INTEGER_NAMES)
     codes = _REAL_CODES if integers else _FLOAT_CODES
     return dtype.char in codes or (
         dtype.name == "bfloat16" and dtype.type.__module__.startswith("ml_dtypes")
     )
 
 
-def array(name: str, value: Any, *, integers: bool = False) -> Array:
-    """Return value as a native numpy.ndarray of an accepted dtype."""
-    if _is(value, np.ma.MaskedArray):
-        msg = f"{name} must be a plain array, got a MaskedArray: fill its gaps first"
-        raise TypeError(msg)
-    try:
-        result = np.asarray(value)
-    except MemoryError:
-        raise
-    except Exception as error:
-        msg = f"{name} must be an array of numbers, got {_kind(value)}: {_shown(error)}"
-        raise TypeError(msg) from error
+@functools.lru_cache(256)
+def _may_be_on_gpu(kind: type) -> bool:
+    names = "__cuda_array_interface__", "__dlpack_device__"
+    return kind is not np.ndarray and any(hasattr(kind, name) for name in names)
+
+
+def is_on_gpu(value: Any) -> bool:
+    """Say whether a value is an array in a GPU's memory, of whichever library."""
+    kind: Any = type(value)
+    if not _may_be_on_gpu(kind):
+        return False
+    with contextlib.suppress(Exception):  # of a broken method: NumPy will complain
+        if hasattr(kind, "__dlpack_device__"):
+            return int(value.__dlpack_device__()[0]) in _CUDA
+        return value.__cuda_array_interface__ is not None
+    return False
+
+
+_CUDA = 2, 13  # DLPack's kinds of devices: CUDA's own memory, and managed memory
+
+
+def array(
+    name: str, value: Any, engine: ModuleType, *, integers: bool = False
+) -> Array:
+    """Return value as an array of the engine, native and of an accepted dtype."""
+    if hasattr(engine, "as_array"):
+        result = _foreign(name, value, engine)
+    else:
+        result = _native(name, value)
     if not is_accepted(result.dtype, integers):
         expected = REALS if integers else FLOATS
         came = f"{type(value).__name__} of dtype {result.dtype}"
         msg = f"{name} must have dtype {expected}, got {came}"
         raise TypeError(msg)
-    if not result.dtype.isnative:
+    if isinstance(result, np.ndarray) and not result.dtype.isnative:
         result = result.astype(result.dtype.newbyteorder("="))
     return result
 
 
-def like(name: str, value: Any, other_name: str, other: Array) -> Array:
+def _foreign(name: str, value: Any, engine: ModuleType) -> Array:
+    """Return value as an array of an engine that is not NumPy's."""
+    try:
+        result = engine.as_array(value)
+    except TypeError as error:
+        msg = f"{name} must be {engine.KIND}: {error}"
+        raise TypeError(msg) from error
+    if not result.is_aligned:
+        msg = f"{name} must start and step at multiples of {result.itemsize} bytes"
+        raise ValueError(msg)
+    return result
+
+
+def _native(name: str, value: Any) -> Array:
+    """Return value as a numpy.ndarray."""
+    if _is(value, np.ma.MaskedArray):
+        msg = f"{name} must be a plain array, got a MaskedArray: fill its gaps first"
+        raise TypeError(msg)
+    if is_on_gpu(value):
+        msg = (
+            f"{name} must be in the host's memory as the others are, got {_kind(value)}"
+        )
+        raise TypeError(msg)
+    try:
+        return np.asarray(value)
+    except MemoryError:
+        raise
+    except Exception as error:
+        msg = f"{name} must be an array of numbers, got {_kind(value)}: {_shown(error)}"
+        raise TypeError(msg) from error
+
+
+def same_device(name: str, x: Array, other_name: str, other: Array) -> None:
+    """Refuse arrays on two devices."""
+    if x.device != other.device:
+        msg = f"{name} must be on {other_name}'s device {other.device}, got {x.device}"
+        raise ValueError(msg)
+
+
+def like(
+    name: str, value: Any, other_name: str, other: Array, engine: ModuleType
+) -> Array:
     """Return value as an array of the dtype and shape of another argument."""
-    result = array(name, value, integers=True)
+    result = array(name, value, engine, integers=True)
     if result.dtype != other.dtype:
         msg = (
             f"{name} must have the dtype of {other_name}, {other.dtype}, "
@@ -88,6 +152,7 @@ def like(name: str, value: Any, other_name: str, other: Array) -> Array:
             f"got {result.shape}"
         )
         raise ValueError(msg)
+    same_device(name, result, other_name, other)
     return result
 
 
@@ -119,7 +184,12 @@ def slope(value: Any) -> float:
 
 
 def output(
-    inplace: object, out: Any, name: str, original: Any, checked: Array
+    inplace: object,
+    out: Any,
+    name: str,
+    original: Any,
+    checked: Array,
+    engine: ModuleType,
 ) -> tuple[Any, Array | None]:
     """Return the object to give back and the array to write to; None for a fresh one.
 
@@ -129,38 +199,51 @@ def output(
         if out is not None:
             msg = "inplace=True and out= were both given; out= the first array is in place"
             raise ValueError(msg)
-        return original, writeable(name, original, checked, "must be an array in place")
+        expected = "must be an array in place"
+        return original, writeable(name, original, checked, expected, engine)
     if out is None:
         return None, None
-    return out, writeable("out", out, checked, "must be an array")
+    return out, writeable("out", out, checked, "must be an array", engine)
 
 
-def writeable(name: str, value: Any, model: Array, expected: str) -> Array:
+def writeable(
+    name: str, value: Any, model: Array, expected: str, engine: ModuleType
+) -> Array:
     """Return value as an array that can take a result shaped and typed like model."""
-    if not _is(value, np.ndarray) or _is(value, np.ma.MaskedArray):
+    result = value
+    if hasattr(engine, "as_array"):
+        # In place, what `array` made of it serves again.
+        same = getattr(model, "given", None) is value
+        result = model if same else _foreign(name, value, engine)
+    elif not _is(value, np.ndarray) or _is(value, np.ma.MaskedArray):
         msg = f"{name} {expected} (numpy.ndarray), got {_kind(value)}"
         raise TypeError(msg)
-    result: Array = np.asarray(value)  # a subclass may have attributes of its own
-    if result.dtype != model.dtype or not result.dtype.isnative:
-        swapped = "" if result.dtype.isnative else "byte-swapped "
-        msg = (
-            f"{name} must have the native dtype {model.dtype}, "
-            f"got {swapped}{result.dtype}"
-        )
+    else:
+        result = np.asarray(value)  # a subclass may have attributes of its own
+    native = isinstance(result.dtype, str) or result.dtype.isnative
+    if result.dtype != model.dtype or not native:
+        came = result.dtype if native else f"byte-swapped {result.dtype}"
+        msg = f"{name} must have the native dtype {model.dtype}, got {came}"
         raise TypeError(msg)
     if result.shape != model.shape:
         msg = f"{name} must have shape {model.shape}, got {result.shape}"
         raise ValueError(msg)
-    if not result.flags.writeable:
+    if not getattr(result, "flags", result).writeable:
         msg = f"{name} must be writeable, got a read-only array"
         raise ValueError(msg)
-    if _shares_elements(result):
+    same_device(name, result, "the result", model)
+    if _shares_elements(_places(result)):
         msg = (
             f"{name} must not share memory between its own elements, got shape "
             f"{result.shape} with strides {result.strides}"
         )
         raise ValueError(msg)
     return result
+
+
+def _places(x: Array) -> Array:
+    """Return the NumPy array that has the addresses of x's elements."""
+    return getattr(x, "addresses", x)
 
 
 def _shares_elements(x: Array) -> bool:
@@ -194,15 +277,15 @@ def _shares_elements(x: Array) -> bool:
 
 def distinct(first_name: str, first: Array, second_name: str, second: Array) -> None:
     """Refuse two outputs in the same memory."""
-    if np.shares_memory(first, second):
+    if np.shares_memory(_places(first), _places(second)):
         msg = f"{first_name} and {second_name} must not share memory"
         raise ValueError(msg)
 
 
-def saved(value: Any, name: str, model: Array) -> Array | Mask:
+def saved(value: Any, name: str, model: Array, engine: ModuleType) -> Array | Mask:
     """Return the saved state: a mask of the right shape, or an array like model."""
     if not _is(value, Mask):
-        return like("saved", value, name, model)
+        return like("saved", value, name, model, engine)
     try:
         mask = Mask(value.bits, value.shape)  # both may have been changed since
     except Exception as error:
@@ -214,15 +297,21 @@ def saved(value: Any, name: str, model: Array) -> Array | Mask:
             f"got one of shape {mask.shape}"
         )
         raise ValueError(msg)
+    if hasattr(engine, "as_array"):
+        same_device("saved", _foreign("saved", mask.bits, engine), name, model)
+    elif not _is(mask.bits, np.ndarray):
+        msg = f"saved must be in the host's memory as {name} is, got a mask on a GPU"
+        raise TypeError(msg)
     return mask
 
 
-def weight(value: Any, x: Array, axis: Any) -> tuple[Array, Array]:
+def weight(value: Any, x: Array, axis: Any, engine: ModuleType) -> tuple[Array, Array]:
     """Return the weight as an array, and reshaped to broadcast against x."""
-    given = array("weight", value)
-    mixed = given.dtype == np.float32 and x.dtype.itemsize == 2
+    given = array("weight", value, engine)
+    same_device("weight", given, "x", x)
+    mixed = str(given.dtype) == "float32" and x.itemsize == 2
     if given.dtype != x.dtype and not mixed:
-        expected = f"{x.dtype} or float32" if x.dtype.itemsize == 2 else str(x.dtype)
+        expected = f"{x.dtype} or float32" if x.itemsize == 2 else str(x.dtype)
         msg = f"weight must have the dtype of x, {expected}, got {given.dtype}"
         raise TypeError(msg)
     if _is(axis, (bool, np.bool_)):

@@ -1,6 +1,8 @@
 """From the type of an array to its engine, found without importing anything."""
 
-import contextlib
+import functools
+import importlib
+import importlib.util
 import math
 from collections.abc import Callable
 from types import ModuleType
@@ -10,23 +12,26 @@ import numpy as np
 from numpy import may_share_memory, ndarray
 
 from fastrelu import cpu
-from fastrelu._arguments import is_accepted
+from fastrelu._arguments import is_accepted, is_on_gpu
 from fastrelu.mask import Mask
 
 
-def engine_of(name: str, value: object) -> ModuleType:
-    """Return the engine for an argument: all that NumPy can read runs on the CPU."""
-    on_gpu = False
-    with contextlib.suppress(Exception):  # of a broken property: NumPy will complain
-        on_gpu = hasattr(value, "__cuda_array_interface__")
-    if on_gpu:
-        kind = f"{type(value).__module__}.{type(value).__qualname__}"
+def engine_of(value: object) -> ModuleType:
+    """Return the engine for an array: all that NumPy can read runs on the CPU."""
+    return _cuda() if is_on_gpu(value) else cpu
+
+
+@functools.cache
+def _cuda() -> ModuleType:
+    """Return the engine for arrays on a GPU, imported when the first one comes."""
+    if importlib.util.find_spec("numba_cuda") is None:
         msg = (
-            f"{name} must be in the host's memory, got a {kind} on a GPU: this version "
-            "has no CUDA engine"
+            "fastrelu needs numba-cuda for arrays on a GPU: "
+            'pip install "fastrelu[cuda13]", or "fastrelu[cuda12]" for a driver of '
+            "CUDA 12"
         )
-        raise TypeError(msg)
-    return cpu
+        raise ImportError(msg)
+    return importlib.import_module("fastrelu.cuda")
 
 
 class PlainCalls:

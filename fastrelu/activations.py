@@ -14,6 +14,7 @@ To add an activation, write one block and one row of the table at the foot.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 
 from fastrelu import _arguments
@@ -365,12 +366,12 @@ def prelu(
     y = _leaky_relu_calls.channels(x, weight, axis, inplace, out)
     if y is not None:
         return y
-    engine = engine_of("x", x)
-    checked = _arguments.array("x", x)
-    _, broadcast = _arguments.weight(weight, checked, axis)
-    given, target = _arguments.output(inplace, out, "x", x, checked)
+    engine = engine_of(x)
+    checked = _arguments.array("x", x, engine)
+    _, broadcast = _arguments.weight(weight, checked, axis, engine)
+    given, target = _arguments.output(inplace, out, "x", x, checked, engine)
     if target is None:
-        given = target = engine.empty_like(checked)
+        given, target = _fresh(engine, checked)
     engine.prelu(_leaky_relu, checked, broadcast, target)
     return given
 
@@ -442,27 +443,35 @@ def prelu_backward(
     )
     if gradients is not None:
         return gradients
-    engine = engine_of("grad_output", grad_output)
-    grad = _arguments.array("grad_output", grad_output)
-    checked = _arguments.like("x", x, "grad_output", grad)
-    slopes, broadcast = _arguments.weight(weight, checked, axis)
+    engine = engine_of(grad_output)
+    grad = _arguments.array("grad_output", grad_output, engine)
+    checked = _arguments.like("x", x, "grad_output", grad, engine)
+    slopes, broadcast = _arguments.weight(weight, checked, axis, engine)
     out_input, out_weight = _arguments.pair(out)
     grad_input, target = _arguments.output(
-        inplace, out_input, "grad_output", grad_output, grad
+        inplace, out_input, "grad_output", grad_output, grad, engine
     )
     if out_weight is not None:
-        sums = _arguments.writeable("out[1]", out_weight, slopes, "must be an array")
+        sums = _arguments.writeable(
+            "out[1]", out_weight, slopes, "must be an array", engine
+        )
         if target is not None:
             _arguments.distinct("out[0]", target, "out[1]", sums)
     else:
-        out_weight = sums = engine.empty_like(slopes)
+        out_weight, sums = _fresh(engine, slopes)
     if target is None:
-        grad_input = target = engine.empty_like(grad)
+        grad_input, target = _fresh(engine, grad)
     engine.prelu_backward(_leaky_relu_gradient, grad, checked, broadcast, target, sums)
     return grad_input, out_weight
 
 
 # The long way: every check, then the engine -------------------------------------------
+
+
+def _fresh(engine: ModuleType, x: Any) -> tuple[Array, Any]:
+    """Return a new array like x, and what the engine sees of it."""
+    y = engine.empty_like(x)
+    return y, (engine.as_array(y) if hasattr(engine, "as_array") else y)
 
 
 def _forward(
@@ -475,13 +484,13 @@ def _forward(
     *,
     integers: bool = False,
 ) -> Any:
-    engine = engine_of("x", x)
-    checked = _arguments.array("x", x, integers=integers)
+    engine = engine_of(x)
+    checked = _arguments.array("x", x, engine, integers=integers)
     slope = _arguments.slope(negative_slope)
     want_mask = _arguments.flag("return_mask", return_mask)
-    y, target = _arguments.output(inplace, out, "x", x, checked)
+    y, target = _arguments.output(inplace, out, "x", x, checked, engine)
     if target is None:
-        y = target = engine.empty_like(checked)
+        y, target = _fresh(engine, checked)
     bits = engine.forward(formula, checked, slope, target, want_mask=want_mask)
     return (y, Mask(bits, checked.shape)) if want_mask else y
 
@@ -496,13 +505,15 @@ def _backward(
     *,
     integers: bool = False,
 ) -> Any:
-    engine = engine_of("grad_output", grad_output)
-    grad = _arguments.array("grad_output", grad_output, integers=integers)
-    kept = _arguments.saved(saved, "grad_output", grad)
+    engine = engine_of(grad_output)
+    grad = _arguments.array("grad_output", grad_output, engine, integers=integers)
+    kept = _arguments.saved(saved, "grad_output", grad, engine)
     slope = _arguments.slope(negative_slope)
-    dx, target = _arguments.output(inplace, out, "grad_output", grad_output, grad)
+    dx, target = _arguments.output(
+        inplace, out, "grad_output", grad_output, grad, engine
+    )
     if target is None:
-        dx = target = engine.empty_like(grad)
+        dx, target = _fresh(engine, grad)
     if isinstance(kept, Mask):
         engine.backward_mask(gradient, grad, kept.bits, slope, target)
     else:

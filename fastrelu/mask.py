@@ -9,6 +9,12 @@ import numpy as np
 __all__ = ["Mask"]
 
 
+def _is_foreign(bits: Any) -> bool:
+    """Say whether the bits are an array of another library."""
+    names = "__cuda_array_interface__", "__dlpack_device__"
+    return any(hasattr(type(bits), name) for name in names) and hasattr(bits, "dtype")
+
+
 class Mask:
     """Which units were active, ``x > 0``, one bit each.
 
@@ -17,7 +23,7 @@ class Mask:
 
     Parameters
     ----------
-    bits : numpy.ndarray of uint8
+    bits : array of uint8, of NumPy or on a GPU
         One-dimensional, of ``ceil(prod(shape) / 8)`` bytes: the elements in C order,
         the first in the lowest bit, as ``numpy.packbits(..., bitorder="little")``.
         Not copied.
@@ -50,11 +56,13 @@ class Mask:
 
     def __init__(self, bits: Any, shape: Any) -> None:
         kind = type(bits)
-        if not issubclass(kind, np.ndarray) or issubclass(kind, np.ma.MaskedArray):
+        plain = bits
+        if issubclass(kind, np.ndarray) and not issubclass(kind, np.ma.MaskedArray):
+            plain = np.asarray(bits)  # a subclass may have attributes of its own
+        elif not _is_foreign(bits):
             msg = f"bits must be an array of uint8, got {kind.__name__}"
             raise TypeError(msg)
-        plain = np.asarray(bits)  # a subclass may have attributes of its own
-        if plain.dtype != np.uint8:
+        if str(plain.dtype).removeprefix("torch.") != "uint8":
             msg = f"bits must be an array of uint8, got {plain.dtype}"
             raise TypeError(msg)
         try:
@@ -69,7 +77,7 @@ class Mask:
             msg = f"shape must be that of an array: {error}"
             raise ValueError(msg) from error
         size = -(-math.prod(checked) // 8)
-        if plain.shape != (size,):
+        if tuple(plain.shape) != (size,):
             msg = (
                 f"bits must have shape ({size},) for a mask of shape {checked}, "
                 f"got {plain.shape}"
@@ -80,16 +88,25 @@ class Mask:
     @property
     def nbytes(self) -> int:
         """The bytes that the bits take."""
-        return int(self.bits.nbytes)
+        return -(-math.prod(self.shape) // 8)
 
     def unpack(self) -> Any:
         """Return the mask as a bool array of its shape.
 
         Returns
         -------
-        numpy.ndarray of bool
-            True where the unit was active.
+        array of bool
+            True where the unit was active; of the library that the bits are of.
+
+        Raises
+        ------
+        TypeError
+            If that library is not one that arrays can be asked of.
         """
+        if not isinstance(self.bits, np.ndarray):
+            from fastrelu.cuda import arrays
+
+            return arrays.unpack(self.bits, self.shape)
         size = math.prod(self.shape)
         flags = np.unpackbits(self.bits, count=size, bitorder="little")
         return flags.view(np.bool_).reshape(self.shape)

@@ -1,0 +1,525 @@
+"""How each dtype is read, computed and written on a GPU, 16 bytes at a time.
+
+Numba makes no 16-byte accesses of its own, and it computes half floats by calls to a
+library.  The primitives below say both in LLVM's words.  Each has a twin for Numba's
+simulator, which cannot run them: there a pointer is an address in the host's memory.
+
+A vector is a tuple of numbers, in the type that products are computed in.
+"""
+
+import ctypes
+import functools
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numba import cuda, types
+
+from fastrelu.cuda.launch import SIMULATED
+
+Function = Callable[..., Any]
+
+BYTES = 16  # the widest access
+
+
+@dataclass(frozen=True)
+class Lane:
+    """One dtype as the kernels see it."""
+
+    name: str
+    storage: Any  # the Numba type that it is stored as
+    compute: Any  # and that of every product
+    paired: bool = False  # the device rounds two floats to halves at once
+
+    @property
+    def width(self) -> int:
+        """The elements in a vector."""
+        return 8 * BYTES // int(self.storage.bitwidth)
+
+    @property
+    def pointer(self) -> Any:
+        """The type of a kernel's argument."""
+        return types.CPointer(self.storage)
+
+    @property
+    def scalar(self) -> Any:
+        """NumPy's type of every product."""
+        return getattr(np, str(self.compute))
+
+
+def lane_of(name: str, capability: tuple[int, int]) -> Lane:
+    """Return the lane of a dtype on devices of a compute capability."""
+    if name in ("float16", "bfloat16"):
+        return Lane(name, types.uint16, types.float32, capability >= (8, 0))
+    number = getattr(types, name)
+    return Lane(name, number, number)
+
+
+if not SIMULATED:
+    from llvmlite import ir
+    from numba.cuda.extending import intrinsic
+
+    _I8, _I16, _I32, _I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
+    _HALF, _FLOAT = ir.HalfType(), ir.FloatType()
+    _WORDS = ir.VectorType(_I32, 4)
+
+    inlined = cuda.jit(device=True, inline="always")
+
+    def _widen(lane, builder, value):
+        """Turn what was stored into a number to compute with."""
+        if lane.name == "float16":
+            return builder.fpext(builder.bitcast(value, _HALF), _FLOAT)
+        if lane.name == "bfloat16":
+            return builder.bitcast(
+                builder.shl(builder.zext(value, _I32), _I32(16)), _FLOAT
+            )
+        return value
+
+    def _narrow(lane, builder, value):
+        """Turn a number into what is stored, rounded to nearest, ties to even."""
+        if lane.name == "float16":
+            return builder.bitcast(builder.fptrunc(value, _HALF), _I16)
+        if lane.name == "bfloat16" and lane.paired:
+            return builder.trunc(_narrow_pair(lane, builder, value, value), _I16)
+        if lane.name == "bfloat16":
+            bits = builder.bitcast(value, _I32)
+            odd = builder.and_(builder.lshr(bits, _I32(16)), _I32(1))
+            half = builder.add(bits, builder.add(odd, _I32(0x7FFF)))
+            quiet = builder.or_(bits, _I32(0x400000))
+            is_nan = builder.fcmp_unordered("uno", value, value)
+            bits = builder.select(is_nan, quiet, half)
+            return builder.trunc(builder.lshr(bits, _I32(16)), _I16)
+        return value
+
+    def _narrow_pair(lane, builder, low, high):
+        """Turn two floats into a word that holds both as halves."""
+        to = "bf16x2" if lane.name == "bfloat16" else "f16x2"
+        convert = ir.InlineAsm(
+            ir.FunctionType(_I32, [_FLOAT, _FLOAT]),
+            f"cvt.rn.{to}.f32 $0, $1, $2;",
+            "=r,f,f",
+        )
+        return builder.call(convert, [high, low])
+
+    def _vector_type(context, lane):
+        """Return the type of 16 bytes: LLVM splits vectors of small elements."""
+        if lane.storage.bitwidth < 32:
+            return _WORDS
+        return ir.VectorType(context.get_data_type(lane.storage), lane.width)
+
+    def _read_vector(lane, context, builder, place):
+        kind = _vector_type(context, lane)
+        vector = builder.load(builder.bitcast(place, kind.as_pointer()), align=BYTES)
+        parts = [builder.extract_element(vector, _I32(k)) for k in range(kind.count)]
+        if kind is _WORDS:
+            element, bits = context.get_data_type(lane.storage), lane.storage.bitwidth
+            parts = [
+                builder.trunc(builder.lshr(word, _I32(shift)), element)
+                for word in parts
+                for shift in range(0, 32, bits)
+            ]
+        return [_widen(lane, builder, part) for part in parts]
+
+    def _write_vector(lane, context, builder, place, values):
+        kind = _vector_type(context, lane)
+        if lane.paired:
+            pairs = zip(values[::2], values[1::2], strict=True)
+            parts = [_narrow_pair(lane, builder, *pair) for pair in pairs]
+        else:
+            parts = [_narrow(lane, builder, value) for value in values]
+        if kind is _WORDS and not lane.paired:
+            bits = lane.storage.bitwidth
+            words = [
+                [
+                    builder.shl(builder.zext(part, _I32), _I32(k * bits))
+                    for k, part in enumerate(parts[first : first + 32 // bits])
+                ]
+                for first in range(0, lane.width, 32 // bits)
+            ]
+            parts = [functools.reduce(builder.or_, word) for word in words]
+        vector = ir.Constant(kind, ir.Undefined)
+        for k, part in enumerate(parts):
+            vector = builder.insert_element(vector, part, _I32(k))
+        builder.store(vector, builder.bitcast(place, kind.as_pointer()), align=BYTES)
+
+    def _where(builder, condition, then, otherwise):
+        """Return what `then()` makes where the condition holds."""
+        before = builder.block
+        with builder.if_then(condition):
+            value = then()
+            inside = builder.block
+        phi = builder.phi(otherwise.type)
+        phi.add_incoming(otherwise, before)
+        phi.add_incoming(value, inside)
+        return phi
+
+    def load(lane, width, *, part=False):
+        """Return `get(p, i, end)`: the vector at p[i]; zeros from `end` on, in part."""
+        vector = types.UniTuple(lane.compute, width)
+
+        @intrinsic
+        def get(typingctx, p, i, end):
+            def codegen(context, builder, signature, args):
+                start = builder.gep(args[0], [args[1]])
+
+                def one(k):
+                    value = builder.load(builder.gep(start, [_I64(k)]))
+                    return _widen(lane, builder, value)
+
+                if part:
+                    zero = context.get_constant(lane.compute, 0)
+                    values = [
+                        _where(
+                            builder,
+                            builder.icmp_signed(
+                                "<", builder.add(args[1], _I64(k)), args[2]
+                            ),
+                            functools.partial(one, k),
+                            zero,
+                        )
+                        for k in range(width)
+                    ]
+                elif width == 1:
+                    values = [one(0)]
+                else:
+                    values = _read_vector(lane, context, builder, start)
+                return context.make_tuple(builder, signature.return_type, values)
+
+            return vector(lane.pointer, types.int64, types.int64), codegen
+
+        return get
+
+    def store(lane, width, *, part=False):
+        """Return `put(p, i, end, values)`: write them to p[i:], in part up to `end`."""
+        vector = types.UniTuple(lane.compute, width)
+
+        @intrinsic
+        def put(typingctx, p, i, end, values):
+            def codegen(context, builder, signature, args):
+                start = builder.gep(args[0], [args[1]])
+                numbers = [builder.extract_value(args[3], k) for k in range(width)]
+
+                def one(k):
+                    value = _narrow(lane, builder, numbers[k])
+                    builder.store(value, builder.gep(start, [_I64(k)]))
+
+                if part:
+                    for k in range(width):
+                        at = builder.add(args[1], _I64(k))
+                        with builder.if_then(builder.icmp_signed("<", at, args[2])):
+                            one(k)
+                elif width == 1:
+                    one(0)
+                else:
+                    _write_vector(lane, context, builder, start, numbers)
+                return context.get_dummy_value()
+
+            arguments = lane.pointer, types.int64, types.int64, vector
+            return types.void(*arguments), codegen
+
+        return put
+
+    def each(function, result, width):
+        """Return `function` applied lane by lane; scalars are the same for all.
+
+        It is compiled once, and inlined by LLVM.
+        """
+
+        def definition(*operands):
+            vector = types.UniTuple(result, width)
+            elements = [t.dtype if isinstance(t, types.BaseTuple) else t
+                        for t in operands]  # fmt: skip
+            inner = result(*elements)
+
+            def codegen(context, builder, signature, args):
+                values = [
+                    context.compile_internal(
+                        builder,
+                        function,
+                        inner,
+                        [
+                            builder.extract_value(arg, k)
+                            if isinstance(operand, types.BaseTuple)
+                            else arg
+                            for arg, operand in zip(args, operands, strict=True)
+                        ],
+                    )
+                    for k in range(width)
+                ]
+                return context.make_tuple(builder, signature.return_type, values)
+
+            return vector(*operands), codegen
+
+        # Numba wants to see how many arguments there are.
+        of_arity = {
+            1: lambda typingctx, a: definition(a),
+            2: lambda typingctx, a, b: definition(a, b),
+            3: lambda typingctx, a, b, c: definition(a, b, c),
+            4: lambda typingctx, a, b, c, d: definition(a, b, c, d),
+            5: lambda typingctx, a, b, c, d, e: definition(a, b, c, d, e),
+        }
+        return intrinsic(of_arity[function.__code__.co_argcount])
+
+    def multiply(lane):
+        """Return a product that is never fused with a sum: all see the same."""
+        kind = "f64" if lane.compute == types.float64 else "f32"
+        letter = "d" if lane.compute == types.float64 else "f"
+
+        @intrinsic
+        def product(typingctx, a, b):
+            def codegen(context, builder, signature, args):
+                kind_of = context.get_value_type(lane.compute)
+                code = ir.InlineAsm(
+                    ir.FunctionType(kind_of, [kind_of, kind_of]),
+                    f"mul.rn.{kind} $0, $1, $2;",
+                    f"={letter},{letter},{letter}",
+                )
+                return builder.call(code, args)
+
+            return lane.compute(lane.compute, lane.compute), codegen
+
+        return product
+
+    def pack(lane):
+        """Return `flags(values)`: bit k says whether values[k] > 0."""
+        vector = types.UniTuple(lane.compute, lane.width)
+
+        @intrinsic
+        def flags(typingctx, values):
+            def codegen(context, builder, signature, args):
+                word = _I32(0)
+                for k in range(lane.width):
+                    value = builder.extract_value(args[0], k)
+                    zero = context.get_constant(lane.compute, 0)
+                    if isinstance(lane.compute, types.Float):
+                        active = builder.fcmp_ordered(">", value, zero)
+                    elif lane.compute.signed:
+                        active = builder.icmp_signed(">", value, zero)
+                    else:
+                        active = builder.icmp_unsigned(">", value, zero)
+                    bit = builder.shl(builder.zext(active, _I32), _I32(k))
+                    word = builder.or_(word, bit)
+                return word
+
+            return types.int32(vector), codegen
+
+        return flags
+
+    def unpack(width, *, part=False):
+        """Return `get(p, i, end)`: the mask bits from i on, as ones and zeros."""
+        vector = types.UniTuple(types.int32, width)
+
+        @intrinsic
+        def get(typingctx, p, i, end):
+            def codegen(context, builder, signature, args):
+                pointer, i, end = args
+                place = builder.gep(pointer, [builder.ashr(i, _I64(3))])
+
+                def byte(k):
+                    value = builder.load(builder.gep(place, [_I64(k)]))
+                    return builder.zext(value, _I32)
+
+                word = byte(0)
+                for k in range(1, width // 8):
+                    if part:
+                        more = builder.icmp_signed(
+                            "<", builder.add(i, _I64(8 * k)), end
+                        )
+                        high = _where(
+                            builder, more, functools.partial(byte, k), _I32(0)
+                        )
+                    else:
+                        high = byte(k)
+                    word = builder.or_(word, builder.shl(high, _I32(8 * k)))
+                if width < 8:
+                    shift = builder.and_(builder.trunc(i, _I32), _I32(7))
+                    word = builder.lshr(word, shift)
+                values = [
+                    builder.and_(builder.lshr(word, _I32(k)), _I32(1))
+                    for k in range(width)
+                ]
+                return context.make_tuple(builder, signature.return_type, values)
+
+            arguments = types.CPointer(types.uint8), types.int64, types.int64
+            return vector(*arguments), codegen
+
+        return get
+
+    def put_flags(width):
+        """Return `put(p, i, end, flags)`, which writes the mask bits of a vector.
+
+        Every thread of a warp has to call it, with i growing by `width`.
+        """
+        if width >= 8:
+            count = width // 8
+
+            @inlined
+            def put(p, i, end, flags):
+                for k in range(count):
+                    if i + 8 * k < end:
+                        p[(i >> 3) + k] = np.uint8(flags >> (8 * k))
+
+        elif width == 4:
+
+            @inlined
+            def put(p, i, end, flags):
+                high = cuda.shfl_down_sync(0xFFFFFFFF, flags, 1)
+                if i < end and i & 7 == 0:
+                    p[i >> 3] = np.uint8(flags | high << 4)
+
+        else:
+
+            @inlined
+            def put(p, i, end, flags):
+                high = cuda.shfl_down_sync(0xFFFFFFFF, flags, 1)
+                four = np.int32(flags | high << 2)
+                high = cuda.shfl_down_sync(0xFFFFFFFF, four, 2)
+                if i < end and i & 7 == 0:
+                    p[i >> 3] = np.uint8(four | high << 4)
+
+        return put
+
+    def unravel(rank, *, wide):
+        """Return `place(i, shape)`: the index along each axis of element i."""
+        lengths = types.UniTuple(types.int64, rank)
+        # Divisions of 64-bit numbers cost ten times as much.
+        kind = _I64 if wide else _I32
+
+        @intrinsic
+        def place(typingctx, i, shape):
+            def codegen(context, builder, signature, args):
+                rest, indices = args[0], []
+                rest = builder.trunc(rest, kind) if kind is _I32 else rest
+                for axis in range(rank - 1, 0, -1):
+                    length = builder.extract_value(args[1], axis)
+                    length = builder.trunc(length, kind) if kind is _I32 else length
+                    quotient = builder.udiv(rest, length)
+                    indices.append(builder.sub(rest, builder.mul(quotient, length)))
+                    rest = quotient
+                indices.append(rest)
+                if kind is _I32:
+                    indices = [builder.zext(index, _I64) for index in indices]
+                return context.make_tuple(builder, signature.return_type, indices[::-1])
+
+            return lengths(types.int64, lengths), codegen
+
+        return place
+
+    def dot(rank):
+        """Return `offset(place, strides)`, in elements."""
+        numbers = types.UniTuple(types.int64, rank)
+
+        @intrinsic
+        def offset(typingctx, place, strides):
+            def codegen(context, builder, signature, args):
+                terms = [
+                    builder.mul(*(builder.extract_value(arg, k) for arg in args))
+                    for k in range(rank)
+                ]
+                return functools.reduce(builder.add, terms)
+
+            return types.int64(numbers, numbers), codegen
+
+        return offset
+
+    def spill(lane, width):
+        """Return `put(array, i, values)`, which writes a vector to shared memory."""
+        vector = types.UniTuple(lane.compute, width)
+
+        @intrinsic
+        def put(typingctx, array, i, values):
+            def codegen(context, builder, signature, args):
+                data = context.make_array(array)(context, builder, args[0]).data
+                for k in range(width):
+                    place = builder.gep(data, [builder.add(args[1], _I64(k))])
+                    builder.store(builder.extract_value(args[2], k), place)
+                return context.get_dummy_value()
+
+            return types.void(array, types.int64, vector), codegen
+
+        return put
+
+else:  # the same in Python
+
+    def inlined(function):
+        return function
+
+    def _memory(name, p, i, count):
+        """Show so many elements from p[i] on as an array."""
+        dtype = np.dtype(name)
+        place = int(p) + int(i) * dtype.itemsize
+        buffer = (ctypes.c_ubyte * (count * dtype.itemsize)).from_address(place)
+        return np.frombuffer(buffer, dtype)
+
+    def load(lane, width, *, part=False):
+        def get(p, i, end):
+            count = int(min(width, end - i)) if part else width
+            values = _memory(lane.name, p, i, max(count, 0))
+            numbers = [lane.scalar(value) for value in values]
+            return tuple(numbers + [lane.scalar(0)] * (width - len(numbers)))
+
+        return get
+
+    def store(lane, width, *, part=False):
+        def put(p, i, end, values):
+            count = int(min(width, end - i)) if part else width
+            if count > 0:
+                with np.errstate(all="ignore"):
+                    stored = np.array(values[:count], lane.scalar).astype(lane.name)
+                _memory(lane.name, p, i, count)[:] = stored
+
+        return put
+
+    def each(function, result, width):
+        def apply(*operands):
+            with np.errstate(all="ignore"):
+                return tuple(
+                    function(*(o[k] if isinstance(o, tuple) else o for o in operands))
+                    for k in range(width)
+                )
+
+        return apply
+
+    def multiply(lane):
+        return lambda a, b: a * b
+
+    def pack(lane):
+        return lambda values: sum(int(x > 0) << k for k, x in enumerate(values))
+
+    def unpack(width, *, part=False):
+        def get(p, i, end):
+            count = int(min(width, end - i)) if part else width
+            stored = _memory("uint8", p, i >> 3, ((int(i) & 7) + count + 7) >> 3)
+            flags = np.unpackbits(stored, bitorder="little")[int(i) & 7 :]
+            flags = [int(flag) for flag in flags[:count]]
+            return tuple(flags + [0] * (width - count))
+
+        return get
+
+    _turn = threading.Lock()  # two simulated threads write parts of one byte
+
+    def put_flags(width):
+        def put(p, i, end, flags):
+            last = (int(end) + 7) // 8 * 8  # the rest of the last byte is zeros
+            for k in range(max(0, min(width, last - int(i)))):
+                byte = _memory("uint8", p, (i + k) >> 3, 1)
+                bit = 1 << ((int(i) + k) & 7)
+                with _turn:
+                    byte[0] = int(byte[0]) & ~bit | bit * (int(flags) >> k & 1)
+
+        return put
+
+    def unravel(rank, *, wide):
+        return lambda i, shape: np.unravel_index(int(i), shape)
+
+    def dot(rank):
+        return lambda place, strides: int(np.dot(place, strides))
+
+    def spill(lane, width):
+        def put(array, i, values):
+            for k in range(width):
+                array[i + k] = values[k]
+
+        return put

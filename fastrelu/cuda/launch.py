@@ -1,0 +1,262 @@
+"""Compile a kernel, keep its code on the disk, and queue it on a stream.
+
+Numba's own launcher takes 20 to 90 microseconds for arrays of other libraries, and its
+disk cache never hits for kernels that are made by functions.  So the code is kept here,
+by its content, and `cuda.core` launches it with bare addresses.
+"""
+
+import contextlib
+import functools
+import hashlib
+import os
+import re
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numba
+
+SIMULATED = bool(numba.config.ENABLE_CUDASIM)
+THREADS = 32 if SIMULATED else 256  # in a block; a simulated thread costs 0.2 ms
+HINT = 'pip install "fastrelu[cuda13]", or "fastrelu[cuda12]" for a driver of CUDA 12'
+
+_PACKAGES = "numba", "numba-cuda", "cuda-core", "cuda-bindings"
+_SOURCES = "kernels.py", "lanes.py"
+
+
+class Kernel:
+    """A function of `kernels` and its options, compiled for each kind of device."""
+
+    def __init__(self, template: str, options: dict[str, Any]) -> None:
+        self.template, self.options = template, options
+        self.loaded: dict[int, Any] = {}
+
+    def function(self, capability: tuple[int, int]) -> tuple[Callable[..., Any], Any]:
+        """Return what Numba compiles, and the types of its arguments."""
+        from fastrelu.cuda import kernels
+
+        return kernels.build(self.template, self.options, capability)
+
+    def digest(self, capability: tuple[int, int]) -> str:
+        """Name all that the compiled code depends on."""
+        parts = [sys.version, self.template, repr(capability), _versions()]
+        for name, option in sorted(self.options.items()):
+            code = getattr(option, "__code__", None)
+            value = (code.co_code, code.co_consts, code.co_names) if code else option
+            parts.append(f"{name}={value!r}")
+        return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
+
+
+@functools.lru_cache(4096)
+def kernel(template: str, **options: Any) -> Kernel:
+    """Return the one kernel of these options."""
+    return Kernel(template, options)
+
+
+@functools.cache
+def _versions() -> str:
+    here = Path(__file__).parent
+    sources = [hashlib.sha256((here / name).read_bytes()) for name in _SOURCES]
+    versions = [f"{name} {metadata.version(name)}" for name in _PACKAGES]
+    return " ".join(versions + [source.hexdigest() for source in sources])
+
+
+def compile_ptx(kernel: Kernel, capability: tuple[int, int]) -> tuple[str, str]:
+    """Return a kernel's PTX and the name of its entry; this needs no GPU."""
+    from numba import cuda
+
+    function, signature = kernel.function(capability)
+    ptx = cuda.compile_ptx(function, signature, cc=capability)[0]
+    match = re.search(r"\.visible \.entry (\w+)", ptx)
+    assert match is not None
+    return ptx, match.group(1)
+
+
+def link(ptx: str, capability: tuple[int, int]) -> bytes:
+    """Return the machine code of a PTX text; this needs no GPU either.
+
+    Drivers take machine code of their CUDA's later releases, but not their PTX.
+    """
+    from cuda.core import Linker, LinkerOptions, ObjectCode
+
+    options = LinkerOptions(arch="sm_{}{}".format(*capability))
+    linked = Linker(ObjectCode.from_ptx(ptx.encode()), options=options)
+    return bytes(linked.link("cubin").code)
+
+
+# The cache on the disk ----------------------------------------------------------------
+
+
+def folder() -> Path:
+    """Return where compiled code is kept."""
+    if named := os.environ.get("FASTRELU_CACHE_DIR"):
+        return Path(named)
+    if numba_named := os.environ.get("NUMBA_CACHE_DIR"):
+        return Path(numba_named) / "fastrelu-cuda"
+    windows = sys.platform == "win32"
+    base = os.environ.get("LOCALAPPDATA" if windows else "XDG_CACHE_HOME")
+    return Path(base or Path.home() / ".cache") / "fastrelu"
+
+
+def _read(digest: str) -> tuple[str, bytes] | None:
+    """Return (entry, code) as they were written, or None."""
+    try:
+        content = (folder() / digest).read_bytes()
+    except (OSError, RuntimeError):  # there may be no home either
+        return None
+    check, payload = content[:32], content[32:]
+    if hashlib.sha256(payload).digest() != check:
+        return None
+    entry, _, code = payload.partition(b"\0")
+    return entry.decode(), code
+
+
+def _write(digest: str, entry: str, code: bytes) -> None:
+    """Keep the code if that is possible; a reader finds all of it or nothing."""
+    payload = entry.encode() + b"\0" + code
+    with contextlib.suppress(OSError, RuntimeError):
+        place = folder()
+        place.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=place)
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(hashlib.sha256(payload).digest() + payload)
+            os.replace(name, place / digest)
+        except OSError:
+            os.unlink(name)
+            raise
+
+
+def machine_code(kernel: Kernel, capability: tuple[int, int]) -> tuple[str, bytes]:
+    """Return a kernel's entry and machine code, from the disk if it is there."""
+    digest = kernel.digest(capability)
+    kept = _read(digest)
+    if kept is None:
+        try:
+            ptx, entry = compile_ptx(kernel, capability)
+            kept = entry, link(ptx, capability)
+        except Exception as error:
+            kind = type(error).__name__
+            if kind not in ("DynamicLibNotFoundError", "NvvmSupportError"):
+                raise
+            msg = f"fastrelu cannot compile for the GPU ({error}): {HINT}"
+            raise RuntimeError(msg) from error
+        _write(digest, *kept)
+    return kept
+
+
+# Launch -------------------------------------------------------------------------------
+
+
+@functools.cache
+def _capability(device: int) -> tuple[int, int]:
+    from cuda.core import Device
+
+    major, minor = Device(device).compute_capability
+    return major, minor
+
+
+def _load(kernel: Kernel, device: int) -> Any:
+    from cuda.core import ObjectCode
+
+    entry, code = machine_code(kernel, _capability(device))
+    loaded = kernel.loaded[device] = ObjectCode.from_cubin(code).get_kernel(entry)
+    return loaded
+
+
+@functools.lru_cache(4096)
+def _blocks(number: int) -> Any:
+    from cuda.core import LaunchConfig
+
+    return LaunchConfig(grid=number, block=THREADS)
+
+
+@functools.lru_cache(4096)
+def stream_of(handle: int) -> Any:
+    """Return the object of cuda.core for a stream's handle."""
+    from cuda.core import Stream
+
+    return Stream.from_handle(handle)
+
+
+def launch(
+    kernel: Kernel, device: int, stream: int, blocks: int, *arguments: Any
+) -> None:
+    """Queue a kernel; the device's context must be the current one."""
+    if SIMULATED:
+        from numba import cuda
+
+        function = cuda.jit(kernel.function((9, 0))[0])
+        function[blocks, THREADS](*arguments)
+        return
+    from cuda.core import launch
+
+    loaded = kernel.loaded.get(device) or _load(kernel, device)
+    flat: list[Any] = []
+    for argument in arguments:
+        if isinstance(argument, tuple):
+            flat += argument
+        else:
+            flat.append(argument)
+    launch(stream_of(stream), _blocks(blocks), loaded, *flat)
+
+
+@functools.cache
+def _driver() -> Any:
+    from cuda.bindings import driver
+
+    return driver
+
+
+@functools.cache
+def _context(device: int) -> Any:
+    """Return the context that all libraries share."""
+    error, context = _driver().cuDevicePrimaryCtxRetain(device)
+    if error:
+        msg = f"the CUDA driver gives no access to device {device}: {error}"
+        raise RuntimeError(msg)
+    return context
+
+
+@contextlib.contextmanager
+def current(device: int) -> Iterator[None]:
+    """Make the device the current one of this thread for a while."""
+    if SIMULATED:
+        yield
+        return
+    driver = _driver()
+    error, now = driver.cuCtxGetDevice()  # an error where no context is current
+    if not error and int(now) == device:
+        yield
+        return
+    driver.cuCtxPushCurrent(_context(device))
+    try:
+        yield
+    finally:
+        driver.cuCtxPopCurrent()
+
+
+def device_of(pointer: int) -> int:
+    """Return the device on which memory lies."""
+    driver = _driver()
+    attribute = driver.CUpointer_attribute.CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL
+    error, device = driver.cuPointerGetAttribute(attribute, pointer)
+    if error:
+        msg = f"the CUDA driver does not know the array's memory: {error}"
+        raise ValueError(msg)
+    return int(device)
+
+
+def wait(stream: int, other: int) -> None:
+    """Let a stream wait for what is queued on another one now."""
+    stream_of(stream).wait(stream_of(other))
+
+
+def scratch(size: int, stream: int, device: int) -> Any:
+    """Return memory from the driver's pool, with `handle` and `close(stream)`."""
+    from cuda.core import Device
+
+    return Device(device).memory_resource.allocate(size, stream=stream_of(stream))
