@@ -384,7 +384,7 @@ def understood(name, given):
 def tame(a):
     """Whether a sum of products of such numbers neither under- nor overflows"""
     size = np.abs(a[np.isfinite(a) & (a != 0)])
-    return a.dtype != np.float64 or ((size > 1e-90) & (size < 1e90)).all()
+    return native(a.dtype) != np.float64 or ((size > 1e-90) & (size < 1e90)).all()
 
 
 def attempt(number):
