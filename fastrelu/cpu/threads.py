@@ -57,7 +57,7 @@ CACHE = max(_cache_size(3, 1 << 25), PRIVATE_CACHE)
 # some 10 microseconds of the waker and 50 until he is there; that pays in any case for
 # a loop over much, and otherwise if more loops follow soon.
 SHARE = PRIVATE_CACHE // 4
-MUCH = 16 * PRIVATE_CACHE
+MUCH = 8 * PRIVATE_CACHE
 
 _PIECES = 4  # of each member's part: what another may take over
 _LOOK = 1000  # times that a member looks for work before it sleeps: about 20 us
