@@ -39,9 +39,8 @@ class PlainCalls:
 
     At a thousand elements the checks cost more than the work, so the engine has calls
     that ask the few questions that say that no other check could fail.  Here is what
-    these leave to Python: the first of its kind, memory from the pool, masks.  Whatever
-    gives a method pause, it leaves to the long way and its error messages: it then
-    returns None.
+    these leave to Python: the first of its kind, and masks.  Whatever gives a method
+    pause, it leaves to the long way and its error messages: it then returns None.
     """
 
     def __init__(
@@ -91,8 +90,6 @@ class PlainCalls:
         if type(a) is not ndarray or not a.flags.forc or not self._takes(a.dtype):
             return None
         call.prepare(a.dtype, a.nbytes, in_place=inplace is True or out is a)
-        if out is None and inplace is False and a.nbytes >= cpu.SMALLEST:
-            out = cpu.empty_like(a)
         return call.call(a, slope, inplace, out, *b)
 
     def _takes(self, dtype: np.dtype[Any]) -> bool:
@@ -115,8 +112,6 @@ class PlainCalls:
             narrow = math.prod(x.shape[x.ndim - after :]) < cpu.NARROW
         in_place = inplace is True or out is x
         call.prepare(x.dtype, x.nbytes, in_place=in_place, block=int(narrow))
-        if out is None and inplace is False and x.nbytes >= cpu.SMALLEST:
-            out = cpu.empty_like(x)
         return call.call(x, slopes, axis, inplace, out)
 
     def channels_backward(

@@ -153,7 +153,6 @@ LEFT_CALLS = {
     "subclass": lambda f, x: f.flat.call(x.view(np.memmap), 0.5, False, None),
     "strided": lambda f, x: f.flat.call(x[::2], 0.5, False, None),
     "order": lambda f, x: f.flat.call(x, 0.5, False, cube("F")),
-    "large": lambda f, x: f.flat.call(normal(LARGE, float32), 0.5, False, None),
     "overlap": lambda f, x: f.flat.call(x[1:], 0.5, False, x[:-1]),
     "bits": lambda f, x: f.masked.call(x, 0.5, False, None, np.zeros(25, np.uint8)),
     "bits' dtype": lambda f, x: f.masked.call(x, 0.5, False, None, np.zeros(24, "i1")),

@@ -16,28 +16,34 @@ from typing import Any
 import numpy as np
 from numba import njit, types
 from numba.core.compiler_lock import global_compiler_lock
-from numpy._core import _multiarray_umath  # type: ignore[attr-defined]
 
-from fastrelu.cpu import loops, threads
-from fastrelu.cpu.jit import Function, calling, compile_and_keep, pointer_to, rebuild
+from fastrelu.cpu import loops, pool, threads
+from fastrelu.cpu.jit import (
+    DATA,
+    Function,
+    built_in,
+    calling,
+    compile_and_keep,
+    numpy_api,
+    pointer_to,
+    rebuild,
+)
 from fastrelu.cpu.lanes import lane_of
 from fastrelu.cpu.pool import SMALLEST
 
 _BRIEF = 1 << 15  # bytes: to let the interpreter go would take longer than the work
 _KEEP_ORDER = 2  # NPY_KEEPORDER
 _C_ORDER, _ANY_ORDER, _ALIGNED, _WRITEABLE = 1, 3, 0x100, 0x400  # NPY_ARRAY_...
-_METH_FASTCALL = 0x80
 
 # Words of an object: its type; an array's (PyArrayObject_fields), a float's.
-_HEAD = object.__basicsize__ // 8
-_TYPE = _HEAD - 1
-_DATA, _NDIM, _SHAPE, _DTYPE, _FLAGS = (_HEAD + i for i in (0, 1, 2, 5, 6))
-_KIND = _HEAD + 1  # a dtype's (PyArray_Descr): its number and byte order in one word
-_VALUE = _HEAD
+_TYPE = DATA - 1
+_NDIM, _SHAPE, _DTYPE, _FLAGS = (DATA + i for i in (1, 2, 5, 6))
+_KIND = DATA + 1  # a dtype's (PyArray_Descr): its number and byte order in one word
+_VALUE = DATA
 
 # Words of a table.  A row is what is known of one dtype; its loops are 0 until needed.
 _NONE, _FALSE, _TRUE, _ARRAY, _FLOAT, _INT, _BYTE, _EMPTY_LIKE = range(8)
-_BESIDE, _CACHE, _KNOWN, _ROWS = range(8, 12)
+_POOL, _BESIDE, _CACHE, _KNOWN, _ROWS = range(8, 13)
 _ITEM, _WEIGHT, _LOOP, _ROW = 1, 2, 3, 7  # the dtype comes first
 _PAST_CACHE, _COLUMNS = 1, 2  # added to _LOOP
 _MOST = 32  # rows: there are fewer dtypes
@@ -123,11 +129,18 @@ def _target(table, x, order, nbytes, inplace, out):
             return -1
         if not _is_like(out, x) or not _words(out)[_FLAGS] & _WRITEABLE:
             return -1
-        start, target = _words(x)[_DATA], _words(out)[_DATA]
+        start, target = _words(x)[DATA], _words(out)[DATA]
         return -1 if start != target and _meet(start, nbytes, target, nbytes) else out
     if inplace == table[_TRUE]:
         return x if _words(x)[_FLAGS] & _WRITEABLE else -1
-    return 0 if inplace == table[_FALSE] and nbytes < SMALLEST else -1
+    if inplace != table[_FALSE] or (nbytes >= SMALLEST and not _is_pool_ready(table)):
+        return -1
+    return 0
+
+
+@_inline
+def _is_pool_ready(table):
+    return _words(table[_POOL])[pool.HANDLER] != 0
 
 
 @_inline
@@ -147,15 +160,28 @@ def _none(table):
 
 
 @_inline
-def _run(table, loop, x, other, result, size, channels, inner, slope, moved):
+def _empty_like(table, x, nbytes):
+    """Return a new array, or 0."""
+    arguments = x, _KEEP_ORDER, 0, 0
+    if nbytes < SMALLEST:
+        return _call_empty_like(table[_EMPTY_LIKE], arguments)
+    before = pool.borrow(table[_POOL])
+    if before == 0:
+        return 0
+    result = _call_empty_like(table[_EMPTY_LIKE], arguments)
+    return pool.restore(table[_POOL], before, result)
+
+
+@_inline
+def _run(table, loop, x, other, result, size, channels, inner, slope, nbytes, moved):
     """Run a loop; return a new reference to its result."""
     if result != 0:
         _keep(result)
     else:
-        result = _call_empty_like(table[_EMPTY_LIKE], (x, _KEEP_ORDER, 0, 0))
+        result = _empty_like(table, x, nbytes)
         if result == 0:
             return 0  # a MemoryError is on its way
-    start, target = _words(x)[_DATA], _words(result)[_DATA]
+    start, target = _words(x)[DATA], _words(result)[DATA]
     operands = start, other, target, size, channels, inner, slope, moved
     if moved < _BRIEF:
         _call_loop(loop, operands)
@@ -171,7 +197,7 @@ def _run(table, loop, x, other, result, size, channels, inner, slope, moved):
 
 def call_flat(self, arguments, number):
     """Take (a, slope, inplace, out), and b if there is something beside a."""
-    table, given = _words(_words(self)[_DATA]), _words(arguments)
+    table, given = _words(_words(self)[DATA]), _words(arguments)
     a, slope, inplace, out = given[0], given[1], given[2], given[3]
     order = _order(table, a)
     if order == 0 or _words(slope)[_TYPE] != table[_FLOAT]:
@@ -182,7 +208,7 @@ def call_flat(self, arguments, number):
         return _none(table)
     size = _size(a)
     nbytes = size * table[row + _ITEM]
-    start = other = _words(a)[_DATA]
+    start = other = _words(a)[DATA]
     length, moved = 0, 2 * nbytes
     if table[_BESIDE] != _NOTHING:
         b = given[4]
@@ -191,7 +217,7 @@ def call_flat(self, arguments, number):
             order &= _C_ORDER
         if order == 0:
             return _none(table)
-        other, length = _words(b)[_DATA], nbytes
+        other, length = _words(b)[DATA], nbytes
         if table[_BESIDE] == _SAVED:
             moved += nbytes
             if not _is_like(b, a):
@@ -203,18 +229,18 @@ def call_flat(self, arguments, number):
     result = _target(table, a, order, nbytes, inplace, out)
     if result == -1:
         return _none(table)
-    target = _words(result)[_DATA] if result != 0 else 0
+    target = _words(result)[DATA] if result != 0 else 0
     if target != other and _meet(target, nbytes, other, length):
         return _none(table)
     loop = _loop(table, row, 0, moved, target != start)
     if loop == 0:
         return _none(table)
-    return _run(table, loop, a, other, result, size, 1, size, factor, moved)
+    return _run(table, loop, a, other, result, size, 1, size, factor, nbytes, moved)
 
 
 def call_channels(self, arguments, number):
     """Take (x, weight, axis, inplace, out); the weight is one-dimensional."""
-    table, given = _words(_words(self)[_DATA]), _words(arguments)
+    table, given = _words(_words(self)[DATA]), _words(arguments)
     x, weight, axis, inplace, out = given[0], given[1], given[2], given[3], given[4]
     if not _order(table, x) & _order(table, weight) & _C_ORDER:
         return _none(table)
@@ -247,41 +273,20 @@ def call_channels(self, arguments, number):
     result = _target(table, x, _C_ORDER, nbytes, inplace, out)
     if result == -1:
         return _none(table)
-    start, other = _words(x)[_DATA], _words(weight)[_DATA]
-    target = _words(result)[_DATA] if result != 0 else 0
+    start, other = _words(x)[DATA], _words(weight)[DATA]
+    target = _words(result)[DATA] if result != 0 else 0
     if _meet(target, nbytes, other, length):
         return _none(table)
     moved = 2 * nbytes
     loop = _loop(table, row, kind, moved, target != start)
     if loop == 0:
         return _none(table)
-    return _run(table, loop, x, other, result, size, channels, inner, 0.0, moved)
+    return _run(
+        table, loop, x, other, result, size, channels, inner, 0.0, nbytes, moved
+    )
 
 
 # Building -----------------------------------------------------------------------------
-
-
-class _Method(ctypes.Structure):  # PyMethodDef
-    _fields_ = [
-        ("name", ctypes.c_char_p),
-        ("function", ctypes.c_void_p),
-        ("flags", ctypes.c_int),
-        ("doc", ctypes.c_char_p),
-    ]
-
-
-def _empty_like_of_numpy() -> int:
-    """Return the address of PyArray_NewLikeArray."""
-    get_pointer = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.py_object, ctypes.c_char_p)(
-        ("PyCapsule_GetPointer", ctypes.pythonapi)
-    )
-    table = get_pointer(_multiarray_umath._ARRAY_API, None)
-    return ctypes.cast(table, ctypes.POINTER(ctypes.c_void_p))[277] or 0
-
-
-_new_function = ctypes.PYFUNCTYPE(
-    ctypes.py_object, ctypes.POINTER(_Method), ctypes.py_object, ctypes.c_void_p
-)(("PyCFunction_NewEx", ctypes.pythonapi))
 
 
 def _kind_of(dtype: np.dtype[Any]) -> int:
@@ -296,10 +301,10 @@ _known = {
     _FLOAT: id(float),
     _INT: id(int),
     _BYTE: _kind_of(np.dtype(np.uint8)),
-    _EMPTY_LIKE: _empty_like_of_numpy(),
+    _EMPTY_LIKE: numpy_api(277),  # PyArray_NewLikeArray
+    _POOL: pool.ADDRESS,
 }
 _SIGNATURE = _address(_address, _address, types.intp)
-_kept: list[Any] = []  # C code has their addresses only
 
 
 class Call:
@@ -336,6 +341,8 @@ class Call:
             self.table[place] = loop.address
         if moved >= 2 * threads.SHARE:
             threads.ready()
+        if nbytes >= SMALLEST and not in_place:
+            pool.ready()
 
     def _add(self, dtype: np.dtype[Any]) -> int:
         """Add the row of a dtype; with the first, make the call."""
@@ -352,7 +359,7 @@ class Call:
                 table[_BESIDE] = _BESIDES.get(self.blocks[0], _NOTHING)
                 table[_CACHE] = threads.CACHE
                 template = call_channels if len(self.blocks) > 1 else call_flat
-                self.call = _built_in(template, table)
+                self.call = _compile(template, table)
             self.rows[kind] = row
             table[_KNOWN] = len(self.rows)
             return row
@@ -369,11 +376,7 @@ def _leave_it(*arguments: Any) -> None:
     """Stand in for a call that is not made yet."""
 
 
-def _built_in(template: Function, table: Any) -> Any:
-    """Return compiled code as a function of Python that finds its table in `self`."""
+def _compile(template: Function, table: Any) -> Any:
     threads.link()
     name = f"{template.__name__}_{loops.SOURCES.hexdigest()[:12]}"
-    compiled = compile_and_keep(rebuild(template, name, {}), _SIGNATURE)
-    method = _Method(b"call", compiled.address, _METH_FASTCALL, None)
-    _kept.append((compiled, method, table))
-    return _new_function(method, table, None)
+    return built_in(compile_and_keep(rebuild(template, name, {}), _SIGNATURE), table)

@@ -1,13 +1,14 @@
 """How functions become machine code, where it is kept, and how it calls C."""
 
 import contextlib
+import ctypes
 import hashlib
 import pickle
 import types as python_types
 import uuid
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numba
 from llvmlite import ir
@@ -16,8 +17,10 @@ from numba.core import cgutils, serialize, sigutils
 from numba.core.caching import FunctionCache
 from numba.core.ccallback import CFunc
 from numba.extending import intrinsic
+from numpy._core import _multiarray_umath  # type: ignore[attr-defined]
 
 Function = Callable[..., Any]
+T = TypeVar("T")
 
 
 def compile_(function: Function, **options: Any) -> Any:
@@ -147,3 +150,45 @@ def calling(signature: Any) -> Any:
         return signature.return_type(types.int64, types.Tuple(signature.args)), codegen
 
     return call
+
+
+# Python's and NumPy's C interfaces ----------------------------------------------------
+
+DATA = object.__basicsize__ // 8  # the word of an array that says where its memory is
+_METH_FASTCALL = 0x80
+
+
+class _Method(ctypes.Structure):  # PyMethodDef
+    _fields_ = [
+        ("name", ctypes.c_char_p),
+        ("function", ctypes.c_void_p),
+        ("flags", ctypes.c_int),
+        ("doc", ctypes.c_char_p),
+    ]
+
+
+_new_function = ctypes.PYFUNCTYPE(
+    ctypes.py_object, ctypes.POINTER(_Method), ctypes.py_object, ctypes.c_void_p
+)(("PyCFunction_NewEx", ctypes.pythonapi))
+capsule_pointer = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.py_object, ctypes.c_char_p)(
+    ("PyCapsule_GetPointer", ctypes.pythonapi)
+)
+
+
+def built_in(compiled: Any, table: Any) -> Any:
+    """Return compiled code as a function of Python that finds its table in `self`."""
+    method = _Method(b"call", compiled.address, _METH_FASTCALL, None)
+    keep_for_ever((compiled, method, table))
+    return _new_function(method, table, None)
+
+
+def numpy_api(index: int) -> int:
+    """Return an entry, most of them functions, of NumPy's table for C code."""
+    table = capsule_pointer(_multiarray_umath._ARRAY_API, None)
+    return ctypes.cast(table, ctypes.POINTER(ctypes.c_void_p))[index] or 0
+
+
+def keep_for_ever(value: T) -> T:
+    """Return a value that also lives on while the interpreter ends."""
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(value))
+    return value

@@ -1,48 +1,231 @@
 """Recycled memory for large results.
 
 A fresh large array costs more in page faults than the arithmetic that fills it.  Blocks
-behind results that nobody can see any more are kept and handed out again, as CuPy's
-memory pool does on a GPU.
+of arrays that are gone are kept and handed out again, as CuPy's memory pool does on a
+GPU.
+
+NumPy lets the memory of an array come from elsewhere (NEP 49) and gives it back when
+the array goes.  So a result owns its block as any other array does, and every view of
+it, in whatever library, holds on to the array.  NumPy asks for memory and gives it back
+under the interpreter's lock, and what answers here is compiled: no signal, finalizer,
+thread or fork can come between.
 """
 
+import ctypes
+import functools
 import os
 import sys
-import threading
-import weakref
-from collections import OrderedDict
-from functools import partial
+from collections.abc import Callable
 from typing import Any, Literal
 
 import numpy as np
+from numba import njit, types
+from numba.core.compiler_lock import global_compiler_lock
+
+from fastrelu.cpu.jit import (
+    DATA,
+    built_in,
+    calling,
+    capsule_pointer,
+    compile_and_keep,
+    keep_for_ever,
+    numpy_api,
+    pointer_to,
+)
 
 SMALLEST = 1 << 20  # bytes; what is smaller, malloc recycles by itself
 _PAGE = 4096
 _LINE = 64
+_MORE = 2 * _LINE  # bytes of a block that are not lent: a line, and what aligns it
+
+# Words of a block, in the line before what it lends: where its memory starts, how much
+# it lends, and while it is idle, the blocks given back before and after it.
+_START, _SIZE, _OLDER, _NEWER = range(4)
+
+# Words of a pool.  It is part of the ring of idle blocks: older than it is the newest.
+HANDLER, _SET_HANDLER = 0, 1  # NumPy's handle of the pool, or 0, and who takes it
+_CONTEXT, _MALLOC, _FREE = 4, 5, 6  # where the blocks' memory comes from
+_LIMIT, _USED, _IDLE = 7, 8, 9  # bytes
+
+_word = types.int64
+_words = pointer_to(types.CPointer(_word))
+_bytes = pointer_to(types.CPointer(types.uint8))
+_call_malloc = calling(_word(_word, _word))
+_call_free = calling(types.void(_word, _word, _word))
+_set_handler = calling(_word(_word))
+_vectorcall = types.ExternalFunction(
+    "PyObject_Vectorcall", _word(_word, _word, types.intp, _word)
+)
+_let_go = types.ExternalFunction("Py_DecRef", types.void(_word))
+_inline = njit(nogil=True, error_model="numpy", forceinline=True)
 
 
-class _Block(np.ndarray[Any, Any]):
-    """Memory.  A type of its own, or NumPy would skip `_Lent` as the base of a view."""
-
-    @classmethod
-    def of(cls, nbytes: int) -> "_Block":
-        memory = cls(nbytes + _LINE, np.uint8)
-        start = -memory.ctypes.data % _LINE
-        return memory[start : start + nbytes].view(cls)
+# Blocks -------------------------------------------------------------------------------
 
 
-class _Lent(np.ndarray[Any, Any]):
-    """A block while any view of it lives: the base of every view leads here."""
+@_inline
+def _take_out(pool, block):
+    """Take a block out of the ring."""
+    older, newer = _words(block)[_OLDER], _words(block)[_NEWER]
+    _words(older)[_NEWER], _words(newer)[_OLDER] = newer, older
+    _words(pool)[_IDLE] -= _words(block)[_SIZE]
 
-    base: Any = None  # and no further: nobody may keep the block itself, or resize it
-    pool: Any = None  # that of a part of it, which has a base of its own to hold on to
-    block: Any = None
 
-    def __del__(self) -> None:
-        # The collector may run this in the middle of any line, the pool's included:
-        # an append is atomic, and _drain does not wait for what is interrupted.
-        if self.pool is not None:
-            self.pool._returned.append(self.block)
-            self.pool._drain()
+@_inline
+def _shrink(pool, limit):
+    """Free the stalest blocks until no more bytes than that are idle."""
+    words = _words(pool)
+    while words[_IDLE] > limit:
+        block = words[_NEWER]
+        _take_out(pool, block)
+        start, size = _words(block)[_START], _words(block)[_SIZE]
+        _call_free(words[_FREE], (words[_CONTEXT], start, size + _MORE))
+
+
+@_inline
+def _lend(pool, nbytes):
+    """Return the address of at least so many bytes, or 0."""
+    words = _words(pool)
+    if nbytes < 0 or nbytes > sys.maxsize - _PAGE - _MORE:
+        return 0
+    size = max(-(-nbytes // _PAGE), 1) * _PAGE
+    block = words[_OLDER]
+    while block != pool and _words(block)[_SIZE] != size:
+        block = _words(block)[_OLDER]
+    if block != pool:
+        _take_out(pool, block)
+    else:
+        request = words[_CONTEXT], size + _MORE
+        start = _call_malloc(words[_MALLOC], request)
+        if start == 0:
+            _shrink(pool, 0)
+            start = _call_malloc(words[_MALLOC], request)
+            if start == 0:
+                return 0
+        block = (start + _LINE - 1) & -_LINE
+        _words(block)[_START], _words(block)[_SIZE] = start, size
+    words[_USED] += size
+    return block + _LINE
+
+
+@_inline
+def _take_back(pool, address):
+    if address != 0:
+        words, block = _words(pool), address - _LINE
+        newest, size = words[_OLDER], _words(block)[_SIZE]
+        _words(block)[_OLDER], _words(block)[_NEWER] = newest, pool
+        words[_OLDER] = _words(newest)[_NEWER] = block
+        words[_USED] -= size
+        words[_IDLE] += size
+        _shrink(pool, words[_LIMIT])
+
+
+# What NumPy calls ---------------------------------------------------------------------
+
+
+def malloc(pool, nbytes):
+    return _lend(pool, nbytes)
+
+
+def calloc(pool, items, itemsize):
+    nbytes = items * itemsize
+    address = _lend(pool, nbytes)
+    if address != 0:
+        for i in range(nbytes):
+            _bytes(address)[i] = 0
+    return address
+
+
+def realloc(pool, address, nbytes):
+    new = _lend(pool, nbytes)
+    if new != 0 and address != 0:
+        for i in range(min(nbytes, _words(address - _LINE)[_SIZE])):
+            _bytes(new)[i] = _bytes(address)[i]
+        _take_back(pool, address)
+    return new
+
+
+def free(pool, address, nbytes):
+    _take_back(pool, address)
+
+
+# What Python calls --------------------------------------------------------------------
+
+
+def shrink(pool, limit):
+    _shrink(pool, limit)
+
+
+@_inline
+def borrow(pool):
+    """Let NumPy take memory from the pool; return where it did before, or 0."""
+    return _set_handler(_words(pool)[_SET_HANDLER], (_words(pool)[HANDLER],))
+
+
+@_inline
+def restore(pool, before, result):
+    """Let NumPy take memory where it did before; return the result, or 0."""
+    own = _set_handler(_words(pool)[_SET_HANDLER], (before,))
+    _let_go(before)
+    if own != 0:
+        _let_go(own)
+    elif result != 0:
+        _let_go(result)
+        result = 0
+    return result
+
+
+def call(self, arguments, number):
+    """Call arguments[0] of the others, a function of NumPy that makes an array."""
+    pool = _words(self)[DATA]
+    before = borrow(pool)
+    if before == 0:
+        return 0
+    result = _vectorcall(_words(arguments)[0], arguments + 8, number - 1, 0)
+    return restore(pool, before, result)
+
+
+_SIGNATURES: dict[Callable[..., Any], Any] = {
+    malloc: _word(_word, _word),
+    calloc: _word(_word, _word, _word),
+    realloc: _word(_word, _word, _word),
+    free: types.void(_word, _word, _word),
+    shrink: types.void(_word, _word),
+    call: _word(_word, _word, types.intp),
+}
+
+
+@functools.cache
+def _compiled() -> dict[Callable[..., Any], Any]:
+    # For ever: an array may outlive all modules.
+    return keep_for_ever(
+        {
+            function: compile_and_keep(function, signature)
+            for function, signature in _SIGNATURES.items()
+        }
+    )
+
+
+# The pool -----------------------------------------------------------------------------
+
+
+class _Handler(ctypes.Structure):  # PyDataMem_Handler
+    _fields_ = [
+        ("name", ctypes.c_char * 127),
+        ("version", ctypes.c_uint8),
+        ("context", ctypes.c_void_p),
+        ("malloc", ctypes.c_void_p),
+        ("calloc", ctypes.c_void_p),
+        ("realloc", ctypes.c_void_p),
+        ("free", ctypes.c_void_p),
+    ]
+
+
+_CAPSULE = b"mem_handler"
+_SET, _DEFAULT_HANDLER = 304, 306  # PyDataMem_..., in NumPy's table
+_new_capsule = ctypes.PYFUNCTYPE(
+    ctypes.py_object, ctypes.POINTER(_Handler), ctypes.c_char_p, ctypes.c_void_p
+)(("PyCapsule_New", ctypes.pythonapi))
 
 
 class MemoryPool:
@@ -68,14 +251,40 @@ class MemoryPool:
     """
 
     def __init__(self, limit: int | None = None) -> None:
-        self._lock = threading.Lock()
-        self._idle: OrderedDict[int, list[_Block]] = (
-            OrderedDict()
-        )  # by size, stalest first
-        self._returned: list[_Block] = []
-        self._blocks: dict[tuple[int, int], Any] = {}  # all that live: (id, size)
-        self._free = 0
-        self._limit = _default_limit() if limit is None else limit
+        self._words = keep_for_ever(np.zeros(_IDLE + 1, np.int64))
+        self.address = self._words.ctypes.data
+        self._words[[_OLDER, _NEWER]] = self.address
+        self._words[_LIMIT] = _default_limit() if limit is None else limit
+        self._call: Any = None
+
+    def ready(self) -> None:
+        """Have all compiled that NumPy calls: before the first large result."""
+        if self._words[HANDLER]:
+            return
+        with global_compiler_lock:
+            if self._words[HANDLER]:
+                return
+            functions = _compiled()
+            default = ctypes.py_object.from_address(numpy_api(_DEFAULT_HANDLER)).value
+            source = _Handler.from_address(capsule_pointer(default, _CAPSULE))
+            words = {
+                _CONTEXT: source.context or 0,
+                _MALLOC: source.malloc,
+                _FREE: source.free,
+                _SET_HANDLER: numpy_api(_SET),
+            }
+            for word, value in words.items():
+                self._words[word] = value
+            answers = [functions[f].address for f in (malloc, calloc, realloc, free)]
+            handler = _Handler(b"fastrelu", 1, self.address, *answers)
+            capsule = _new_capsule(handler, _CAPSULE, None)
+            keep_for_ever((default, handler, capsule))
+            self._call = built_in(functions[call], self._words)
+            self._words[HANDLER] = id(capsule)
+
+    def _borrow(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        self.ready()
+        return self._call(function, *arguments)
 
     def empty_like(self, x: Any, order: Literal["K", "C"] = "K") -> Any:
         """Return an array as ``numpy.empty_like(x, order=order)`` would make it.
@@ -93,73 +302,34 @@ class MemoryPool:
             Not initialised.
         """
         if x.nbytes < SMALLEST:
-            return np.empty_like(x, order=order, subok=False)
-        memory = self._take(x.nbytes)
-        plain = order == "C" or x.flags.c_contiguous
-        strides = None if plain else np.empty_like(x, subok=False).strides
-        return np.ndarray(x.shape, x.dtype, memory, 0, strides)
+            return np.empty_like(x, None, order, False)
+        return self._borrow(np.empty_like, x, None, order, False)
 
     def empty_bytes(self, size: int) -> Any:
         """Return a one-dimensional array of uint8, not initialised."""
         if size < SMALLEST:
             return np.empty(size, np.uint8)
-        return np.ndarray(size, np.uint8, self._take(size))
-
-    def _take(self, nbytes: int) -> Any:
-        """Return at least so many bytes; they come back when no view is left."""
-        if nbytes > sys.maxsize - 2 * _PAGE:  # to NumPy, a wrong shape
-            msg = f"cannot allocate {nbytes} bytes"
-            raise MemoryError(msg)
-        size = -(-nbytes // _PAGE) * _PAGE
-        block = None
-        if not self._lock.locked():  # this very thread may be in the midst of it
-            with self._lock:
-                if self._returned:
-                    self._collect()
-                blocks = self._idle.get(size)
-                if blocks:
-                    self._idle.move_to_end(size)
-                    block = blocks[-1]
-                    del blocks[-1]
-                    self._free -= size
-        if block is None:
-            block = self._new_block(size)
-        lent = block.view(_Lent)
-        lent.pool, lent.block = self, block
-        return lent
-
-    def _new_block(self, size: int) -> _Block:
-        try:
-            block = _Block.of(size)
-        except MemoryError:
-            self.free_all_blocks()
-            block = _Block.of(size)
-        # A block that dies takes its key along: pop(key, the dead reference).
-        key = id(block), size
-        self._blocks[key] = weakref.ref(block, partial(self._blocks.pop, key))
-        return block
+        return self._borrow(np.empty, size, np.uint8)
 
     def used_bytes(self) -> int:
         """Return the bytes behind arrays that are still in use."""
-        return self.total_bytes() - self._free
+        return int(self._words[_USED])
 
     def free_bytes(self) -> int:
         """Return the bytes kept for the next results."""
-        self._drain()
-        return self._free
+        return int(self._words[_IDLE])
 
     def total_bytes(self) -> int:
         """Return the bytes in use and kept."""
-        self._drain()
-        return sum(size for _, size in list(self._blocks))
+        return self.used_bytes() + self.free_bytes()
 
     def free_all_blocks(self) -> None:
         """Hand all idle memory back to the system."""
-        self._drain(0)
+        self._shrink(0)
 
     def get_limit(self) -> int:
         """Return the most bytes kept idle."""
-        return self._limit
+        return int(self._words[_LIMIT])
 
     def set_limit(self, size: int) -> None:
         """Change the most bytes kept idle; 0 keeps none.
@@ -177,42 +347,14 @@ class MemoryPool:
         if size < 0:
             msg = f"size must be at least 0, got {size}"
             raise ValueError(msg)
-        self._limit = size
-        self._drain(size)
+        self._words[_LIMIT] = min(size, sys.maxsize)
+        self._shrink(size)
 
-    # A collector, a finalizer or a signal's handler may run at any call here, need the
-    # pool itself, or raise.  So nobody waits for the lock where this thread may have it;
-    # no line without a call is parted from the next; and a block that gets lost in
-    # between is nobody's, and dies.
-
-    def _drain(self, limit: int | None = None) -> None:
-        """Take back what was returned, unless someone is at it already."""
-        while (self._returned or limit is not None) and not self._lock.locked():
-            with self._lock:
-                self._collect(limit)
-            limit = None
-
-    def _collect(self, limit: int | None = None) -> None:
-        """Take back what was returned and keep to the limit.  The lock is held."""
-        while self._returned:
-            block = self._returned.pop()
-            size = block.nbytes
-            blocks = self._idle.setdefault(size, [])
-            self._idle.move_to_end(size)
-            blocks += [block]
-            self._free += size
-        if limit is None:
-            limit = self._limit
-        while self._free > limit:
-            size, blocks = next(iter(self._idle.items()))
-            if blocks:
-                del blocks[-1]
-                self._free -= size
-            else:
-                del self._idle[size]
-
-    def _after_fork(self) -> None:
-        self._lock = threading.Lock()  # its holder may not exist in the child
+    def _shrink(self, limit: int) -> None:
+        if self.free_bytes() > limit:
+            # Not a CFUNCTYPE: the interpreter's lock guards the pool.
+            kind = ctypes.PYFUNCTYPE(None, ctypes.c_int64, ctypes.c_int64)
+            kind(_compiled()[shrink].address)(self.address, limit)
 
 
 def _default_limit() -> int:
@@ -230,8 +372,6 @@ def _default_limit() -> int:
 
 
 _DEFAULT = MemoryPool()
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_DEFAULT._after_fork)
 
 
 def get_default_memory_pool() -> MemoryPool:
@@ -251,3 +391,4 @@ def get_default_memory_pool() -> MemoryPool:
 
 
 empty_like, empty_bytes = _DEFAULT.empty_like, _DEFAULT.empty_bytes
+ready, ADDRESS = _DEFAULT.ready, _DEFAULT.address

@@ -34,7 +34,7 @@ from numba.core.compiler_lock import global_compiler_lock
 from numba.extending import intrinsic
 from numba.np.ufunc import parallel
 
-from fastrelu.cpu.jit import calling, compile_and_keep
+from fastrelu.cpu.jit import calling, compile_and_keep, keep_for_ever
 
 
 def _cache_size(level: int, default: int) -> int:
@@ -85,7 +85,7 @@ _MOST = 256  # members
 
 _memory = np.zeros(_MEMBER + _MOST * _MEMBER_SIZE + 8, np.int64)
 _memory = _memory[-_memory.ctypes.data % 64 // 8 :]
-ctypes.pythonapi.Py_IncRef(ctypes.py_object(_memory))  # members outlive this module
+keep_for_ever(_memory)  # members outlive this module
 llvm.add_symbol("fastrelu_team", _memory.ctypes.data)
 
 
