@@ -124,7 +124,8 @@ def walk_loops(dtype, step, note):
         run_loop(loops.compiled(driver, block, formula, lane), a, b, whole, slope)
         check(name, dtype, x, other, b, whole.view(dtype))
         for in_place, moved, past_cache in WAYS:
-            loop = loops.compiled(driver, block, formula, lane, past_cache)
+            kind = loops.PAST_CACHE if past_cache else loops.PLAIN
+            loop = loops.compiled(driver, block, formula, lane, kind)
             for tail, alignment, at_end in places(step, dtype, True):
                 n = tail + (loops.TILE if moved else 0)
                 note(dtype.name, name, in_place, moved, past_cache, n)

@@ -10,6 +10,7 @@ import sys
 import threading
 import types
 import weakref
+from itertools import product
 
 import numba
 import numpy as np
@@ -49,13 +50,13 @@ def taken(monkeypatch):
     """The loops that were run: their block, and whether past the cache."""
     runs, kept, compiled = [], [], loops.compiled
 
-    def record(driver, block, formula, lane, past_cache=False):
-        loop = compiled(driver, block, formula, lane, past_cache)
+    def record(driver, block, formula, lane, kind=loops.PLAIN):
+        loop = compiled(driver, block, formula, lane, kind)
         if block is None:
             return loop
 
         def run(*arguments):
-            runs.append((block.__name__, past_cache))
+            runs.append((block.__name__, kind == loops.PAST_CACHE))
             loop.ctypes(*arguments)
 
         kept.append(LOOP(run))
@@ -279,10 +280,10 @@ def test_other_layouts_of_dense_arrays_are_not_copied(order, taken, fresh_pool):
     assert len(taken) == 1
 
 
-def assembly(block, formula, dtype, past_cache=False):
+def assembly(block, formula, dtype, kind=loops.PLAIN):
     """The parts of a loop: that for another array, and that for working in place."""
     lane = lane_of(np.dtype(dtype))
-    python = loops.bound(loops.flat, block, formula, lane, "seen", past_cache)
+    python = loops.bound(loops.flat, block, formula, lane, kind)
     loop = compile_(python)
     a = np.zeros(1 << 12, lane.storage)
     run_loop(loop, a, np.zeros(1 << 15, np.uint8), a.copy(), 0.5)
@@ -299,9 +300,8 @@ def test_stores_past_the_cache(block, dtype):
     formula = activations._relu_gradient if block == "backward" else activations._relu
     block = getattr(loops, block)
     stores = r"v?movnt(ps|pd|dq)"
-    assert any(
-        re.search(stores, part) for part in assembly(block, formula, dtype, True)
-    )
+    past_cache = assembly(block, formula, dtype, loops.PAST_CACHE)
+    assert any(re.search(stores, part) for part in past_cache)
     assert not any(re.search(stores, part) for part in assembly(block, formula, dtype))
 
 
@@ -349,13 +349,8 @@ def test_every_path_gives_the_same_bits(block, dtype, n):
     expected, mask = expected.view(dtype), b.copy()
     memory = np.zeros(a.nbytes + 128, np.uint8)
     threads.ready()
-    for moved, past_cache in [
-        (0, False),
-        (threads.MUCH, False),
-        (0, True),
-        (threads.MUCH, True),
-    ]:
-        loop = loops.compiled(driver, function, formula, lane, past_cache)
+    for moved, kind in product((0, threads.MUCH), (loops.PLAIN, loops.PAST_CACHE)):
+        loop = loops.compiled(driver, function, formula, lane, kind)
         for offset in range(0, 72, 8):
             memory[:] = 0xA5
             y = memory[offset:][: a.nbytes].view(lane.storage)

@@ -334,11 +334,11 @@ def _run_channels_backward(
     )
     sums = np.empty((2, view.channels))
     moved = grad.nbytes + x.nbytes + y.nbytes
-    past_cache = not in_place and moved > threads.CACHE
+    kind = loops.IN_PLACE if in_place else loops.PLAIN
 
-    loop = loops.compiled(driver, None, gradient, lane)
+    loop = loops.compiled(driver, None, gradient, lane, kind)
     threads.ready()
-    loop(grad, x, weight, y, view.inner, view.repeats, sums, past_cache, moved)
+    loop(grad, x, weight, y, view.inner, view.repeats, sums, moved)
     shape = 2, 1, view.channels
     if view.spread:  # add up along the axes that were counted with the channels
         sums = sums.reshape(2, *view.span)

@@ -335,9 +335,8 @@ class Call:
         if not self.table[place]:
             function = self.blocks[block]
             driver = loops.DRIVERS.get(function, loops.flat)
-            loop = loops.compiled(
-                driver, function, self.formula, lane_of(dtype), past_cache
-            )
+            kind = loops.PAST_CACHE if past_cache else loops.PLAIN
+            loop = loops.compiled(driver, function, self.formula, lane_of(dtype), kind)
             self.table[place] = loop.address
         if moved >= 2 * threads.SHARE:
             threads.ready()

@@ -240,27 +240,6 @@ def unpack(typingctx, bits, flags, words):
     return types.void(bits, flags, types.intp), codegen
 
 
-@intrinsic
-def stream(typingctx, target, source, lines):
-    """Copy 64-byte lines past the cache; `target` must start on a line.
-
-    An ordinary store reads the line it is about to overwrite.  On arrays that do not
-    fit the cache that is a third of all traffic.
-    """
-
-    def codegen(context, builder, signature, args):
-        to = _pointer(context, builder, target, args[0], _LINE)
-        start = _pointer(context, builder, source, args[1], _LINE)
-        hint = builder.module.add_metadata([ir.Constant(_I32, 1)])
-        with cgutils.for_range(builder, args[2]) as loop:
-            line = builder.load(builder.gep(start, [loop.index]), align=1)
-            store = builder.store(line, builder.gep(to, [loop.index]), align=64)
-            store.set_metadata("nontemporal", hint)
-        return context.get_dummy_value()
-
-    return types.void(target, source, types.intp), codegen
-
-
 def buffer(number: int, element: types.Type | None = None) -> Any:
     """Return `space(like)`: the address of so many elements on the stack.
 
@@ -282,7 +261,11 @@ def buffer(number: int, element: types.Type | None = None) -> Any:
 
 
 def _word_store(past_cache: bool) -> Any:
-    """Return `store(target, first, buffer)`: send WORD elements to target[first:]."""
+    """Return `store(target, first, buffer)`: send WORD elements to target[first:].
+
+    Past the cache, target[first] must start a line.  An ordinary store first reads the
+    line that it overwrites: on arrays that do not fit the cache a third of all traffic.
+    """
 
     @intrinsic
     def store_word(typingctx, target, first, buffer):

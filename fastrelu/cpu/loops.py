@@ -34,7 +34,6 @@ from fastrelu.cpu.lanes import (
     fence,
     put_word,
     store_word,
-    stream,
     stream_word,
     unpack,
 )
@@ -43,17 +42,21 @@ from fastrelu.cpu.threads import spread
 TILE = 4096  # elements worked on at a time where a second pass must find them in L1
 MASKED = 1024  # the same where bits are packed or unpacked first
 LANES = 32  # running sums kept side by side, so that a row's sum is vector work
+FEW = 4  # products that are summed without compensation
 SEGMENT = 1 << 14  # elements of a row summed on their own
 BLOCK_ROWS = 64  # rows summed together where channels are the last axis
 SEGMENT_COLUMNS = 1024
 NARROW = 64  # rows of a weight shorter than this are better treated as columns;
 WIDE = 1024  # columns up to which narrow rows are taken together
 
+# Where a loop writes.  Calls by address tell by the addresses whether they are in place.
+PLAIN, IN_PLACE, PAST_CACHE = "plain", "in_place", "past_cache"
+
 at = pointer_to(types.voidptr)
 word_buffer, rest_buffer = buffer(WORD), buffer(WORD)
-tile_buffer = buffer(TILE)
 flag_buffer = buffer(MASKED + 2 * WORD, numba.uint8)
 sum_buffer = buffer(LANES, numba.float64)
+column_buffer = buffer(SEGMENT_COLUMNS, numba.float64)
 weight_buffer = buffer(WIDE)
 
 # The names the blocks and drivers below leave open; `rebuild` binds them.
@@ -71,8 +74,8 @@ active: Any
 element: Any
 finished: Any
 step: Any
-one_weight: Any
-own_weights: Any
+each: Any
+write: Any
 
 
 # Elements -----------------------------------------------------------------------------
@@ -249,7 +252,7 @@ def columns(x, b, y, slope, start):
         first = last
 
 
-PAST_CACHE = {forward_mask: forward_mask_past_cache}
+_OTHERS_PAST_CACHE = {forward_mask: forward_mask_past_cache}
 
 ELEMENTS = {
     forward: of_input,
@@ -363,30 +366,16 @@ SIGNATURE = types.void(*[types.int64] * 3, *[types.intp] * 3, types.float64, typ
 DRIVERS = {rows: by_row, columns: by_column}  # flat for the others
 
 
-@njit(nogil=True, error_model="numpy", forceinline=True)
-def _put(tile, target, past_cache):
-    """Copy a tile to where it belongs, its whole cache lines past the cache."""
-    lead = done = 0
-    if past_cache:
-        lead = min(-target.ctypes.data % 64 // target.itemsize, target.size)
-        lines = (target.size - lead) * target.itemsize // 64
-        stream(target[lead:], tile[lead:], lines)
-        done = lead + lines * 64 // target.itemsize
-    for i in range(lead):
-        target[i] = tile[i]
-    rest = target[done:]
-    kept = tile[done:]
-    for i in range(rest.size):
-        rest[i] = kept[i]
-
-
 # PReLU's backward pass ----------------------------------------------------------------
 #
-# The weight gradient is summed in float64 with Neumaier's compensation (doi:10.1002/
-# zamm.19740540106, in Knuth's branch-free form): one rounding in all, however long the
-# sum.  Which elements are summed together follows from the shape alone, so neither the
-# number of threads nor the width of the processor's vectors can change a bit.  The
-# pass is bound by memory, and the compensation hides behind it.
+# The weight gradient is summed in float64.  A few products are added up as they are, and
+# their sum with Neumaier's compensation (doi:10.1002/zamm.19740540106, in Knuth's
+# branch-free form), so that the error does not grow with the number of elements.  Which
+# of them are summed together follows from the shape alone: neither the number of
+# threads nor the width of the processor's vectors can change a bit.
+#
+# The loops are bound by this arithmetic more than by memory, whose traffic they cannot
+# save: stores past the cache took as long at best, and twice as long on short rows.
 
 
 @njit(nogil=True, error_model="numpy", forceinline=True)
@@ -394,31 +383,6 @@ def _error(a, b, total):
     """Return what was lost in total = a + b."""
     shadow = total - a
     return (a - (total - shadow)) + (b - shadow)
-
-
-def _step(g, x, weight, y, sums, errors, i, j):
-    """Do element i and add its part of the weight gradient to sum j."""
-    value = load(x[i])
-    grad = load(g[i])
-    y[i] = store(formula(grad, value, weight))
-    product = 0.0 if value > 0 else numba.float64(value) * numba.float64(grad)
-    total = sums[j] + product
-    errors[j] += _error(sums[j], product, total)
-    sums[j] = total
-
-
-def _one_weight(g, x, weight, y, sums, errors):
-    whole = x.size // LANES * LANES
-    for i in range(0, whole, LANES):
-        for j in range(LANES):
-            step(g, x, weight, y, sums, errors, i + j, j)
-    for j in range(x.size - whole):
-        step(g, x, weight, y, sums, errors, whole + j, j)
-
-
-def _own_weights(g, x, weights, y, sums, errors):
-    for i in range(x.size):
-        step(g, x, weights[i], y, sums, errors, i, i)
 
 
 @njit(nogil=True, error_model="numpy", forceinline=True)
@@ -429,22 +393,59 @@ def _add(sums, errors, i, value, error):
     sums[i] = total
 
 
-def prelu_backward_rows(g, x, w, y, inner, repeats, sums, past_cache, moved):
+def _step(g, x, weight, y, i):
+    """Do element i and return its part of the weight gradient."""
+    value = load(x[i])
+    grad = load(g[i])
+    y[i] = store(formula(grad, value, weight))
+    return 0.0 if value > 0 else numba.float64(value) * numba.float64(grad)
+
+
+def _one_weight(g, x, weight, y, sums, errors):
+    """Work on a row, or on a part of it, and add to LANES sums."""
+    one = np.uintp(LANES)
+    groups = x.size // (FEW * LANES)
+    for group in range(np.uintp(groups)):
+        for j in range(one):
+            i = group * np.uintp(FEW * LANES) + j
+            few = step(g, x, weight, y, i) + step(g, x, weight, y, i + one)
+            i += one + one
+            few += step(g, x, weight, y, i) + step(g, x, weight, y, i + one)
+            _add(sums, errors, j, few, 0.0)
+    for start in range(np.uintp(groups * FEW * LANES), np.uintp(x.size), one):
+        for j in range(min(one, np.uintp(x.size) - start)):
+            _add(sums, errors, j, step(g, x, weight, y, start + j), 0.0)
+
+
+def _own_weights(g, x, weights, y, sums, errors):
+    for i in range(x.size):
+        sums[i] += step(g, x, weights[i], y, i)
+
+
+# Where the other gradient goes; `each` is one of the two above.
+
+
+def _plain(g, x, w, y, sums, errors):
+    each(g, x, w, y, sums, errors)
+
+
+def _in_place(g, x, w, y, sums, errors):
+    each(g, x, w, g, sums, errors)
+
+
+def prelu_backward_rows(g, x, w, y, inner, repeats, sums, moved):
     """One weight a row of `inner` elements; sums is (2, channels)."""
     segments = -(-inner // SEGMENT)
     cells = x.size // inner * segments
     partial = np.empty((2, cells))
-    spread(part, (g, x, w, y, inner, segments, partial, past_cache), cells, 1, moved)
+    spread(part, (g, x, w, y, inner, segments, partial), cells, 1, moved)
     sums[:] = 0.0
     for cell in range(cells):
         channel = cell // segments % w.size
         _add(sums[0], sums[1], channel, partial[0, cell], partial[1, cell])
 
 
-def _prelu_backward_rows(
-    g, x, w, y, inner, segments, partial, past_cache, first_cell, stop_cell
-):
-    tile = carray(tile_buffer(y), TILE)
+def _prelu_backward_rows(g, x, w, y, inner, segments, partial, first_cell, stop_cell):
     totals = carray(sum_buffer(y), LANES)
     errors = carray(sum_buffer(y), LANES)
     for cell in range(first_cell, stop_cell):
@@ -456,8 +457,8 @@ def _prelu_backward_rows(
         end = min(begin + SEGMENT, (row + 1) * inner)
         for start in range(begin, end, TILE):
             stop = min(start + TILE, end)
-            one_weight(g[start:stop], x[start:stop], weight, tile, totals, errors)
-            _put(tile, y[start:stop], past_cache)
+            piece = slice(start, stop)
+            write(g[piece], x[piece], weight, y[piece], totals, errors)
         half = LANES // 2
         while half > 0:
             for i in range(half):
@@ -465,11 +466,9 @@ def _prelu_backward_rows(
             half //= 2
         partial[0, cell] = totals[0]
         partial[1, cell] = errors[0]
-    if past_cache:
-        fence()
 
 
-def prelu_backward_columns(g, x, w, y, inner, repeats, sums, past_cache, moved):
+def prelu_backward_columns(g, x, w, y, inner, repeats, sums, moved):
     """One weight for each `inner` columns; sums is (2, channels).
 
     The rows are (repeats, channels, inner) long: short ones are taken together until
@@ -483,7 +482,7 @@ def prelu_backward_columns(g, x, w, y, inner, repeats, sums, past_cache, moved):
     blocks = -(-x.size // (size * BLOCK_ROWS))
     partial = np.empty((2, blocks, size))
     across = -(-size // SEGMENT_COLUMNS)
-    spread(part, (g, x, wide, y, partial, past_cache), blocks * across, 1, moved)
+    spread(part, (g, x, wide, y, partial), blocks * across, 1, moved)
     totals, errors = partial[0, 0], partial[1, 0]
     for place in range(1, blocks):
         values, more = partial[0, place], partial[1, place]
@@ -504,8 +503,9 @@ def prelu_backward_columns(g, x, w, y, inner, repeats, sums, past_cache, moved):
                 column += 1
 
 
-def _prelu_backward_columns(g, x, wide, y, partial, past_cache, first_cell, stop_cell):
-    tile = carray(tile_buffer(y), SEGMENT_COLUMNS)
+def _prelu_backward_columns(g, x, wide, y, partial, first_cell, stop_cell):
+    few = carray(column_buffer(y), SEGMENT_COLUMNS)
+    few[:] = 0.0
     size = wide.size
     across = -(-size // SEGMENT_COLUMNS)
     for cell in range(first_cell, stop_cell):
@@ -521,16 +521,19 @@ def _prelu_backward_columns(g, x, wide, y, partial, past_cache, first_cell, stop
         for row in range(place * BLOCK_ROWS, last):
             start = min(row * size + left, g.size)
             stop = min(row * size + right, g.size)
-            own_weights(g[start:stop], x[start:stop], weights, tile, totals, errors)
-            _put(tile, y[start:stop], past_cache)
-    if past_cache:
-        fence()
+            piece = slice(start, stop)
+            write(g[piece], x[piece], weights, y[piece], few, few)
+            if row % FEW == FEW - 1 or row == last - 1:
+                for i in range(weights.size):
+                    _add(totals, errors, i, few[i], 0.0)
+                few[:] = 0.0
 
 
-PARTS = {
-    prelu_backward_rows: _prelu_backward_rows,
-    prelu_backward_columns: _prelu_backward_columns,
+PARTS: dict[Function, tuple[Function, Function]] = {
+    prelu_backward_rows: (_prelu_backward_rows, _one_weight),
+    prelu_backward_columns: (_prelu_backward_columns, _own_weights),
 }
+WRITERS = {PLAIN: _plain, IN_PLACE: _in_place}
 
 
 def prelu_finish(partial, result):
@@ -570,7 +573,6 @@ def bound(
     inner_formula: Function | None,
     lane: Lane,
     kind: str,
-    past_cache: bool = False,
 ) -> Function:
     """Return a driver whose open names are bound, for Numba to compile."""
     threads.link()
@@ -580,6 +582,7 @@ def bound(
         "compute": lane.compute,
         "storage": lane.storage.type,
         "active": lane.active,
+        "finished": fence if kind == PAST_CACHE else _nothing,
     }
     parts = [driver.__name__, lane.name, kind]
     digest = SOURCES.copy()
@@ -595,11 +598,10 @@ def bound(
         parts.append(inner_formula.__name__)
     if inner_block is not None:
         parts.append(inner_block.__name__)
-        whole = inner_block in WHOLE
+        past_cache, whole = kind == PAST_CACHE, inner_block in WHOLE
         inlined("beside", BESIDE.get(inner_block, _itself), forceinline=True)
         if past_cache:
-            inner_block = PAST_CACHE.get(inner_block, inner_block)
-        names["finished"] = fence if past_cache else _nothing
+            inner_block = _OTHERS_PAST_CACHE.get(inner_block, inner_block)
         inlined("element", ELEMENTS[inner_block], forceinline=True)
         inlined("fill", fill_past_cache if past_cache else fill, inline="always")
         inlined("block", inner_block, inline="always")
@@ -610,9 +612,10 @@ def bound(
         inlined("inplace_part", _inplace, forceinline=True)
     elif driver in PARTS:
         inlined("step", _step, forceinline=True)
-        inlined("one_weight", _one_weight, forceinline=True)
-        inlined("own_weights", _own_weights, forceinline=True)
-        inlined("part", PARTS[driver], forceinline=True)
+        template, loop = PARTS[driver]
+        inlined("each", loop, inline="always")
+        inlined("write", WRITERS[kind], forceinline=True)
+        inlined("part", template, forceinline=True)
     return rebuild(driver, "_".join([*parts, digest.hexdigest()[:12]]), names)
 
 
@@ -622,12 +625,11 @@ def compiled(
     inner_block: Function | None,
     inner_formula: Function | None,
     lane: Lane,
-    past_cache: bool = False,
+    kind: str = PLAIN,
 ) -> Any:
     """Return one compiled loop: a C function, or one that Python calls."""
-    kind = "past_cache" if past_cache else "plain"
     return compile_and_keep(
-        bound(driver, inner_block, inner_formula, lane, kind, past_cache),
+        bound(driver, inner_block, inner_formula, lane, kind),
         None if driver in PARTS or driver is prelu_finish else SIGNATURE,
     )
 
