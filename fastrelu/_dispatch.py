@@ -84,13 +84,21 @@ class PlainCalls:
         return self._again(call, grad, slope, inplace, out, saved) if dx is None else dx
 
     def _again(
-        self, call: cpu.Call, a: Any, slope: Any, inplace: Any, out: Any, *b: Any
+        self,
+        call: cpu.Call,
+        a: Any,
+        slope: Any,
+        inplace: Any,
+        out: Any,
+        *others: Any,
+        block: int = 0,
     ) -> Any:
         """Call once more with what was missing, if that is why nothing came of it."""
         if type(a) is not ndarray or not a.flags.forc or not self._takes(a.dtype):
             return None
-        call.prepare(a.dtype, a.nbytes, in_place=inplace is True or out is a)
-        return call.call(a, slope, inplace, out, *b)
+        in_place = inplace is True or out is a
+        call.prepare(a.dtype, a.nbytes, in_place=in_place, block=block)
+        return call.call(a, slope, inplace, out, *others)
 
     def _takes(self, dtype: np.dtype[Any]) -> bool:
         return is_accepted(dtype, self.integers) and dtype.isnative
@@ -98,11 +106,9 @@ class PlainCalls:
     def channels(self, x: Any, weight: Any, axis: Any, inplace: Any, out: Any) -> Any:
         """Take one slope for each index of an axis, or one for all."""
         call = self.by_channel
-        y = call.call(x, weight, axis, inplace, out)
-        if y is not None:
+        y = call.call(x, weight, inplace, out, axis)
+        if y is not None or type(x) is not ndarray or not self._takes(x.dtype):
             return y
-        if type(x) is not ndarray or not self._takes(x.dtype):
-            return None
         slopes = _slopes(weight, x, axis)
         if slopes is None or not x.flags.c_contiguous:
             return None
@@ -110,9 +116,8 @@ class PlainCalls:
         if slopes.size != 1:
             after = x.ndim - 1 - axis if axis >= 0 else -1 - axis
             narrow = math.prod(x.shape[x.ndim - after :]) < cpu.NARROW
-        in_place = inplace is True or out is x
-        call.prepare(x.dtype, x.nbytes, in_place=in_place, block=int(narrow))
-        return call.call(x, slopes, axis, inplace, out)
+        block = int(narrow)
+        return self._again(call, x, slopes, inplace, out, axis, block=block)
 
     def channels_backward(
         self, grad: Any, x: Any, weight: Any, axis: Any, inplace: Any, out: Any

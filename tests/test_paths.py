@@ -137,8 +137,8 @@ QUICK_CALLS = {
     "rows": lambda f, x: f.by_channel.call(
         x.reshape(3, 1, 64), x.ravel()[:3], 0, False, None
     ),
-    "columns": lambda f, x: f.by_channel.call(x, x[0, 0].copy(), -1, True, None),
-    "shared": lambda f, x: f.by_channel.call(x, x.ravel()[:1].copy(), 1, False, None),
+    "columns": lambda f, x: f.by_channel.call(x, x[0, 0].copy(), True, None, -1),
+    "shared": lambda f, x: f.by_channel.call(x, x.ravel()[:1].copy(), False, None, 1),
 }
 LEFT_CALLS = {
     "integer slope": lambda f, x: f.flat.call(x, 1, False, None),
@@ -160,13 +160,13 @@ LEFT_CALLS = {
     "bits in F": lambda f, x: f.masked.call(
         cube("F"), 0.5, False, None, np.zeros(24, np.uint8)
     ),
-    "axis": lambda f, x: f.by_channel.call(x, x.ravel()[:8], 3, False, None),
-    "huge axis": lambda f, x: f.by_channel.call(x, x.ravel()[:8], 2**70, False, None),
-    "true axis": lambda f, x: f.by_channel.call(x, x.ravel()[:6], True, False, None),
-    "channels": lambda f, x: f.by_channel.call(x, x.ravel()[:7], -1, False, None),
-    "weight's dtype": lambda f, x: f.by_channel.call(x, np.ones(8), -1, False, None),
-    "weight's ndim": lambda f, x: f.by_channel.call(x, x[0], -1, False, None),
-    "weight in out": lambda f, x: f.by_channel.call(x, x.ravel()[:8], -1, True, None),
+    "axis": lambda f, x: f.by_channel.call(x, x.ravel()[:8], False, None, 3),
+    "huge axis": lambda f, x: f.by_channel.call(x, x.ravel()[:8], False, None, 2**70),
+    "true axis": lambda f, x: f.by_channel.call(x, x.ravel()[:6], False, None, True),
+    "channels": lambda f, x: f.by_channel.call(x, x.ravel()[:7], False, None, -1),
+    "weight's dtype": lambda f, x: f.by_channel.call(x, np.ones(8), False, None, -1),
+    "weight's ndim": lambda f, x: f.by_channel.call(x, x[0], False, None, -1),
+    "weight in out": lambda f, x: f.by_channel.call(x, x.ravel()[:8], True, None, -1),
 }
 
 
@@ -218,7 +218,7 @@ def test_the_quick_call_refers_to_what_it_returns(leaky):
         leaky.flat.call(x, 0.5, True, None)
         leaky.flat.call(x, 0.5, False, out)
         leaky.flat.call(x[::2], 0.5, False, None)
-        leaky.by_channel.call(x, x.ravel()[:8], -1, False, out)
+        leaky.by_channel.call(x, x.ravel()[:8], False, out, -1)
     later = [sys.getrefcount(a) for a in (x, out, None)]
     assert all(abs(a - b) < 50 for a, b in zip(counts, later, strict=True))
     y = leaky.flat.call(x, 0.5, False, None)

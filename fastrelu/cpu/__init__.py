@@ -54,7 +54,7 @@ def mask_call(formula: Function, *, gradient: bool) -> Call:
 
 @functools.cache
 def channel_call(formula: Function) -> Call:
-    """Return ``call(x, weight, axis, inplace, out)``."""
+    """Return ``call(x, weight, inplace, out, axis)``."""
     return Call(formula, loops.rows, loops.columns)
 
 
@@ -260,7 +260,7 @@ def prelu(formula: Function, x: Array, weight: Array, out: Array) -> None:
     call = channel_call(formula)
     call.prepare(x.dtype, x.nbytes, in_place=flat_y is flat_x, block=block)
     shape = -1, slopes.size, inner
-    _answered(call.call(flat_x.reshape(shape), slopes, 1, False, flat_y.reshape(shape)))
+    _answered(call.call(flat_x.reshape(shape), slopes, False, flat_y.reshape(shape), 1))
     if y is not out:
         np.copyto(out, y)
 

@@ -239,9 +239,9 @@ def call_flat(self, arguments, number):
 
 
 def call_channels(self, arguments, number):
-    """Take (x, weight, axis, inplace, out); the weight is one-dimensional."""
+    """Take (x, weight, inplace, out, axis); the weight is one-dimensional."""
     table, given = _words(_words(self)[DATA]), _words(arguments)
-    x, weight, axis, inplace, out = given[0], given[1], given[2], given[3], given[4]
+    x, weight, inplace, out, axis = given[0], given[1], given[2], given[3], given[4]
     if not _order(table, x) & _order(table, weight) & _C_ORDER:
         return _none(table)
     row = _row(table, x)
@@ -311,7 +311,7 @@ class Call:
     """The quick call of one formula, over one block or, for PReLU, over either of two.
 
     It is ``call(a, slope, inplace, out)``, with ``b`` at the end if the block has
-    something beside `a`, or ``call(x, weight, axis, inplace, out)``.  It returns the
+    something beside `a`, or ``call(x, weight, inplace, out, axis)``.  It returns the
     result, or None where it leaves the matter to Python.
     """
 
