@@ -9,7 +9,7 @@ from types import ModuleType
 from typing import Any
 
 import numpy as np
-from numpy import may_share_memory, ndarray
+from numpy import ndarray
 
 from fastrelu import cpu
 from fastrelu._arguments import is_accepted, is_on_gpu
@@ -49,7 +49,7 @@ class PlainCalls:
         self.formula, self.integers = formula, integers
         self.flat = cpu.flat_call(formula, gradient=gradient)
         self.masked = cpu.mask_call(formula, gradient=gradient)
-        self.by_channel = cpu.channel_call(formula)
+        self.by_channel = cpu.channel_call(formula, gradient=gradient)
 
     def forward(
         self, x: Any, slope: Any, inplace: Any, out: Any, return_mask: Any
@@ -96,65 +96,34 @@ class PlainCalls:
         """Call once more with what was missing, if that is why nothing came of it."""
         if type(a) is not ndarray or not a.flags.forc or not self._takes(a.dtype):
             return None
-        in_place = inplace is True or out is a
+        target = out[0] if type(out) is tuple and out else out
+        in_place = inplace is True or target is a
         call.prepare(a.dtype, a.nbytes, in_place=in_place, block=block)
         return call.call(a, slope, inplace, out, *others)
 
     def _takes(self, dtype: np.dtype[Any]) -> bool:
         return is_accepted(dtype, self.integers) and dtype.isnative
 
-    def channels(self, x: Any, weight: Any, axis: Any, inplace: Any, out: Any) -> Any:
-        """Take one slope for each index of an axis, or one for all."""
+    def channels(
+        self, a: Any, weight: Any, axis: Any, inplace: Any, out: Any, *x: Any
+    ) -> Any:
+        """Take one slope for each index of an axis, or one for all.
+
+        For the gradients, `a` is that of the output, and `x` follows.
+        """
         call = self.by_channel
-        y = call.call(x, weight, inplace, out, axis)
-        if y is not None or type(x) is not ndarray or not self._takes(x.dtype):
+        y = call.call(a, weight, inplace, out, axis, *x)
+        if y is not None or type(a) is not ndarray or not self._takes(a.dtype):
             return y
-        slopes = _slopes(weight, x, axis)
-        if slopes is None or not x.flags.c_contiguous:
+        slopes = _slopes(weight, a, axis)
+        if slopes is None or not a.flags.c_contiguous or (x and slopes is not weight):
             return None
         narrow = False
         if slopes.size != 1:
-            after = x.ndim - 1 - axis if axis >= 0 else -1 - axis
-            narrow = math.prod(x.shape[x.ndim - after :]) < cpu.NARROW
+            after = a.ndim - 1 - axis if axis >= 0 else -1 - axis
+            narrow = math.prod(a.shape[a.ndim - after :]) < cpu.NARROW
         block = int(narrow)
-        return self._again(call, x, slopes, inplace, out, axis, block=block)
-
-    def channels_backward(
-        self, grad: Any, x: Any, weight: Any, axis: Any, inplace: Any, out: Any
-    ) -> Any:
-        """Return both gradients."""
-        if (
-            type(grad) is not ndarray
-            or type(x) is not ndarray
-            or not grad.size
-            or x.dtype != grad.dtype
-            or x.shape != grad.shape
-            or not self._takes(x.dtype)
-        ):
-            return None
-        slopes = _slopes(weight, x, axis)
-        if slopes is None:
-            return None
-        out_weight = None
-        if type(out) is tuple and len(out) == 2:
-            out, out_weight = out
-        y = _target(grad, x, inplace, out)
-        if y is None or may_share_memory(y, weight):
-            return None
-        if out_weight is not None and (
-            not _fits(out_weight, weight) or may_share_memory(y, out_weight)
-        ):
-            return None
-        half = slopes is not weight  # and is rounded once, from float64
-        total = np.empty(weight.shape, np.float64 if half else weight.dtype)
-        cpu.channel_gradients(self.formula, grad, x, slopes, axis, y, total)
-        if half:
-            with np.errstate(all="ignore"):  # a sum beyond its type is an infinity
-                total = total.astype(weight.dtype)
-        if out_weight is not None:
-            out_weight[...] = total
-            total = out_weight
-        return y, total
+        return self._again(call, a, slopes, inplace, out, axis, *x, block=block)
 
 
 def _slopes(weight: Any, x: Any, axis: Any) -> Any:
@@ -172,32 +141,3 @@ def _slopes(weight: Any, x: Any, axis: Any) -> Any:
     if weight.dtype == product:
         return weight
     return weight.astype(product) if weight.dtype == x.dtype else None
-
-
-def _fits(y: Any, x: Any) -> bool:
-    """Say whether y can take x's result without another question."""
-    return (
-        type(y) is ndarray
-        and y.dtype == x.dtype
-        and y.shape == x.shape
-        and y.flags.carray
-    )
-
-
-def _target(a: Any, b: Any, inplace: Any, out: Any) -> Any:
-    """Return where to write, or None if an array lies in another way than flat."""
-    if not a.flags.carray or not b.flags.carray:
-        return None
-    if out is None:
-        if inplace is False:
-            return cpu.empty_like(a)
-        if inplace is not True:
-            return None
-        y = a
-    elif inplace is not False:
-        return None
-    elif out is a or (_fits(out, a) and not may_share_memory(out, a)):
-        y = out
-    else:
-        return None
-    return y if b is y or not may_share_memory(y, b) else None

@@ -438,8 +438,8 @@ def prelu_backward(
     array([-1., -3.])
     """
     gradients: tuple[Array, Array] | None
-    gradients = _leaky_relu_backward_calls.channels_backward(
-        grad_output, x, weight, axis, inplace, out
+    gradients = _leaky_relu_backward_calls.channels(
+        grad_output, weight, axis, inplace, out, x
     )
     if gradients is not None:
         return gradients

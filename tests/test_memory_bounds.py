@@ -120,12 +120,11 @@ def walk_loops(dtype, step, note):
         elif name in ("forward_mask", "backward_mask"):
             b = random.copy()
         whole = np.zeros_like(a)
-        driver = loops.DRIVERS.get(block, loops.flat)
-        run_loop(loops.compiled(driver, block, formula, lane), a, b, whole, slope)
+        run_loop(loops.compiled(block, formula, lane), a, b, whole, slope)
         check(name, dtype, x, other, b, whole.view(dtype))
         for in_place, moved, past_cache in WAYS:
             kind = loops.PAST_CACHE if past_cache else loops.PLAIN
-            loop = loops.compiled(driver, block, formula, lane, kind)
+            loop = loops.compiled(block, formula, lane, kind)
             for tail, alignment, at_end in places(step, dtype, True):
                 n = tail + (loops.TILE if moved else 0)
                 note(dtype.name, name, in_place, moved, past_cache, n)

@@ -50,9 +50,9 @@ def taken(monkeypatch):
     """The loops that were run: their block, and whether past the cache."""
     runs, kept, compiled = [], [], loops.compiled
 
-    def record(driver, block, formula, lane, kind=loops.PLAIN):
-        loop = compiled(driver, block, formula, lane, kind)
-        if block is None:
+    def record(block, formula, lane, kind=loops.PLAIN):
+        loop = compiled(block, formula, lane, kind)
+        if block in loops.PARTS:
             return loop
 
         def run(*arguments):
@@ -283,7 +283,7 @@ def test_other_layouts_of_dense_arrays_are_not_copied(order, taken, fresh_pool):
 def assembly(block, formula, dtype, kind=loops.PLAIN):
     """The parts of a loop: that for another array, and that for working in place."""
     lane = lane_of(np.dtype(dtype))
-    python = loops.bound(loops.flat, block, formula, lane, kind)
+    python = loops.bound(block, formula, lane, kind)
     loop = compile_(python)
     a = np.zeros(1 << 12, lane.storage)
     run_loop(loop, a, np.zeros(1 << 15, np.uint8), a.copy(), 0.5)
@@ -344,13 +344,12 @@ def test_every_path_gives_the_same_bits(block, dtype, n):
     lane, function = lane_of(dtype), getattr(loops, block)
     a, b, slope = arguments(block, dtype, n)
     expected = np.zeros_like(a)
-    driver = loops.DRIVERS.get(function, loops.flat)
-    run_loop(loops.compiled(driver, function, formula, lane), a, b, expected, slope)
+    run_loop(loops.compiled(function, formula, lane), a, b, expected, slope)
     expected, mask = expected.view(dtype), b.copy()
     memory = np.zeros(a.nbytes + 128, np.uint8)
     threads.ready()
     for moved, kind in product((0, threads.MUCH), (loops.PLAIN, loops.PAST_CACHE)):
-        loop = loops.compiled(driver, function, formula, lane, kind)
+        loop = loops.compiled(function, formula, lane, kind)
         for offset in range(0, 72, 8):
             memory[:] = 0xA5
             y = memory[offset:][: a.nbytes].view(lane.storage)
@@ -361,7 +360,7 @@ def test_every_path_gives_the_same_bits(block, dtype, n):
             assert block != "forward_mask" or np.array_equal(b, mask)
             assert (memory[:offset] == 0xA5).all()
             assert (memory[offset + a.nbytes :] == 0xA5).all()
-    loop = loops.compiled(driver, function, formula, lane)
+    loop = loops.compiled(function, formula, lane)
     for moved in (0, threads.MUCH):
         y = a.copy()
         run_loop(loop, y, y if b is a else b, y, slope, moved)

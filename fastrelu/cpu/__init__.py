@@ -23,7 +23,6 @@ __all__ = [
     "backward",
     "backward_mask",
     "channel_call",
-    "channel_gradients",
     "empty_bytes",
     "empty_like",
     "flat_call",
@@ -33,8 +32,6 @@ __all__ = [
     "prelu",
     "prelu_backward",
 ]
-
-_WIDTH = 256  # columns are repeated up to about this many where something is summed
 
 
 # Quick calls --------------------------------------------------------------------------
@@ -53,8 +50,10 @@ def mask_call(formula: Function, *, gradient: bool) -> Call:
 
 
 @functools.cache
-def channel_call(formula: Function) -> Call:
-    """Return ``call(x, weight, inplace, out, axis)``."""
+def channel_call(formula: Function, *, gradient: bool) -> Call:
+    """Return ``call(x, weight, inplace, out, axis)`` or ``call(g, ..., axis, x)``."""
+    if gradient:
+        return Call(formula, loops.prelu_backward_rows, loops.prelu_backward_columns)
     return Call(formula, loops.rows, loops.columns)
 
 
@@ -73,23 +72,6 @@ def _flat(x: Array, order: Sequence[int]) -> Array | None:
         return None
     # NumPy has two names for some integers, which calls would take for two dtypes.
     return x.reshape(-1).view(x.dtype if x.dtype.kind == "V" else x.dtype.str)
-
-
-def _stored(x: Array, lane: Lane) -> Array:
-    """Return x as Numba knows it, whose types are fewer than NumPy's."""
-    x = x.view(lane.storage)
-    if not x.flags.writeable:  # another type to Numba, which would compile it anew
-        x = np.asarray(_Writeable(x))
-    return x
-
-
-class _Writeable:
-    """Shows read-only memory, which no loop writes, as writeable."""
-
-    def __init__(self, x: Array) -> None:
-        interface = x.__array_interface__
-        self.x = x
-        self.__array_interface__ = {**interface, "data": (interface["data"][0], False)}
 
 
 def _lay_flat(
@@ -204,8 +186,7 @@ class _Channels(NamedTuple):
     spread: tuple[int, ...]  # places in `span`
     channels: int
     inner: int
-    by_column: bool  # short rows are better treated as columns,
-    repeats: int  # so many rows at once
+    by_column: bool  # short rows are better treated as columns
 
 
 @functools.lru_cache(1024)
@@ -220,20 +201,8 @@ def _channels(shape: tuple[int, ...], weight: tuple[int, ...]) -> _Channels:
         if weight[axis] == 1 and shape[axis] > 1
     )
     channels, inner = math.prod(span), math.prod(shape[last:])
-    outer = math.prod(shape[:first])
     by_column = inner < NARROW and channels > 1
-    repeats = max(1, min(_WIDTH // (channels * inner), outer)) if by_column else 1
-    axes = slice(first, last)
-    return _Channels(axes, span, spread, channels, inner, by_column, repeats)
-
-
-@functools.lru_cache(1024)
-def _along(shape: tuple[int, ...], size: int, axis: int) -> _Channels:
-    """Return the view for a weight of so many elements along an axis, or along none."""
-    weight = [1] * len(shape)
-    if size != 1:
-        weight[axis] = size
-    return _channels(shape, tuple(weight))
+    return _Channels(slice(first, last), span, spread, channels, inner, by_column)
 
 
 def _widen(weight: Array, view: _Channels, lane: Lane) -> Array:
@@ -257,7 +226,7 @@ def prelu(formula: Function, x: Array, weight: Array, out: Array) -> None:
     inner, block = view.inner, int(view.by_column)
     if view.by_column and view.channels * inner > loops.WIDE:
         slopes, inner = np.repeat(slopes, inner), 1
-    call = channel_call(formula)
+    call = channel_call(formula, gradient=False)
     call.prepare(x.dtype, x.nbytes, in_place=flat_y is flat_x, block=block)
     shape = -1, slopes.size, inner
     _answered(call.call(flat_x.reshape(shape), slopes, False, flat_y.reshape(shape), 1))
@@ -283,66 +252,40 @@ def prelu_backward(
     lane = lane_of(x.dtype)
     weight = weight.transpose(order)
     view = _channels(y.transpose(order).shape, weight.shape)
-    wide = _widen(weight, view, lane)
-    simple = out_weight.dtype in _SIMPLE
-    total = np.empty(weight.shape, out_weight.dtype if simple else np.float64)
-    flats = flat_y, flat_grad, flat_x
-    _run_channels_backward(gradient, lane, *flats, wide, view, total.reshape(-1))
-    if y is not out:
-        np.copyto(out, y)
-    total = total.transpose(np.argsort(order)).reshape(out_weight.shape)
-    with np.errstate(all="ignore"):  # a sum beyond a half float is an infinity
-        out_weight[...] = total
-
-
-def channel_gradients(
-    gradient: Function,
-    grad: Array,
-    x: Array,
-    weight: Array,
-    axis: int,
-    y: Array,
-    total: Array,
-) -> None:
-    """Write both gradients; the arrays are plain, and the weight is one-dimensional."""
-    view = _along(x.shape, weight.size, axis)
-    flat = grad.ravel()
-    flat_y = flat if y is grad else y.ravel()
-    lane = lane_of(x.dtype)
-    _run_channels_backward(gradient, lane, flat_y, flat, x.ravel(), weight, view, total)
-
-
-_SIMPLE = np.dtype(np.float32), np.dtype(np.float64)  # dtypes that Numba rounds to
-
-
-def _run_channels_backward(
-    gradient: Function,
-    lane: Lane,
-    y: Array,
-    grad: Array,
-    x: Array,
-    weight: Array,
-    view: _Channels,
-    total: Array,
-) -> None:
-    """Write the gradient towards x into y and that towards the weight into total."""
-    in_place = y is grad
-    grad, x = _stored(grad, lane), _stored(x, lane)
-    y = grad if in_place else _stored(y, lane)
+    slopes = _widen(weight, view, lane)
+    sums = np.empty((2, view.channels))
     driver = (
         loops.prelu_backward_columns if view.by_column else loops.prelu_backward_rows
     )
-    sums = np.empty((2, view.channels))
-    moved = grad.nbytes + x.nbytes + y.nbytes
-    kind = loops.IN_PLACE if in_place else loops.PLAIN
-
-    loop = loops.compiled(driver, None, gradient, lane, kind)
+    kind = loops.IN_PLACE if flat_y is flat_grad else loops.PLAIN
+    loop = loops.compiled(driver, gradient, lane, kind)
     threads.ready()
-    loop(grad, x, weight, y, view.inner, view.repeats, sums, moved)
-    shape = 2, 1, view.channels
-    if view.spread:  # add up along the axes that were counted with the channels
-        sums = sums.reshape(2, *view.span)
-        places = range(1, 1 + len(view.spread))
-        sums = np.moveaxis(sums, [1 + place for place in view.spread], places)
-        shape = 2, view.channels // total.size, total.size
-    loops.finish(np.ascontiguousarray(sums).reshape(shape), total)
+    operands = flat_grad, flat_x, slopes, flat_y, sums
+    moved = 3 * x.nbytes
+    if loop.ctypes(
+        *[a.ctypes.data for a in operands], x.size, view.channels, view.inner, moved
+    ):
+        raise MemoryError
+    if y is not out:
+        np.copyto(out, y)
+    total = _total(sums.reshape(2, *view.span), view.spread)
+    total = total.reshape(weight.shape).transpose(np.argsort(order))
+    with np.errstate(all="ignore"):  # a sum beyond a half float is an infinity
+        out_weight[...] = total.reshape(out_weight.shape)
+
+
+def _total(sums: Array, spread: Sequence[int]) -> Array:
+    """Return compensated sums, (2, ...), and added up along the axes in `spread`."""
+    with np.errstate(all="ignore"):
+        for axis in sorted(spread, reverse=True):
+            parts = np.moveaxis(sums, 1 + axis, 0)
+            total, errors = parts[0]
+            for more, error in parts[1:]:
+                before, total = total, total + more
+                shadow = total - before
+                errors = errors + (
+                    (before - (total - shadow)) + (more - shadow) + error
+                )
+            sums = np.stack([total, errors])
+        # Past an infinity or a NaN the errors are NaN and say nothing.
+        return np.where(np.isfinite(sums[0]), sums[0] + sums[1], sums[0])

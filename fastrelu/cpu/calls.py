@@ -14,7 +14,7 @@ import ctypes
 from typing import Any
 
 import numpy as np
-from numba import njit, types
+from numba import carray, njit, types
 from numba.core.compiler_lock import global_compiler_lock
 
 from fastrelu.cpu import loops, pool, threads
@@ -40,12 +40,14 @@ _TYPE = DATA - 1
 _NDIM, _SHAPE, _DTYPE, _FLAGS = (DATA + i for i in (1, 2, 5, 6))
 _KIND = DATA + 1  # a dtype's (PyArray_Descr): its number and byte order in one word
 _VALUE = DATA
+_LENGTH, _ITEMS = DATA, DATA + 1  # a tuple's
 
 # Words of a table.  A row is what is known of one dtype; its loops are 0 until needed.
-_NONE, _FALSE, _TRUE, _ARRAY, _FLOAT, _INT, _BYTE, _EMPTY_LIKE = range(8)
-_POOL, _BESIDE, _CACHE, _KNOWN, _ROWS = range(8, 13)
+_NONE, _FALSE, _TRUE, _ARRAY, _FLOAT, _INT, _TUPLE, _BYTE, _EMPTY_LIKE = range(9)
+_POOL, _BESIDE, _CACHE, _KNOWN, _ROWS = range(9, 14)
 _ITEM, _WEIGHT, _LOOP, _ROW = 1, 2, 3, 7  # the dtype comes first
-_PAST_CACHE, _COLUMNS = 1, 2  # added to _LOOP
+_PAST_CACHE = _IN_PLACE = 1  # added to _LOOP, as is
+_COLUMNS = 2
 _MOST = 32  # rows: there are fewer dtypes
 
 _NOTHING, _SAVED, _BITS = range(3)  # what lies beside the first array
@@ -53,6 +55,7 @@ _NOTHING, _SAVED, _BITS = range(3)  # what lies beside the first array
 _words = pointer_to(types.CPointer(types.int64))
 _floats = pointer_to(types.CPointer(types.float64))
 _call_loop = calling(loops.SIGNATURE)
+_call_backward = calling(loops.BACKWARD_SIGNATURE)
 _address = types.int64
 _call_empty_like = calling(_address(_address, types.intc, _address, types.intc))
 _keep = types.ExternalFunction("Py_IncRef", types.void(_address))
@@ -61,6 +64,10 @@ _take_back = types.ExternalFunction("PyEval_RestoreThread", types.void(_address)
 _as_integer = types.ExternalFunction("PyLong_AsSsize_t", types.intp(_address))
 _failed = types.ExternalFunction("PyErr_Occurred", _address())
 _forget = types.ExternalFunction("PyErr_Clear", types.void())
+_drop = types.ExternalFunction("Py_DecRef", types.void(_address))
+_new_tuple = types.ExternalFunction("PyTuple_New", _address(types.intp))
+_malloc = types.ExternalFunction("PyMem_RawMalloc", _address(types.intp))
+_free = types.ExternalFunction("PyMem_RawFree", types.void(_address))
 _inline = njit(nogil=True, error_model="numpy", forceinline=True)
 
 
@@ -173,14 +180,23 @@ def _empty_like(table, x, nbytes):
 
 
 @_inline
+def _own(table, x, result, nbytes):
+    """Return a new reference to the result, or to an array like x if it is to be made.
+
+    Where there is no memory for it, 0, and a MemoryError is on its way.
+    """
+    if result == 0:
+        return _empty_like(table, x, nbytes)
+    _keep(result)
+    return result
+
+
+@_inline
 def _run(table, loop, x, other, result, size, channels, inner, slope, nbytes, moved):
-    """Run a loop; return a new reference to its result."""
-    if result != 0:
-        _keep(result)
-    else:
-        result = _empty_like(table, x, nbytes)
-        if result == 0:
-            return 0  # a MemoryError is on its way
+    """Run a loop; return a new reference to its result, or 0."""
+    result = _own(table, x, result, nbytes)
+    if result == 0:
+        return 0
     start, target = _words(x)[DATA], _words(result)[DATA]
     operands = start, other, target, size, channels, inner, slope, moved
     if moved < _BRIEF:
@@ -238,21 +254,15 @@ def call_flat(self, arguments, number):
     return _run(table, loop, a, other, result, size, 1, size, factor, nbytes, moved)
 
 
-def call_channels(self, arguments, number):
-    """Take (x, weight, inplace, out, axis); the weight is one-dimensional."""
-    table, given = _words(_words(self)[DATA]), _words(arguments)
-    x, weight, inplace, out, axis = given[0], given[1], given[2], given[3], given[4]
-    if not _order(table, x) & _order(table, weight) & _C_ORDER:
-        return _none(table)
-    row = _row(table, x)
-    if row == 0 or _words(axis)[_TYPE] != table[_INT] or _ndim(weight) != 1:
-        return _none(table)
-    if _kind(weight) != table[row + _WEIGHT]:
-        return _none(table)
+@_inline
+def _inner(table, x, weight, axis):
+    """Return how many elements of x in a row have one weight, or 0 to leave it."""
+    if _words(axis)[_TYPE] != table[_INT] or _ndim(weight) != 1:
+        return 0
     place = _as_integer(axis)
     if place == -1 and _failed() != 0:
         _forget()
-        return _none(table)
+        return 0
     size, channels = _size(x), _size(weight)
     ndim, inner = _ndim(x), max(size, 1)
     if -ndim <= place < ndim:
@@ -260,12 +270,28 @@ def call_channels(self, arguments, number):
         place += ndim if place < 0 else 0
         if channels != 1:
             if shape[place] != channels or size == 0:
-                return _none(table)
+                return 0
             inner = 1
             for later in range(place + 1, ndim):
                 inner *= shape[later]
     elif channels != 1 or place != 1:  # the default, where it is of no matter
+        return 0
+    return inner
+
+
+def call_channels(self, arguments, number):
+    """Take (x, weight, inplace, out, axis); the weight is one-dimensional."""
+    table, given = _words(_words(self)[DATA]), _words(arguments)
+    x, weight, inplace, out, axis = given[0], given[1], given[2], given[3], given[4]
+    if not _order(table, x) & _order(table, weight) & _C_ORDER:
         return _none(table)
+    row = _row(table, x)
+    if row == 0 or _kind(weight) != table[row + _WEIGHT]:
+        return _none(table)
+    inner = _inner(table, x, weight, axis)
+    if inner == 0:
+        return _none(table)
+    size, channels = _size(x), _size(weight)
     kind = _COLUMNS if inner < loops.NARROW and channels > 1 else 0
     if kind == _COLUMNS and inner > 1 and channels * inner > loops.WIDE:
         return _none(table)
@@ -286,6 +312,88 @@ def call_channels(self, arguments, number):
     )
 
 
+def call_channels_backward(self, arguments, number):
+    """Take (grad, weight, inplace, out, axis, x); return both gradients.
+
+    A half float's weight is left to Python, which rounds its gradient.
+    """
+    table, given = _words(_words(self)[DATA]), _words(arguments)
+    grad, weight, inplace = given[0], given[1], given[2]
+    out, axis, x = given[3], given[4], given[5]
+    if not _order(table, grad) & _order(table, weight) & _order(table, x) & _C_ORDER:
+        return _none(table)
+    row = _row(table, grad)
+    if row == 0 or not _is_like(x, grad):
+        return _none(table)
+    if not _kind(weight) == _kind(grad) == table[row + _WEIGHT]:
+        return _none(table)
+    size, channels = _size(grad), _size(weight)
+    inner = _inner(table, grad, weight, axis)
+    if inner == 0 or size == 0:
+        return _none(table)
+    first = second = table[_NONE]
+    if out != table[_NONE]:
+        if _words(out)[_TYPE] != table[_TUPLE] or _words(out)[_LENGTH] != 2:
+            return _none(table)
+        first, second = _words(out)[_ITEMS], _words(out)[_ITEMS + 1]
+    nbytes, length = size * table[row + _ITEM], channels * table[row + _ITEM]
+    result = _target(table, grad, _C_ORDER, nbytes, inplace, first)
+    total = _target(table, weight, _C_ORDER, length, table[_FALSE], second)
+    if result == -1 or total == -1:
+        return _none(table)
+    start, saved, slopes = _words(grad)[DATA], _words(x)[DATA], _words(weight)[DATA]
+    target = _words(result)[DATA] if result != 0 else 0
+    if target != saved and _meet(target, nbytes, saved, nbytes):
+        return _none(table)
+    if _meet(target, nbytes, slopes, length):
+        return _none(table)
+    if total != 0 and _meet(target, nbytes, _words(total)[DATA], length):
+        return _none(table)
+    moved = 3 * nbytes
+    kind = _COLUMNS if inner < loops.NARROW and channels > 1 else 0
+    loop = _loop(table, row, kind + _IN_PLACE * (target == start), moved, False)
+    if loop == 0:
+        return _none(table)
+
+    memory = _malloc(2 * channels * 8)
+    if memory == 0:
+        return _none(table)
+    result, total = (
+        _own(table, grad, result, nbytes),
+        _own(table, weight, total, length),
+    )
+    pair = _new_tuple(2)
+    failed = 1
+    if result != 0 and total != 0 and pair != 0:
+        target = _words(result)[DATA]
+        operands = start, saved, slopes, target, memory, size, channels, inner, moved
+        if moved < _BRIEF:
+            failed = _call_backward(loop, operands)
+        else:
+            thread = _let_go()
+            failed = _call_backward(loop, operands)
+            _take_back(thread)
+    if failed == 0:
+        sums, place = (
+            carray(loops.at(memory), (2, channels), np.float64),
+            _words(total)[DATA],
+        )
+        if table[row + _ITEM] == 8:
+            loops.finish(sums, carray(loops.at(place), channels, np.float64))
+        else:
+            loops.finish(sums, carray(loops.at(place), channels, np.float32))
+        _words(pair)[_ITEMS], _words(pair)[_ITEMS + 1] = result, total
+        _free(memory)
+        return pair
+    _free(memory)
+    for thing in (result, total, pair):
+        if thing != 0:
+            _drop(thing)
+    if _failed() != 0:
+        return 0
+    return _none(table)
+
+
 # Building -----------------------------------------------------------------------------
 
 
@@ -300,6 +408,7 @@ _known = {
     _ARRAY: id(np.ndarray),
     _FLOAT: id(float),
     _INT: id(int),
+    _TUPLE: id(tuple),
     _BYTE: _kind_of(np.dtype(np.uint8)),
     _EMPTY_LIKE: numpy_api(277),  # PyArray_NewLikeArray
     _POOL: pool.ADDRESS,
@@ -311,15 +420,17 @@ class Call:
     """The quick call of one formula, over one block or, for PReLU, over either of two.
 
     It is ``call(a, slope, inplace, out)``, with ``b`` at the end if the block has
-    something beside `a`, or ``call(x, weight, inplace, out, axis)``.  It returns the
-    result, or None where it leaves the matter to Python.
+    something beside `a`; or with a weight for the slope and an axis, and for both
+    gradients x, at the end.  It returns the result, or None where it leaves the matter
+    to Python.
     """
 
-    __slots__ = ("blocks", "call", "formula", "rows", "streams", "table")
+    __slots__ = ("blocks", "call", "formula", "rows", "streams", "sums", "table")
 
     def __init__(self, formula: Function, *blocks: Function) -> None:
         self.formula, self.blocks = formula, blocks
-        self.streams = 3 if blocks[0] is loops.backward else 2  # arrays read or written
+        self.sums = blocks[0] in loops.PARTS
+        self.streams = 3 if self.sums or blocks[0] is loops.backward else 2  # arrays
         self.call: Any = _leave_it
         self.table = np.zeros(_ROWS + _MOST * _ROW, np.int64)
         self.rows: dict[int, int] = {}  # where the row of a kind of dtype starts
@@ -330,13 +441,14 @@ class Call:
         """Make ready what a call needs for plain arrays of so many bytes."""
         row = self.rows.get(_kind_of(dtype)) or self._add(dtype)
         moved = self.streams * nbytes
-        past_cache = moved > threads.CACHE and not in_place
-        place = row + _LOOP + _COLUMNS * block + _PAST_CACHE * past_cache
+        function, kind = self.blocks[block], loops.PLAIN
+        if self.sums and in_place:
+            kind = loops.IN_PLACE
+        elif moved > threads.CACHE and not self.sums and not in_place:
+            kind = loops.PAST_CACHE
+        place = row + _LOOP + _COLUMNS * block + (kind != loops.PLAIN)
         if not self.table[place]:
-            function = self.blocks[block]
-            driver = loops.DRIVERS.get(function, loops.flat)
-            kind = loops.PAST_CACHE if past_cache else loops.PLAIN
-            loop = loops.compiled(driver, function, self.formula, lane_of(dtype), kind)
+            loop = loops.compiled(function, self.formula, lane_of(dtype), kind)
             self.table[place] = loop.address
         if moved >= 2 * threads.SHARE:
             threads.ready()
@@ -358,6 +470,8 @@ class Call:
                 table[_BESIDE] = _BESIDES.get(self.blocks[0], _NOTHING)
                 table[_CACHE] = threads.CACHE
                 template = call_channels if len(self.blocks) > 1 else call_flat
+                if self.sums:
+                    template = call_channels_backward
                 self.call = _compile(template, table)
             self.rows[kind] = row
             table[_KNOWN] = len(self.rows)

@@ -25,7 +25,7 @@ import numba
 import numpy as np
 from numba import carray, njit, types
 
-from fastrelu.cpu import lanes, threads
+from fastrelu.cpu import threads
 from fastrelu.cpu.jit import Function, compile_, compile_and_keep, pointer_to, rebuild
 from fastrelu.cpu.lanes import (
     WORD,
@@ -47,12 +47,15 @@ SEGMENT = 1 << 14  # elements of a row summed on their own
 BLOCK_ROWS = 64  # rows summed together where channels are the last axis
 SEGMENT_COLUMNS = 1024
 NARROW = 64  # rows of a weight shorter than this are better treated as columns;
-WIDE = 1024  # columns up to which narrow rows are taken together
+WIDE = 1024  # columns up to which narrow rows are taken together,
+TOGETHER = 256  # and where something is summed
 
 # Where a loop writes.  Calls by address tell by the addresses whether they are in place.
 PLAIN, IN_PLACE, PAST_CACHE = "plain", "in_place", "past_cache"
 
 at = pointer_to(types.voidptr)
+_malloc = types.ExternalFunction("PyMem_RawMalloc", types.int64(types.intp))
+_free = types.ExternalFunction("PyMem_RawFree", types.void(types.int64))
 word_buffer, rest_buffer = buffer(WORD), buffer(WORD)
 flag_buffer = buffer(MASKED + 2 * WORD, numba.uint8)
 sum_buffer = buffer(LANES, numba.float64)
@@ -363,6 +366,7 @@ BESIDE: dict[Any, Function] = {
 WHOLE = forward, backward
 
 SIGNATURE = types.void(*[types.int64] * 3, *[types.intp] * 3, types.float64, types.intp)
+BACKWARD_SIGNATURE = types.int64(*[types.int64] * 5, *[types.intp] * 4)
 DRIVERS = {rows: by_row, columns: by_column}  # flat for the others
 
 
@@ -373,6 +377,9 @@ DRIVERS = {rows: by_row, columns: by_column}  # flat for the others
 # branch-free form), so that the error does not grow with the number of elements.  Which
 # of them are summed together follows from the shape alone: neither the number of
 # threads nor the width of the processor's vectors can change a bit.
+#
+# These drivers, too, take addresses; `total` is that of (2, channels) float64 sums and
+# what they have lost.  They return 0, or 1 where there is no memory for partial sums.
 #
 # The loops are bound by this arithmetic more than by memory, whose traffic they cannot
 # save: stores past the cache took as long at best, and twice as long on short rows.
@@ -433,16 +440,26 @@ def _in_place(g, x, w, y, sums, errors):
     each(g, x, w, g, sums, errors)
 
 
-def prelu_backward_rows(g, x, w, y, inner, repeats, sums, moved):
-    """One weight a row of `inner` elements; sums is (2, channels)."""
+def prelu_backward_rows(g, x, w, y, total, size, channels, inner, moved):
+    """One weight a row of `inner` elements."""
+    grad, saved = carray(at(g), size, storage), carray(at(x), size, storage)
+    result = carray(at(y), size, storage)
+    weights = carray(at(w), channels, compute)
+    sums = carray(at(total), (2, channels), np.float64)
     segments = -(-inner // SEGMENT)
-    cells = x.size // inner * segments
-    partial = np.empty((2, cells))
-    spread(part, (g, x, w, y, inner, segments, partial), cells, 1, moved)
+    cells = size // inner * segments
+    memory = _malloc(2 * cells * 8)
+    if memory == 0:
+        return 1
+    partial = carray(at(memory), (2, cells), np.float64)
+    operands = grad, saved, weights, result, inner, segments, partial
+    spread(part, operands, cells, 1, moved)
     sums[:] = 0.0
     for cell in range(cells):
-        channel = cell // segments % w.size
+        channel = cell // segments % channels
         _add(sums[0], sums[1], channel, partial[0, cell], partial[1, cell])
+    _free(memory)
+    return 0
 
 
 def _prelu_backward_rows(g, x, w, y, inner, segments, partial, first_cell, stop_cell):
@@ -468,44 +485,45 @@ def _prelu_backward_rows(g, x, w, y, inner, segments, partial, first_cell, stop_
         partial[1, cell] = errors[0]
 
 
-def prelu_backward_columns(g, x, w, y, inner, repeats, sums, moved):
-    """One weight for each `inner` columns; sums is (2, channels).
+def prelu_backward_columns(g, x, w, y, total, size, channels, inner, moved):
+    """One weight for each `inner` columns; the rows are `channels * inner` long.
 
-    The rows are (repeats, channels, inner) long: short ones are taken together until
-    the loops over them are worth starting.
+    Short ones are taken together until the loops over them are worth starting.
     """
-    size = repeats * w.size * inner
-    wide = w
-    if size > w.size:
-        wide = np.empty(size, w.dtype)
-        widen(w, inner, wide)
-    blocks = -(-x.size // (size * BLOCK_ROWS))
-    partial = np.empty((2, blocks, size))
-    across = -(-size // SEGMENT_COLUMNS)
-    spread(part, (g, x, wide, y, partial), blocks * across, 1, moved)
+    grad, saved = carray(at(g), size, storage), carray(at(x), size, storage)
+    result = carray(at(y), size, storage)
+    weights = carray(at(w), channels, compute)
+    sums = carray(at(total), (2, channels), np.float64)
+    columns = channels * inner
+    repeats = max(1, min(TOGETHER, size) // columns)
+    width = repeats * columns
+    blocks = -(-size // (width * BLOCK_ROWS))
+    memory = _malloc((2 * blocks + 1) * width * 8)
+    if memory == 0:
+        return 1
+    partial = carray(at(memory), (2, blocks, width), np.float64)
+    wide = carray(at(memory + 2 * blocks * width * 8), width, compute)
+    widen(weights, inner, wide)
+    across = -(-width // SEGMENT_COLUMNS)
+    spread(part, (grad, saved, wide, result, partial), blocks * across, 1, moved)
     totals, errors = partial[0, 0], partial[1, 0]
     for place in range(1, blocks):
         values, more = partial[0, place], partial[1, place]
-        for column in range(size):
+        for column in range(width):
             _add(totals, errors, column, values[column], more[column])
     sums[:] = 0.0
-    if size == w.size:
-        # Not by slices: Numba compiles a second's worth of error messages for them.
-        for channel in range(size):
-            sums[0, channel] = totals[channel]
-            sums[1, channel] = errors[channel]
-        return
     column = 0
     for _ in range(repeats):
-        for channel in range(w.size):
+        for channel in range(channels):
             for _ in range(inner):
                 _add(sums[0], sums[1], channel, totals[column], errors[column])
                 column += 1
+    _free(memory)
+    return 0
 
 
 def _prelu_backward_columns(g, x, wide, y, partial, first_cell, stop_cell):
     few = carray(column_buffer(y), SEGMENT_COLUMNS)
-    few[:] = 0.0
     size = wide.size
     across = -(-size // SEGMENT_COLUMNS)
     for cell in range(first_cell, stop_cell):
@@ -517,6 +535,7 @@ def _prelu_backward_columns(g, x, wide, y, partial, first_cell, stop_cell):
         errors = partial[1, place, left:right]
         totals[:] = 0.0
         errors[:] = 0.0
+        few[: weights.size] = 0.0
         last = min((place + 1) * BLOCK_ROWS, -(-g.size // size))
         for row in range(place * BLOCK_ROWS, last):
             start = min(row * size + left, g.size)
@@ -526,7 +545,7 @@ def _prelu_backward_columns(g, x, wide, y, partial, first_cell, stop_cell):
             if row % FEW == FEW - 1 or row == last - 1:
                 for i in range(weights.size):
                     _add(totals, errors, i, few[i], 0.0)
-                few[:] = 0.0
+                    few[i] = 0.0
 
 
 PARTS: dict[Function, tuple[Function, Function]] = {
@@ -536,17 +555,15 @@ PARTS: dict[Function, tuple[Function, Function]] = {
 WRITERS = {PLAIN: _plain, IN_PLACE: _in_place}
 
 
-def prelu_finish(partial, result):
-    """Sum partial (2, parts, channels) into result (channels,), in order."""
-    sums, errors = partial[0, 0], partial[1, 0]
-    for part in range(1, partial.shape[1]):
-        values, more = partial[0, part], partial[1, part]
-        for channel in range(result.size):
-            _add(sums, errors, channel, values[channel], more[channel])
+@njit(nogil=True, error_model="numpy", forceinline=True)
+def finish(sums, result):
+    """Round sums (2, channels), and what they lost, to the type of the result."""
     for channel in range(result.size):
         # Past an infinity or a NaN the errors are NaN and say nothing.
-        total = sums[channel] + errors[channel]
-        result[channel] = total if np.isfinite(sums[channel]) else sums[channel]
+        total = sums[0, channel] + sums[1, channel]
+        if not np.isfinite(sums[0, channel]):
+            total = sums[0, channel]
+        result[channel] = total
 
 
 # Building -----------------------------------------------------------------------------
@@ -567,15 +584,13 @@ def _sources() -> Any:
 SOURCES = _sources()
 
 
-def bound(
-    driver: Function,
-    inner_block: Function | None,
-    inner_formula: Function | None,
-    lane: Lane,
-    kind: str,
-) -> Function:
-    """Return a driver whose open names are bound, for Numba to compile."""
+def bound(block: Function, formula: Function, lane: Lane, kind: str) -> Function:
+    """Return a driver whose open names are bound, for Numba to compile.
+
+    In the place of a block may be one of the drivers in `PARTS`, which have none.
+    """
     threads.link()
+    driver = block if block in PARTS else DRIVERS.get(block, flat)
     names: dict[str, Any] = {
         "load": lane.load,
         "store": lane.store,
@@ -583,59 +598,47 @@ def bound(
         "storage": lane.storage.type,
         "active": lane.active,
         "finished": fence if kind == PAST_CACHE else _nothing,
+        "formula": compile_(formula, forceinline=True),
     }
-    parts = [driver.__name__, lane.name, kind]
-    digest = SOURCES.copy()
+    code, digest = formula.__code__, SOURCES.copy()
+    digest.update(repr((code.co_code, code.co_consts, code.co_names)).encode())
+    parts = driver, block, formula
+    name = [part.__name__ for part in parts] + [
+        lane.name,
+        kind,
+        digest.hexdigest()[:12],
+    ]
 
     def inlined(name: str, template: Any, **options: Any) -> None:
         """Bind one more name; the template may use those before it."""
         names[name] = compile_(rebuild(template, name, names), **options)
 
-    if inner_formula is not None:
-        code = inner_formula.__code__
-        digest.update(repr((code.co_code, code.co_consts, code.co_names)).encode())
-        names["formula"] = compile_(inner_formula, forceinline=True)
-        parts.append(inner_formula.__name__)
-    if inner_block is not None:
-        parts.append(inner_block.__name__)
-        past_cache, whole = kind == PAST_CACHE, inner_block in WHOLE
-        inlined("beside", BESIDE.get(inner_block, _itself), forceinline=True)
-        if past_cache:
-            inner_block = _OTHERS_PAST_CACHE.get(inner_block, inner_block)
-        inlined("element", ELEMENTS[inner_block], forceinline=True)
-        inlined("fill", fill_past_cache if past_cache else fill, inline="always")
-        inlined("block", inner_block, inline="always")
-        if not whole:
-            inlined("fill", fill_in_place, inline="always")
-        inlined("inplace_block", inner_block, inline="always")
-        inlined("part", _straight, forceinline=True)
-        inlined("inplace_part", _inplace, forceinline=True)
-    elif driver in PARTS:
-        inlined("step", _step, forceinline=True)
+    if driver is block:
         template, loop = PARTS[driver]
+        inlined("step", _step, forceinline=True)
         inlined("each", loop, inline="always")
         inlined("write", WRITERS[kind], forceinline=True)
         inlined("part", template, forceinline=True)
-    return rebuild(driver, "_".join([*parts, digest.hexdigest()[:12]]), names)
+    else:
+        past_cache, whole = kind == PAST_CACHE, block in WHOLE
+        inlined("beside", BESIDE.get(block, _itself), forceinline=True)
+        if past_cache:
+            block = _OTHERS_PAST_CACHE.get(block, block)
+        inlined("element", ELEMENTS[block], forceinline=True)
+        inlined("fill", fill_past_cache if past_cache else fill, inline="always")
+        inlined("block", block, inline="always")
+        if not whole:
+            inlined("fill", fill_in_place, inline="always")
+        inlined("inplace_block", block, inline="always")
+        inlined("part", _straight, forceinline=True)
+        inlined("inplace_part", _inplace, forceinline=True)
+    return rebuild(driver, "_".join(name), names)
 
 
 @functools.cache
-def compiled(
-    driver: Function,
-    inner_block: Function | None,
-    inner_formula: Function | None,
-    lane: Lane,
-    kind: str = PLAIN,
-) -> Any:
-    """Return one compiled loop: a C function, or one that Python calls."""
+def compiled(block: Function, formula: Function, lane: Lane, kind: str = PLAIN) -> Any:
+    """Return one compiled loop, a C function."""
     return compile_and_keep(
-        bound(driver, inner_block, inner_formula, lane, kind),
-        None if driver in PARTS or driver is prelu_finish else SIGNATURE,
-    )
-
-
-def finish(partial: Any, result: Any) -> None:
-    """Add partial sums up, and over them, into a float32 or float64 result."""
-    compiled(prelu_finish, None, None, lanes.lane_of(np.dtype(np.float64)))(
-        partial, result
+        bound(block, formula, lane, kind),
+        BACKWARD_SIGNATURE if block in PARTS else SIGNATURE,
     )
