@@ -115,29 +115,10 @@ class PlainCalls:
         y = call.call(a, weight, inplace, out, axis, *x)
         if y is not None or type(a) is not ndarray or not self._takes(a.dtype):
             return y
-        slopes = _slopes(weight, a, axis)
-        if slopes is None or not a.flags.c_contiguous or (x and slopes is not weight):
+        if type(weight) is not ndarray or type(axis) is not int:
             return None
         narrow = False
-        if slopes.size != 1:
-            after = a.ndim - 1 - axis if axis >= 0 else -1 - axis
-            narrow = math.prod(a.shape[a.ndim - after :]) < cpu.NARROW
+        if weight.size != 1 and -a.ndim <= axis < a.ndim:
+            narrow = math.prod(a.shape[axis + 1 :] if axis != -1 else ()) < cpu.NARROW
         block = int(narrow)
-        return self._again(call, a, slopes, inplace, out, axis, *x, block=block)
-
-
-def _slopes(weight: Any, x: Any, axis: Any) -> Any:
-    """Return a one-dimensional weight in the type of the products, or None."""
-    if type(weight) is not ndarray or weight.ndim != 1 or type(axis) is not int:
-        return None
-    if not weight.flags.carray:
-        return None
-    if not -x.ndim <= axis < x.ndim:
-        if weight.size != 1 or axis != 1:  # the default, where it is of no matter
-            return None
-    elif weight.size != 1 and weight.size != x.shape[axis]:
-        return None
-    product = cpu.lane_of(x.dtype).product
-    if weight.dtype == product:
-        return weight
-    return weight.astype(product) if weight.dtype == x.dtype else None
+        return self._again(call, a, weight, inplace, out, axis, *x, block=block)

@@ -135,7 +135,7 @@ QUICK_CALLS = {
     "out is x": lambda f, x: f.flat.call(x, 0.5, False, x),
     "mask": lambda f, x: f.masked.call(x, 0.5, False, None, np.zeros(24, np.uint8)),
     "rows": lambda f, x: f.by_channel.call(
-        x.reshape(3, 1, 64), x.ravel()[:3], 0, False, None
+        x.reshape(3, 1, 64), x.ravel()[:3], False, None, 0
     ),
     "columns": lambda f, x: f.by_channel.call(x, x[0, 0].copy(), True, None, -1),
     "shared": lambda f, x: f.by_channel.call(x, x.ravel()[:1].copy(), False, None, 1),
@@ -225,6 +225,85 @@ def test_the_quick_call_refers_to_what_it_returns(leaky):
     gone = weakref.ref(y)
     del y
     assert gone() is None
+
+
+# The same for PReLU's gradients.
+QUICK_GRADIENTS = {
+    "rows": lambda f, g, w: f(g, w[:4], False, None, 0, g),
+    "columns": lambda f, g, w: f(g, w, False, None, -1, g),
+    "shared": lambda f, g, w: f(g, w[:1], False, None, 1, g),
+    "inplace": lambda f, g, w: f(g, w, True, None, -1, g.copy()),
+    "out": lambda f, g, w: f(g, w, False, np.empty_like(g), -1, g),
+    "pair": lambda f, g, w: f(g, w, False, (np.empty_like(g), w + 0), -1, g),
+    "halves of a pair": lambda f, g, w: f(g, w, False, (None, w + 0), -1, g),
+    "out is x": lambda f, g, w: f(g + 0, w, False, g, -1, g),
+    "weight is out": lambda f, g, w: f(g, w, False, (None, w), -1, g),
+}
+LEFT_GRADIENTS = {
+    "shape": lambda f, g, w: f(g, w, False, None, -1, g.reshape(6, 4, 8)),
+    "dtype": lambda f, g, w: f(g, w, False, None, -1, g.astype(np.float64)),
+    "x in F": lambda f, g, w: f(g, w, False, None, -1, cube("F")),
+    "weight's dtype": lambda f, g, w: f(g, w.astype("f8"), False, None, -1, g),
+    "half weight": lambda f, g, w: f(g, w.astype("f2"), False, None, -1, g),
+    "list": lambda f, g, w: f(g, w, False, [g, w], -1, g),
+    "triple": lambda f, g, w: f(g, w, False, (g, w, w), -1, g),
+    "both": lambda f, g, w: f(g, w, True, (g, w), -1, g),
+    "overlap": lambda f, g, w: f(g[1:], w, False, g[:-1], -1, g[1:]),
+    "x overlaps": lambda f, g, w: f(g[1:] + 0, w, False, g[:-1], -1, g[1:]),
+    "weight in out": lambda f, g, w: f(g, g[0, 0], True, None, -1, g + 0),
+    "one in the other": lambda f, g, w: f(g, w, False, (g, g[0, 0]), -1, g),
+    "read-only": lambda f, g, w: f(g, w, False, (None, frozen(w)), -1, g),
+    "empty": lambda f, g, w: f(g[:0], w, False, None, -1, g[:0]),
+}
+
+
+def frozen(x):
+    x = x.copy()
+    x.flags.writeable = False
+    return x
+
+
+@pytest.fixture(scope="module")
+def gradients():
+    """The call of PReLU's gradients, ready for float32."""
+    call = activations._leaky_relu_backward_calls.by_channel
+    for block, in_place in product((0, 1), (False, True)):
+        call.prepare(float32, 0, in_place=in_place, block=block)
+    return call.call
+
+
+@pytest.mark.parametrize("name", QUICK_GRADIENTS)
+def test_plain_arrays_take_the_quick_call_of_gradients(name, gradients):
+    g, w = cube(), normal((8,), float32, seed=1)
+    dx, dw = QUICK_GRADIENTS[name](gradients, g, w)
+    assert dx.shape == g.shape
+    assert dw.size in (1, 4, 8)
+
+
+@pytest.mark.parametrize("name", LEFT_GRADIENTS)
+def test_other_gradients_are_left_to_python(name, gradients):
+    g, w = cube(), normal((8,), float32, seed=1)
+    before = g.copy(), w.copy()
+    assert LEFT_GRADIENTS[name](gradients, g, w) is None
+    assert np.array_equal(g, before[0])
+    assert np.array_equal(w, before[1])
+
+
+def test_the_quick_call_of_gradients_refers_to_what_it_returns(gradients):
+    g, w = cube(), normal((8,), float32, seed=1)
+    pair = np.empty_like(g), w.copy()
+    counted = g, w, *pair, None
+    counts = [sys.getrefcount(a) for a in counted]
+    for _ in range(1000):
+        gradients(g, w, False, None, -1, g)
+        gradients(g, w, True, None, -1, g)
+        dx, dw = gradients(g, w, False, pair, -1, g)
+        assert (dx is pair[0], dw is pair[1]) == (True, True)
+        gradients(g, w, True, (None, w), -1, g)
+    later = [sys.getrefcount(a) for a in counted]
+    assert all(abs(a - b) < 50 for a, b in zip(counts, later, strict=True))
+    gone = [weakref.ref(a) for a in gradients(g, w, False, None, -1, g)]
+    assert [a() for a in gone] == [None, None]
 
 
 def shared():

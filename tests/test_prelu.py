@@ -1,5 +1,6 @@
 """PReLU's weight: its shapes and axes, and its gradient, whose tolerance is derived."""
 
+import ml_dtypes
 import numba
 import numpy as np
 import pytest
@@ -11,10 +12,13 @@ from conftest import (
     dtype_of,
     normal,
     place,
+    sample,
 )
 from reference import assert_same, assert_weight_gradient
 
 import fastrelu as F
+from fastrelu.cpu import loops
+from fastrelu.cpu.lanes import lane_of
 
 FLOAT32 = np.dtype(np.float32)
 inf, nan = np.inf, np.nan
@@ -302,3 +306,42 @@ def test_long_sums(dtype, cancels):
         g[n // 2 :] = -g[: n // 2]
     w = np.ones((), np.result_type(dtype, np.float32))
     assert_weight_gradient(F.prelu_backward(g, x, w)[1], g, x, w)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"], indirect=True)
+@pytest.mark.parametrize("shape", [(3, 5), (16, 64, 9, 9), (9, 1024), (2, 3000)])
+def test_half_weights_have_the_same_bits_in_any_layout(dtype, shape):
+    """The quick call widens and rounds them in compiled code, the other in NumPy's."""
+    g, x = sample(shape, dtype, seed=1), sample(shape, dtype)
+    for weight in (normal(shape[1:2], dtype), np.full(1, 0.3, dtype)):
+        strided = np.zeros((*shape, 2), dtype)[..., 0]
+        strided[...] = x
+        assert_same(F.prelu(x, weight), F.prelu(strided, weight))
+        for a, b in zip(
+            F.prelu_backward(g, x, weight),
+            F.prelu_backward(g, strided, weight),
+            strict=True,
+        ):
+            assert_same(a, b)
+
+
+@pytest.mark.parametrize("bits", [11, 8], ids=["float16", "bfloat16"])
+def test_a_sum_is_rounded_once(bits):
+    """Ties, and what is just beside them, of numbers that a half float cannot hold."""
+    rng = np.random.default_rng(0)
+    halves = rng.integers(1 << bits - 1, 1 << bits, 2000).astype(np.float64)
+    near = np.array([0.5, 0.5 + 2.0**-40, 0.5 - 2.0**-40, 0.3, 0.0])
+    values = np.ldexp((halves[:, None] + near).ravel(), -bits)
+    lane = lane_of(np.dtype("float16" if bits == 11 else ml_dtypes.bfloat16))
+    sums = np.stack([values, np.zeros_like(values)])
+    result = np.empty(values.size, lane.storage)
+    compiled = loops.compiled_for(lane, loops.round_sums)
+    compiled.ctypes(sums.ctypes.data, result.ctypes.data, values.size)
+    dtype = np.float16 if bits == 11 else ml_dtypes.bfloat16
+    expected = np.ldexp(np.round(np.ldexp(values, bits)), -bits)  # ties to even
+    assert np.array_equal(result.view(dtype).astype(np.float64), expected)
+    extremes = np.array([[1e300, -1e300, np.inf, np.nan, 1e-320], [0.0] * 5])
+    result = np.empty(5, lane.storage)
+    compiled.ctypes(extremes.ctypes.data, result.ctypes.data, 5)
+    expected = np.array([np.inf, -np.inf, np.inf, np.nan, 0.0])
+    assert_same(result.view(dtype), expected.astype(dtype))

@@ -45,7 +45,8 @@ _LENGTH, _ITEMS = DATA, DATA + 1  # a tuple's
 # Words of a table.  A row is what is known of one dtype; its loops are 0 until needed.
 _NONE, _FALSE, _TRUE, _ARRAY, _FLOAT, _INT, _TUPLE, _BYTE, _EMPTY_LIKE = range(9)
 _POOL, _BESIDE, _CACHE, _KNOWN, _ROWS = range(9, 14)
-_ITEM, _WEIGHT, _LOOP, _ROW = 1, 2, 3, 7  # the dtype comes first
+_ITEM, _WEIGHT, _WIDEN, _ROUND, _LOOP = range(1, 6)  # the dtype comes first
+_ROW = _LOOP + 4
 _PAST_CACHE = _IN_PLACE = 1  # added to _LOOP, as is
 _COLUMNS = 2
 _MOST = 32  # rows: there are fewer dtypes
@@ -56,6 +57,7 @@ _words = pointer_to(types.CPointer(types.int64))
 _floats = pointer_to(types.CPointer(types.float64))
 _call_loop = calling(loops.SIGNATURE)
 _call_backward = calling(loops.BACKWARD_SIGNATURE)
+_call_weights = calling(loops.WEIGHTS_SIGNATURE)
 _address = types.int64
 _call_empty_like = calling(_address(_address, types.intc, _address, types.intc))
 _keep = types.ExternalFunction("Py_IncRef", types.void(_address))
@@ -279,6 +281,47 @@ def _inner(table, x, weight, axis):
     return inner
 
 
+@_inline
+def _fits(table, row, weight):
+    """Say whether a weight has the type of the products, or that of half floats."""
+    kind = _kind(weight)
+    if kind == table[row]:
+        return True
+    return kind == table[row + _WEIGHT]
+
+
+@_inline
+def _widen(table, row, weight):
+    """Return the address of a copy in the type of the products, 0 if none is needed.
+
+    -1 says that there is no memory for it.
+    """
+    if _kind(weight) == table[row + _WEIGHT]:
+        return 0
+    channels = _size(weight)
+    wide = _malloc(channels * 4)
+    if wide == 0:
+        return -1
+    _call_weights(table[row + _WIDEN], (_words(weight)[DATA], wide, channels))
+    return wide
+
+
+@_inline
+def _round(table, row, total, result, channels, half):
+    """Round sums to the weight's type."""
+    sums = carray(loops.at(total), (2, channels), np.float64)
+    if half:
+        _call_weights(table[row + _ROUND], (total, result, channels))
+    elif table[row + _ITEM] == 8:
+        doubles = carray(loops.at(result), channels, np.float64)
+        for channel in range(channels):
+            doubles[channel] = loops.total_of(sums, channel)
+    else:
+        floats = carray(loops.at(result), channels, np.float32)
+        for channel in range(channels):
+            floats[channel] = loops.total_of(sums, channel)
+
+
 def call_channels(self, arguments, number):
     """Take (x, weight, inplace, out, axis); the weight is one-dimensional."""
     table, given = _words(_words(self)[DATA]), _words(arguments)
@@ -286,7 +329,7 @@ def call_channels(self, arguments, number):
     if not _order(table, x) & _order(table, weight) & _C_ORDER:
         return _none(table)
     row = _row(table, x)
-    if row == 0 or _kind(weight) != table[row + _WEIGHT]:
+    if row == 0 or not _fits(table, row, weight):
         return _none(table)
     inner = _inner(table, x, weight, axis)
     if inner == 0:
@@ -307,25 +350,25 @@ def call_channels(self, arguments, number):
     loop = _loop(table, row, kind, moved, target != start)
     if loop == 0:
         return _none(table)
-    return _run(
-        table, loop, x, other, result, size, channels, inner, 0.0, nbytes, moved
-    )
+    wide = _widen(table, row, weight)
+    if wide == -1:
+        return _none(table)
+    if wide != 0:
+        other = wide
+    y = _run(table, loop, x, other, result, size, channels, inner, 0.0, nbytes, moved)
+    _free(wide)
+    return y
 
 
 def call_channels_backward(self, arguments, number):
-    """Take (grad, weight, inplace, out, axis, x); return both gradients.
-
-    A half float's weight is left to Python, which rounds its gradient.
-    """
+    """Take (grad, weight, inplace, out, axis, x); return both gradients."""
     table, given = _words(_words(self)[DATA]), _words(arguments)
     grad, weight, inplace = given[0], given[1], given[2]
     out, axis, x = given[3], given[4], given[5]
     if not _order(table, grad) & _order(table, weight) & _order(table, x) & _C_ORDER:
         return _none(table)
     row = _row(table, grad)
-    if row == 0 or not _is_like(x, grad):
-        return _none(table)
-    if not _kind(weight) == _kind(grad) == table[row + _WEIGHT]:
+    if row == 0 or not _fits(table, row, weight) or not _is_like(x, grad):
         return _none(table)
     size, channels = _size(grad), _size(weight)
     inner = _inner(table, grad, weight, axis)
@@ -333,10 +376,13 @@ def call_channels_backward(self, arguments, number):
         return _none(table)
     first = second = table[_NONE]
     if out != table[_NONE]:
-        if _words(out)[_TYPE] != table[_TUPLE] or _words(out)[_LENGTH] != 2:
+        if _words(out)[_TYPE] == table[_ARRAY]:
+            first = out
+        elif _words(out)[_TYPE] == table[_TUPLE] and _words(out)[_LENGTH] == 2:
+            first, second = _words(out)[_ITEMS], _words(out)[_ITEMS + 1]
+        else:
             return _none(table)
-        first, second = _words(out)[_ITEMS], _words(out)[_ITEMS + 1]
-    nbytes, length = size * table[row + _ITEM], channels * table[row + _ITEM]
+    nbytes, length = size * table[row + _ITEM], channels * 8  # or less
     result = _target(table, grad, _C_ORDER, nbytes, inplace, first)
     total = _target(table, weight, _C_ORDER, length, table[_FALSE], second)
     if result == -1 or total == -1:
@@ -355,13 +401,14 @@ def call_channels_backward(self, arguments, number):
     if loop == 0:
         return _none(table)
 
-    memory = _malloc(2 * channels * 8)
-    if memory == 0:
+    memory, wide = _malloc(2 * channels * 8), _widen(table, row, weight)
+    if memory == 0 or wide == -1:
+        _free(memory)
         return _none(table)
-    result, total = (
-        _own(table, grad, result, nbytes),
-        _own(table, weight, total, length),
-    )
+    if wide != 0:
+        slopes = wide
+    result = _own(table, grad, result, nbytes)
+    total = _own(table, weight, total, length)
     pair = _new_tuple(2)
     failed = 1
     if result != 0 and total != 0 and pair != 0:
@@ -374,18 +421,12 @@ def call_channels_backward(self, arguments, number):
             failed = _call_backward(loop, operands)
             _take_back(thread)
     if failed == 0:
-        sums, place = (
-            carray(loops.at(memory), (2, channels), np.float64),
-            _words(total)[DATA],
-        )
-        if table[row + _ITEM] == 8:
-            loops.finish(sums, carray(loops.at(place), channels, np.float64))
-        else:
-            loops.finish(sums, carray(loops.at(place), channels, np.float32))
+        _round(table, row, memory, _words(total)[DATA], channels, wide != 0)
         _words(pair)[_ITEMS], _words(pair)[_ITEMS + 1] = result, total
-        _free(memory)
-        return pair
     _free(memory)
+    _free(wide)
+    if failed == 0:
+        return pair
     for thing in (result, total, pair):
         if thing != 0:
             _drop(thing)
@@ -462,8 +503,11 @@ class Call:
             if kind in self.rows:
                 return self.rows[kind]
             table, row = self.table, _ROWS + _ROW * len(self.rows)
-            weight = _kind_of(lane_of(dtype).product)
-            table[row : row + _LOOP] = kind, dtype.itemsize, weight
+            lane = lane_of(dtype)
+            table[row : row + _WIDEN] = kind, dtype.itemsize, _kind_of(lane.product)
+            if len(self.blocks) > 1 and lane.product != lane.storage:
+                for word, template in _OF_HALVES.items():
+                    table[row + word] = loops.compiled_for(lane, template).address
             if not self.rows:
                 for word, value in _known.items():
                     table[word] = value
@@ -483,6 +527,9 @@ _BESIDES = {
     loops.forward_mask: _BITS,
     loops.backward_mask: _BITS,
 }
+
+
+_OF_HALVES = {_WIDEN: loops.widen_weights, _ROUND: loops.round_sums}
 
 
 def _leave_it(*arguments: Any) -> None:

@@ -46,6 +46,21 @@ _bits_float = _conversion(
 
 
 @register_jitable
+def round_to_odd(value):
+    """Return a float64 as a float32 that may be rounded once more, to a half float.
+
+    Cut off, and odd if anything was: so a tie is one, and what is beside it is not.
+    """
+    nearest = np.float32(value)
+    bits = _float_bits(nearest)
+    if np.isnan(value) or np.float64(nearest) == value:
+        return nearest
+    if abs(np.float64(nearest)) > abs(value):
+        bits -= np.uint32(1)
+    return _bits_float(np.uint32(bits | np.uint32(1)))
+
+
+@register_jitable
 def _same(value):
     return value
 

@@ -33,6 +33,7 @@ from fastrelu.cpu.lanes import (
     buffer,
     fence,
     put_word,
+    round_to_odd,
     store_word,
     stream_word,
     unpack,
@@ -366,6 +367,7 @@ BESIDE: dict[Any, Function] = {
 WHOLE = forward, backward
 
 SIGNATURE = types.void(*[types.int64] * 3, *[types.intp] * 3, types.float64, types.intp)
+WEIGHTS_SIGNATURE = types.void(types.int64, types.int64, types.intp)
 BACKWARD_SIGNATURE = types.int64(*[types.int64] * 5, *[types.intp] * 4)
 DRIVERS = {rows: by_row, columns: by_column}  # flat for the others
 
@@ -410,17 +412,17 @@ def _step(g, x, weight, y, i):
 
 def _one_weight(g, x, weight, y, sums, errors):
     """Work on a row, or on a part of it, and add to LANES sums."""
-    one = np.uintp(LANES)
+    lanes = np.uintp(LANES)
     groups = x.size // (FEW * LANES)
     for group in range(np.uintp(groups)):
-        for j in range(one):
+        for j in range(lanes):
             i = group * np.uintp(FEW * LANES) + j
-            few = step(g, x, weight, y, i) + step(g, x, weight, y, i + one)
-            i += one + one
-            few += step(g, x, weight, y, i) + step(g, x, weight, y, i + one)
+            few = step(g, x, weight, y, i) + step(g, x, weight, y, i + lanes)
+            i += lanes + lanes
+            few += step(g, x, weight, y, i) + step(g, x, weight, y, i + lanes)
             _add(sums, errors, j, few, 0.0)
-    for start in range(np.uintp(groups * FEW * LANES), np.uintp(x.size), one):
-        for j in range(min(one, np.uintp(x.size) - start)):
+    for start in range(np.uintp(groups * FEW * LANES), np.uintp(x.size), lanes):
+        for j in range(min(lanes, np.uintp(x.size) - start)):
             _add(sums, errors, j, step(g, x, weight, y, start + j), 0.0)
 
 
@@ -556,14 +558,30 @@ WRITERS = {PLAIN: _plain, IN_PLACE: _in_place}
 
 
 @njit(nogil=True, error_model="numpy", forceinline=True)
-def finish(sums, result):
-    """Round sums (2, channels), and what they lost, to the type of the result."""
-    for channel in range(result.size):
-        # Past an infinity or a NaN the errors are NaN and say nothing.
-        total = sums[0, channel] + sums[1, channel]
-        if not np.isfinite(sums[0, channel]):
-            total = sums[0, channel]
-        result[channel] = total
+def total_of(sums, channel):
+    """Return a sum of (2, channels) with what it has lost."""
+    total = sums[0, channel]
+    # Past an infinity or a NaN the errors are NaN and say nothing.
+    return total + sums[1, channel] if np.isfinite(total) else total
+
+
+# Half floats' weights, for calls from compiled code: WEIGHTS_SIGNATURE.
+
+
+def widen_weights(weights, slopes, channels):
+    """Write the slopes in the type of the products."""
+    given = carray(at(weights), channels, storage)
+    wide = carray(at(slopes), channels, compute)
+    for channel in range(channels):
+        wide[channel] = load(given[channel])
+
+
+def round_sums(total, result, channels):
+    """Round sums (2, channels) once to half floats."""
+    sums = carray(at(total), (2, channels), np.float64)
+    halves = carray(at(result), channels, storage)
+    for channel in range(channels):
+        halves[channel] = store(round_to_odd(total_of(sums, channel)))
 
 
 # Building -----------------------------------------------------------------------------
@@ -584,6 +602,17 @@ def _sources() -> Any:
 SOURCES = _sources()
 
 
+def _names(lane: Lane) -> dict[str, Any]:
+    """Return what a lane binds."""
+    return {
+        "load": lane.load,
+        "store": lane.store,
+        "compute": lane.compute,
+        "storage": lane.storage.type,
+        "active": lane.active,
+    }
+
+
 def bound(block: Function, formula: Function, lane: Lane, kind: str) -> Function:
     """Return a driver whose open names are bound, for Numba to compile.
 
@@ -591,12 +620,8 @@ def bound(block: Function, formula: Function, lane: Lane, kind: str) -> Function
     """
     threads.link()
     driver = block if block in PARTS else DRIVERS.get(block, flat)
-    names: dict[str, Any] = {
-        "load": lane.load,
-        "store": lane.store,
-        "compute": lane.compute,
-        "storage": lane.storage.type,
-        "active": lane.active,
+    names = {
+        **_names(lane),
         "finished": fence if kind == PAST_CACHE else _nothing,
         "formula": compile_(formula, forceinline=True),
     }
@@ -642,3 +667,10 @@ def compiled(block: Function, formula: Function, lane: Lane, kind: str = PLAIN) 
         bound(block, formula, lane, kind),
         BACKWARD_SIGNATURE if block in PARTS else SIGNATURE,
     )
+
+
+@functools.cache
+def compiled_for(lane: Lane, template: Function) -> Any:
+    """Return a C function that converts a lane's weights."""
+    name = f"{template.__name__}_{lane.name}_{SOURCES.hexdigest()[:12]}"
+    return compile_and_keep(rebuild(template, name, _names(lane)), WEIGHTS_SIGNATURE)
