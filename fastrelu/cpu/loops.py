@@ -40,8 +40,8 @@ from fastrelu.cpu.lanes import (
 )
 from fastrelu.cpu.threads import spread
 
-TILE = 4096  # elements worked on at a time where a second pass must find them in L1
-MASKED = 1024  # the same where bits are packed or unpacked first
+TILE = 4096  # elements that are not shared: what is, is cut at their multiples
+MASKED = 1024  # elements whose bits are packed or unpacked before the rest is done
 LANES = 32  # running sums kept side by side, so that a row's sum is vector work
 FEW = 4  # products that are summed without compensation
 SEGMENT = 1 << 14  # elements of a row summed on their own
@@ -474,10 +474,8 @@ def _prelu_backward_rows(g, x, w, y, inner, segments, partial, first_cell, stop_
         errors[:] = 0.0
         begin = row * inner + cell % segments * SEGMENT
         end = min(begin + SEGMENT, (row + 1) * inner)
-        for start in range(begin, end, TILE):
-            stop = min(start + TILE, end)
-            piece = slice(start, stop)
-            write(g[piece], x[piece], weight, y[piece], totals, errors)
+        piece = slice(begin, end)
+        write(g[piece], x[piece], weight, y[piece], totals, errors)
         half = LANES // 2
         while half > 0:
             for i in range(half):
