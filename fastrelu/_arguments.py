@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from fastrelu.mask import Mask
+from fastrelu.mask import Mask, is_foreign
 
 Array = Any
 
@@ -32,7 +32,7 @@ def _is(value: object, kind: type | tuple[type, ...]) -> bool:
     return issubclass(type(value), kind)
 
 
-def _kind(value: object) -> str:
+def kind_of(value: object) -> str:
     """Name the type of a value, and the dtype where it has one."""
     name = type(value).__name__
     with contextlib.suppress(Exception):  # of a broken property
@@ -41,11 +41,11 @@ def _kind(value: object) -> str:
     return name
 
 
-def _shown(value: object) -> str:
+def shown(value: object) -> str:
     """Return a value as text, or its kind where that fails: too many digits, say."""
     with contextlib.suppress(Exception):
         return str(value)
-    return f"a value of type {_kind(value)}"
+    return f"a value of type {kind_of(value)}"
 
 
 def is_accepted(dtype: np.dtype[Any] | str, integers: bool) -> bool:
@@ -57,10 +57,7 @@ def is_accepted(dtype: np.dtype[Any] | str, integers: bool) -> bool:
     )
 
 
-@functools.lru_cache(256)
-def _may_be_on_gpu(kind: type) -> bool:
-    names = "__cuda_array_interface__", "__dlpack_device__"
-    return kind is not np.ndarray and any(hasattr(kind, name) for name in names)
+_may_be_on_gpu = functools.lru_cache(256)(is_foreign)
 
 
 def is_on_gpu(value: Any) -> bool:
@@ -71,7 +68,9 @@ def is_on_gpu(value: Any) -> bool:
     with contextlib.suppress(Exception):  # of a broken method: NumPy will complain
         if hasattr(kind, "__dlpack_device__"):
             return int(value.__dlpack_device__()[0]) in _CUDA
-        return value.__cuda_array_interface__ is not None
+        # Numba's own arrays are told by a mark: its simulator's have no interface.
+        mark = hasattr(kind, "__cuda_ndarray__")
+        return mark or value.__cuda_array_interface__ is not None
     return False
 
 
@@ -82,10 +81,7 @@ def array(
     name: str, value: Any, engine: ModuleType, *, integers: bool = False
 ) -> Array:
     """Return value as an array of the engine, native and of an accepted dtype."""
-    if hasattr(engine, "as_array"):
-        result = _foreign(name, value, engine)
-    else:
-        result = _native(name, value)
+    result = _read(name, value, engine)
     if not is_accepted(result.dtype, integers):
         expected = REALS if integers else FLOATS
         came = f"{type(value).__name__} of dtype {result.dtype}"
@@ -96,36 +92,13 @@ def array(
     return result
 
 
-def _foreign(name: str, value: Any, engine: ModuleType) -> Array:
-    """Return value as an array of an engine that is not NumPy's."""
+def _read(name: str, value: Any, engine: ModuleType, *, convert: bool = True) -> Array:
+    """Return value as the engine sees it."""
     try:
-        result = engine.as_array(value)
-    except TypeError as error:
-        msg = f"{name} must be {engine.KIND}: {error}"
-        raise TypeError(msg) from error
-    if not result.is_aligned:
-        msg = f"{name} must start and step at multiples of {result.itemsize} bytes"
-        raise ValueError(msg)
-    return result
-
-
-def _native(name: str, value: Any) -> Array:
-    """Return value as a numpy.ndarray."""
-    if _is(value, np.ma.MaskedArray):
-        msg = f"{name} must be a plain array, got a MaskedArray: fill its gaps first"
-        raise TypeError(msg)
-    if is_on_gpu(value):
-        msg = (
-            f"{name} must be in the host's memory as the others are, got {_kind(value)}"
-        )
-        raise TypeError(msg)
-    try:
-        return np.asarray(value)
-    except MemoryError:
-        raise
-    except Exception as error:
-        msg = f"{name} must be an array of numbers, got {_kind(value)}: {_shown(error)}"
-        raise TypeError(msg) from error
+        return engine.as_array(value, convert=convert)
+    except (TypeError, ValueError) as error:
+        msg = f"{name} must be {engine.KIND}, {error}"
+        raise (TypeError if _is(error, TypeError) else ValueError)(msg) from error
 
 
 def same_device(name: str, x: Array, other_name: str, other: Array) -> None:
@@ -159,7 +132,7 @@ def like(
 def flag(name: str, value: object) -> bool:
     """Return a bool that is one."""
     if not _is(value, (bool, np.bool_)):
-        msg = f"{name} must be True or False, got {_kind(value)}"
+        msg = f"{name} must be True or False, got {kind_of(value)}"
         raise TypeError(msg)
     return bool(value)
 
@@ -168,17 +141,17 @@ def slope(value: Any) -> float:
     """Return a finite real slope as a float."""
     real = _is(value, (numbers.Real, np.floating, np.integer))
     if not real or _is(value, (bool, np.timedelta64)):
-        msg = f"negative_slope must be a real number, got {_kind(value)}"
+        msg = f"negative_slope must be a real number, got {kind_of(value)}"
         raise TypeError(msg)
     try:
         number = float(value)
     except OverflowError:
         number = math.inf
     except Exception as error:
-        msg = f"negative_slope must be a real number, got {_kind(value)}"
+        msg = f"negative_slope must be a real number, got {kind_of(value)}"
         raise TypeError(msg) from error
     if not math.isfinite(number):
-        msg = f"negative_slope must be finite, got {_shown(value)}"
+        msg = f"negative_slope must be finite, got {shown(value)}"
         raise ValueError(msg)
     return number
 
@@ -199,27 +172,17 @@ def output(
         if out is not None:
             msg = "inplace=True and out= were both given; out= the first array is in place"
             raise ValueError(msg)
-        expected = "must be an array in place"
-        return original, writeable(name, original, checked, expected, engine)
+        return original, writeable(name, original, checked, engine)
     if out is None:
         return None, None
-    return out, writeable("out", out, checked, "must be an array", engine)
+    return out, writeable("out", out, checked, engine)
 
 
-def writeable(
-    name: str, value: Any, model: Array, expected: str, engine: ModuleType
-) -> Array:
+def writeable(name: str, value: Any, model: Array, engine: ModuleType) -> Array:
     """Return value as an array that can take a result shaped and typed like model."""
-    result = value
-    if hasattr(engine, "as_array"):
-        # In place, what `array` made of it serves again.
-        same = getattr(model, "given", None) is value
-        result = model if same else _foreign(name, value, engine)
-    elif not _is(value, np.ndarray) or _is(value, np.ma.MaskedArray):
-        msg = f"{name} {expected} (numpy.ndarray), got {_kind(value)}"
-        raise TypeError(msg)
-    else:
-        result = np.asarray(value)  # a subclass may have attributes of its own
+    # In place, what `array` made of it serves again.
+    same = getattr(model, "given", None) is value
+    result = model if same else _read(name, value, engine, convert=False)
     native = isinstance(result.dtype, str) or result.dtype.isnative
     if result.dtype != model.dtype or not native:
         came = result.dtype if native else f"byte-swapped {result.dtype}"
@@ -228,11 +191,12 @@ def writeable(
     if result.shape != model.shape:
         msg = f"{name} must have shape {model.shape}, got {result.shape}"
         raise ValueError(msg)
-    if not getattr(result, "flags", result).writeable:
+    places = _places(result)
+    if not places.flags.writeable:
         msg = f"{name} must be writeable, got a read-only array"
         raise ValueError(msg)
     same_device(name, result, "the result", model)
-    if _shares_elements(_places(result)):
+    if _shares_elements(places):
         msg = (
             f"{name} must not share memory between its own elements, got shape "
             f"{result.shape} with strides {result.strides}"
@@ -291,7 +255,7 @@ def saved(value: Any, name: str, model: Array, engine: ModuleType) -> Array | Ma
     except MemoryError:
         raise
     except Exception as error:
-        msg = f"saved must be a mask that is still as it was made: {_shown(error)}"
+        msg = f"saved must be a mask that is still as it was made: {shown(error)}"
         raise (ValueError if _is(error, ValueError) else TypeError)(msg) from error
     if mask.shape != model.shape:
         msg = (
@@ -299,11 +263,8 @@ def saved(value: Any, name: str, model: Array, engine: ModuleType) -> Array | Ma
             f"got one of shape {mask.shape}"
         )
         raise ValueError(msg)
-    if hasattr(engine, "as_array"):
-        same_device("saved", _foreign("saved", mask.bits, engine), name, model)
-    elif not _is(mask.bits, np.ndarray):
-        msg = f"saved must be in the host's memory as {name} is, got a mask on a GPU"
-        raise TypeError(msg)
+    mask.bits = array("saved", mask.bits, engine, integers=True)
+    same_device("saved", mask.bits, name, model)
     return mask
 
 
@@ -317,12 +278,12 @@ def weight(value: Any, x: Array, axis: Any, engine: ModuleType) -> tuple[Array, 
         msg = f"weight must have the dtype of x, {expected}, got {given.dtype}"
         raise TypeError(msg)
     if _is(axis, (bool, np.bool_)):
-        msg = f"axis must be an integer, got {_kind(axis)}"
+        msg = f"axis must be an integer, got {kind_of(axis)}"
         raise TypeError(msg)
     try:
         position = operator.index(axis)
     except Exception as error:
-        msg = f"axis must be an integer, got {_kind(axis)}"
+        msg = f"axis must be an integer, got {kind_of(axis)}"
         raise TypeError(msg) from error
     if given.ndim > 1:
         lengths = zip(given.shape[::-1], x.shape[::-1], strict=False)
@@ -342,7 +303,7 @@ def weight(value: Any, x: Array, axis: Any, engine: ModuleType) -> tuple[Array, 
                 f"other axis is named, got shape {given.shape}"
             )
         else:
-            msg = f"axis must be in [{-x.ndim}, {x.ndim}), got {_shown(position)}"
+            msg = f"axis must be in [{-x.ndim}, {x.ndim}), got {shown(position)}"
         raise ValueError(msg)
     shape = [1] * x.ndim
     if not shared:

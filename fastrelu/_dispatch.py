@@ -15,10 +15,16 @@ from fastrelu import cpu
 from fastrelu._arguments import is_accepted, is_on_gpu
 from fastrelu.mask import Mask
 
+_ON_GPU: set[type] = set()  # the types of arrays on a GPU that came so far
+
 
 def engine_of(value: object) -> ModuleType:
     """Return the engine for an array: all that NumPy can read runs on the CPU."""
-    return _cuda() if is_on_gpu(value) else cpu
+    if not is_on_gpu(value):
+        return cpu
+    engine = _cuda()
+    _ON_GPU.add(type(value))
+    return engine
 
 
 @functools.cache
@@ -35,7 +41,7 @@ def _cuda() -> ModuleType:
 
 
 class PlainCalls:
-    """The short way for plain NumPy arrays.
+    """The short way for plain arrays.
 
     At a thousand elements the checks cost more than the work, so the engine has calls
     that ask the few questions that say that no other check could fail.  Here is what
@@ -50,14 +56,29 @@ class PlainCalls:
         self.flat = cpu.flat_call(formula, gradient=gradient)
         self.masked = cpu.mask_call(formula, gradient=gradient)
         self.by_channel = cpu.channel_call(formula, gradient=gradient)
+        self.on_gpu: dict[type, Any] = {}
+
+    def _elsewhere(self, x: Any) -> Any:
+        """Return the calls for a type of arrays on a GPU, from its second array on."""
+        calls = self.on_gpu.get(type(x))
+        if calls is None and type(x) in _ON_GPU:
+            calls = _cuda().Calls(type(x), self.formula, integers=self.integers)
+            self.on_gpu[type(x)] = calls
+        return calls
 
     def forward(
         self, x: Any, slope: Any, inplace: Any, out: Any, return_mask: Any
     ) -> Any:
         if return_mask is False:
             y = self.flat.call(x, slope, inplace, out)
-            return self._again(self.flat, x, slope, inplace, out) if y is None else y
-        if type(x) is not ndarray or return_mask is not True:
+            if y is not None:
+                return y
+        if type(x) is not ndarray:
+            calls = self._elsewhere(x)
+            return calls and calls.forward(x, slope, inplace, out, return_mask)
+        if return_mask is False:
+            return self._again(self.flat, x, slope, inplace, out)
+        if return_mask is not True:
             return None
         bits = cpu.empty_bytes((x.size + 7) >> 3)
         y = self.masked.call(x, slope, inplace, out, bits)
@@ -72,10 +93,13 @@ class PlainCalls:
     def backward(
         self, grad: Any, saved: Any, slope: Any, inplace: Any, out: Any
     ) -> Any:
+        if type(grad) is not ndarray:
+            calls = self._elsewhere(grad)
+            return calls and calls.backward(grad, saved, slope, inplace, out)
         call = self.flat
         if type(saved) is Mask:
             try:  # what was changed since the mask was made may be anything
-                if type(grad) is not ndarray or saved.shape != grad.shape:
+                if saved.shape != grad.shape:
                     return None
                 call, saved = self.masked, saved.bits
             except Exception:  # noqa: BLE001
@@ -113,8 +137,13 @@ class PlainCalls:
         """
         call = self.by_channel
         y = call.call(a, weight, inplace, out, axis, *x)
-        if y is not None or type(a) is not ndarray or not self._takes(a.dtype):
+        if y is not None:
             return y
+        if type(a) is not ndarray:
+            calls = self._elsewhere(a)
+            return calls and calls.channels(a, weight, axis, inplace, out, *x)
+        if not self._takes(a.dtype):
+            return None
         if type(weight) is not ndarray or type(axis) is not int:
             return None
         narrow = False

@@ -452,9 +452,7 @@ def prelu_backward(
         inplace, out_input, "grad_output", grad_output, grad, engine
     )
     if out_weight is not None:
-        sums = _arguments.writeable(
-            "out[1]", out_weight, slopes, "must be an array", engine
-        )
+        sums = _arguments.writeable("out[1]", out_weight, slopes, engine)
         if target is not None:
             _arguments.distinct("out[0]", target, "out[1]", sums)
     else:
@@ -471,7 +469,7 @@ def prelu_backward(
 def _fresh(engine: ModuleType, x: Any) -> tuple[Array, Any]:
     """Return a new array like x, and what the engine sees of it."""
     y = engine.empty_like(x)
-    return y, (engine.as_array(y) if hasattr(engine, "as_array") else y)
+    return y, engine.as_array(y)
 
 
 def _forward(

@@ -9,10 +9,10 @@ import numpy as np
 __all__ = ["Mask"]
 
 
-def _is_foreign(bits: Any) -> bool:
-    """Say whether the bits are an array of another library."""
-    names = "__cuda_array_interface__", "__dlpack_device__"
-    return any(hasattr(type(bits), name) for name in names) and hasattr(bits, "dtype")
+def is_foreign(kind: type) -> bool:
+    """Say whether objects of a type may be arrays of another library."""
+    names = "__cuda_array_interface__", "__dlpack_device__", "__cuda_ndarray__"
+    return kind is not np.ndarray and any(hasattr(kind, name) for name in names)
 
 
 class Mask:
@@ -59,7 +59,7 @@ class Mask:
         plain = bits
         if issubclass(kind, np.ndarray) and not issubclass(kind, np.ma.MaskedArray):
             plain = np.asarray(bits)  # a subclass may have attributes of its own
-        elif not _is_foreign(bits):
+        elif not is_foreign(kind) or not hasattr(bits, "dtype"):
             msg = f"bits must be an array of uint8, got {kind.__name__}"
             raise TypeError(msg)
         if str(plain.dtype).removeprefix("torch.") != "uint8":

@@ -202,3 +202,20 @@ def gradient_of(name, *arrays, **more):
 def strides(a):
     """Those that say anything"""
     return [s for s, n in zip(a.strides, a.shape, strict=True) if n > 1 and a.size]
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """A machine with GPUs that records what happens on it"""
+    import gpu as machines
+
+    with machines.machine(monkeypatch) as machine:
+        yield machine
+
+
+@pytest.fixture
+def put(gpu):
+    """From an array of NumPy to one of that machine's library"""
+    import gpu as machines
+
+    return machines.library(gpu).put

@@ -136,9 +136,10 @@ class Program:
         operands = [operand.strip() for operand in operands]
         self.code.append((parts.group(1), parts.group(2).split("."), operands))
 
-    def run(self, blocks, threads, arguments, memory):
+    def run(self, blocks, threads, arguments, memory, which=None):
+        """Run all blocks, or some of them"""
         with np.errstate(all="ignore"):
-            for block in range(blocks):
+            for block in range(blocks) if which is None else which:
                 Block(self, block, blocks, threads, arguments, memory).run()
 
 

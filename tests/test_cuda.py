@@ -4,11 +4,11 @@ With NUMBA_ENABLE_CUDASIM=1 the same tests run the kernels in Numba's simulator.
 """
 
 import functools
+import math
+import mmap
 import re
 import subprocess
 import sys
-import threading
-import types
 
 import numpy as np
 import pytest
@@ -28,13 +28,11 @@ from reference import assert_same, assert_weight_gradient
 from test_arguments import OVERLAPS
 
 import fastrelu as F
-from fastrelu import _dispatch
 from fastrelu.activations import ACTIVATIONS, _leaky_relu
 
 pytest.importorskip("numba_cuda", reason="needs numba-cuda: see the extra cuda13")
-import gpu as machines
 
-from fastrelu.cuda import arrays, launch
+from fastrelu.cuda import launch
 
 pytestmark = pytest.mark.filterwarnings("ignore::numba.NumbaPerformanceWarning")
 emulated = pytest.mark.skipif(
@@ -46,19 +44,13 @@ FEW = (0, 1, 5, 17, 70) if launch.SIMULATED else (0, 1, 5, 8, 17, 1051)
 STRIDED = [name for name in LAYOUTS if name not in ("misaligned", "swapped")]
 
 
-@pytest.fixture
-def gpu(monkeypatch):
-    with machines.machine(monkeypatch) as machine:
-        yield machine
-
-
-@pytest.fixture
-def put(gpu):
-    return machines.library(gpu).put
+def on_device(put, slopes):
+    """The same keyword arguments, with a weight where the machine finds it"""
+    return {key: put(v) if key == "weight" else v for key, v in slopes.items()}
 
 
 def used(gpu):
-    return [kernel.template for kernel, *_ in gpu.launches]
+    return [launched[0].template for launched in gpu.launches]
 
 
 # Values -------------------------------------------------------------------------------
@@ -69,7 +61,7 @@ def used(gpu):
 def test_forward_and_backward(name, dtype, size, put):
     x, g = sample((size,), dtype), sample((size,), dtype, 1)
     slopes = slopes_for(name, x)
-    given = {key: put(v) if key == "weight" else v for key, v in slopes.items()}
+    given = on_device(put, slopes)
     y = ACTIVATIONS[name].forward(put(x), **given)
     assert_same(y.host, reference.forward(name, x, **slopes))
     dx = gradient_of(name, put(g), put(x), **given)
@@ -82,7 +74,7 @@ def test_in_place_from_anywhere(name, dtype, head, gpu, put):
     memory = sample((head + 40,), dtype)
     x = memory[head:]
     slopes = slopes_for(name, x)
-    given = {key: put(v) if key == "weight" else v for key, v in slopes.items()}
+    given = on_device(put, slopes)
     expected = reference.forward(name, x, **slopes)
     before = memory[:head].copy()
     given_x = put(x)
@@ -99,7 +91,7 @@ def test_pointers_that_differ_within_16_bytes(name, dtype, gpu, put):
     x = sample((41,), dtype)
     out = np.zeros_like(x)
     slopes = slopes_for(name, x)
-    given = {key: put(v) if key == "weight" else v for key, v in slopes.items()}
+    given = on_device(put, slopes)
     ACTIVATIONS[name].forward(put(x[1:]), out=put(out[:-1]), **given)
     assert_same(out[:-1], reference.forward(name, x[1:], **slopes))
     assert used(gpu) == ["strided"]
@@ -112,7 +104,7 @@ def test_layouts(name, dtype, layout, put):
     g, _ = place(sample((3, 4, 5), dtype, 1), layout)
     before = x_memory.copy()
     slopes = slopes_for(name, x)
-    given = {key: put(v) if key == "weight" else v for key, v in slopes.items()}
+    given = on_device(put, slopes)
     y = ACTIVATIONS[name].forward(put(x), **given)
     assert_same(y.host, reference.forward(name, x, **slopes))
     dx = gradient_of(name, put(g), put(x), **given)
@@ -126,7 +118,7 @@ def test_out(name, dtype, layout, put):
     x, g = sample((3, 4, 5), dtype), sample((3, 4, 5), dtype, 1)
     out, memory = place(g, layout)
     slopes = slopes_for(name, x)
-    given = {key: put(v) if key == "weight" else v for key, v in slopes.items()}
+    given = on_device(put, slopes)
     ACTIVATIONS[name].forward(put(x), out=put(out), **given)
     assert_same(memory, place(reference.forward(name, x, **slopes), layout)[1])
     gradient_of(name, put(g), put(x), out=put(out), **given)
@@ -161,10 +153,11 @@ def test_overlap(how, gpu, put):
     assert_same(out, expected)
 
 
-def test_bits_within_the_output(put):
+@pytest.mark.parametrize("start", [0, 8])
+def test_bits_within_the_output(start, put):
     g = normal(64, np.dtype(np.float32))
     x = normal(64, np.dtype(np.float32), 1)
-    bits = g.view(np.uint8)[8:16]
+    bits = g.view(np.uint8)[start : start + 8]
     bits[:] = reference.mask_bits(x)
     expected = reference.backward("relu", g, x)
     F.relu_backward(put(g), F.Mask(put(bits), 64), inplace=True)
@@ -275,142 +268,85 @@ def test_the_error_of_a_long_sum_does_not_grow(put):
     assert abs(dw.host - exact) <= (reference.eps(x.dtype) * scale)
 
 
-# Arguments ----------------------------------------------------------------------------
+# More elements than 32 bits count -----------------------------------------------------
 
 
-def test_host_and_device_do_not_mix(put):
-    x, host = put(np.ones(4, "f4")), np.ones(4, "f4")
-    for call, name in (
-        (lambda: F.relu(x, out=host), "out"),
-        (lambda: F.relu(host, out=x), "out"),
-        (lambda: F.relu_backward(x, host), "saved"),
-        (lambda: F.relu_backward(host, x), "saved"),
-        (lambda: F.relu_backward(host, F.relu(x, return_mask=True)[1]), "saved"),
-        (lambda: F.relu_backward(x, F.relu(host, return_mask=True)[1]), "saved"),
-        (lambda: F.prelu(x, host[:1]), "weight"),
-    ):
-        with pytest.raises(TypeError, match=name):
-            call()
+def reserve(shape, dtype="f2"):
+    """Zeros, of which only the pages that are touched take memory"""
+    size = math.prod(shape) * np.dtype(dtype).itemsize
+    unreserved = 0x4000  # MAP_NORESERVE
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | unreserved
+    return np.frombuffer(mmap.mmap(-1, size, flags=flags), dtype).reshape(shape)
 
 
-def test_two_devices(put):
-    x, other = put(np.ones(4, "f4")), machines.ndarray(np.ones(4, "f4"), device=1)
-    for call, name in (
-        (lambda: F.relu(x, out=other), "out"),
-        (lambda: F.relu_backward(x, other), "saved"),
-        (lambda: F.prelu(x, machines.ndarray(np.ones(1, "f4"), device=1)), "weight"),
-    ):
-        with pytest.raises(ValueError, match=name):
-            call()
+ROWS, COLUMNS = (1 << 22, 1025), (40, 1 << 27)  # beyond 2 ** 32
+CORNERS = np.s_[:1, :200], np.s_[-1:, -200:]
+EDGES = np.s_[:, :200], np.s_[:, -200:]
+WIDE = {
+    "relu": ("flat", ROWS, 0),
+    "relu of a part": ("strided", ROWS, 0),
+    "relu_backward": ("flat", ROWS, 0),
+    "relu_backward of a part": ("strided", ROWS, 0),
+    "mask": ("flat_mask", ROWS, 0),
+    "mask of a part": ("strided_mask", ROWS, 0),
+    "from a mask": ("flat", ROWS, 0),
+    "from a mask of a part": ("strided", ROWS, 0),
+    "prelu of rows": ("flat", ROWS, 0),
+    "prelu of columns": ("flat", ROWS, 1),
+    "prelu of a part": ("strided", ROWS, 1),
+    "prelu_backward of rows": ("prelu_rows", ROWS, 0),
+    "prelu_backward of columns": ("prelu_columns", COLUMNS, 1),
+    "prelu_backward of a part": ("strided_gradient", ROWS, 0),
+}
 
 
-@pytest.mark.parametrize("dtype", ["complex64", "bool"])
-def test_dtypes(dtype, put):
-    with pytest.raises(TypeError, match=f"x must have dtype .* got .*{dtype}"):
-        F.relu(put(np.ones(3, dtype)))
-
-
-def test_memory_that_no_gpu_can_read(put):
-    x, _ = place(normal(8, np.dtype("f4")), "misaligned")
-    with pytest.raises(ValueError, match="x must start"):
-        F.relu(put(x))
-
-
-def test_outputs(gpu, put):
-    x = put(np.ones((2, 3), "f4"))
-    for out, error in (
-        (np.ones((2, 3)), TypeError),
-        (np.ones((3, 2), "f4"), ValueError),
-        (np.broadcast_to(np.ones(3, "f4"), (2, 3)), ValueError),
-    ):
-        with pytest.raises(error, match="out"):
-            F.relu(x, out=put(out))
-    assert not gpu.launches
-
-
-class Interface:
-    """An array of a library that is known by its interface alone"""
-
-    def __init__(self, a, stream=None, **more):
-        self.a, self.dtype, self.shape = a, a.dtype, a.shape
-        self.__dict__["more"] = {"stream": stream, **more}
-
-    @property
-    def __cuda_array_interface__(self):
-        return {**self.a.__array_interface__, **self.more}
-
-
-def test_any_array_with_an_interface(gpu, put):
-    x, out = np.array([-1, 2], "f4"), np.zeros(2, "f4")
-    put(x), put(out)
-    given = Interface(out)
-    assert F.relu(Interface(x), out=given) is given
-    assert_same(out, np.array([0, 2], "f4"))
-    memory = gpu.own(np.array([1, -1, 3], "f4"))
-    F.relu(Interface(memory[:-1]), out=Interface(memory[1:]))
-    assert_same(memory, np.array([1, 1, 0], "f4"))
-    assert gpu.lent
-    with pytest.raises(TypeError, match="out must be given"):
-        F.relu(Interface(x))
-    with pytest.raises(ValueError, match="out must be writeable"):
-        F.relu(Interface(x), out=Interface(out, data=(out.ctypes.data, True)))
-
-
-class Tensor:
-    """What PyTorch shows of a tensor"""
-
-    __module__ = "torch"
-    layout = "strided"
-
-    def __init__(self, host, requires_grad=False):
-        self.host, self.requires_grad = host, requires_grad
-        self.shape, self.dtype = host.shape, f"torch.{host.dtype.name}"
-        self.data_ptr, self.is_neg = lambda: host.ctypes.data, lambda: False
-        self.element_size, self.get_device = lambda: host.itemsize, lambda: 0
-
-    def __dlpack_device__(self):
-        return 2, 0
-
-    def stride(self):
-        return tuple(s // self.host.itemsize for s in self.host.strides)
-
-
-@pytest.fixture
-def torch(gpu, monkeypatch):
-    library = types.ModuleType("torch")
-    library.strided = "strided"
-    library.empty_like = lambda x: Tensor(gpu.own(np.empty_like(x.host)))
-    stream = types.SimpleNamespace(cuda_stream=11)
-    library.cuda = types.SimpleNamespace(current_stream=lambda device: stream)
-    monkeypatch.setitem(sys.modules, "torch", library)
-    return library
-
-
-@pytest.mark.parametrize("dtype", FLOATS, indirect=True)
-def test_tensors(dtype, gpu, torch):
-    x = gpu.own(sample((4, 6), dtype))
-    y = F.relu(Tensor(x.T))
-    assert type(y) is Tensor
-    assert_same(y.host, reference.forward("relu", x.T))
-    assert gpu.launches[-1][2] == 11
-    with pytest.raises(TypeError, match=r"x .*detach\(\)"):
-        F.relu(Tensor(x, requires_grad=True))
-
-
-def test_streams_wait_for_one_another(gpu, torch, put):
-    x, out = normal(5, np.dtype("f4")), np.empty(5, "f4")
-    F.relu(put(x), out=put(out))
-    assert not gpu.waits
-    F.relu(put(x), out=Tensor(out))
-    assert gpu.waits == [(7, 11), (11, 7)]
-    assert gpu.launches[-1][2] == 7
-
-
-def test_a_machine_without_the_extra(monkeypatch, put):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    _dispatch._cuda.cache_clear()
-    with pytest.raises(ImportError, match=r"fastrelu\[cuda13\]"):
-        F.relu(put(np.ones(3, "f4")))
+@emulated
+@pytest.mark.skipif(sys.platform != "linux", reason="needs memory without a reserve")
+@pytest.mark.parametrize("case", WIDE)
+def test_first_and_last_of_more_than_32_bits_count(case, gpu, put):
+    template, shape, axis = WIDE[case]
+    windows = CORNERS if shape is ROWS else EDGES
+    gap = 3 if "part" in case else 0
+    x, g, y = (reserve((shape[0], shape[1] + gap))[:, : shape[1]] for _ in range(3))
+    for k, window in enumerate(windows):
+        part = x[window].shape
+        x[window], g[window] = (sample(part, x.dtype, 2 * k + j) for j in (0, 1))
+    w, dw = reserve((shape[axis],)), reserve((shape[axis],))
+    w[:200], w[-200:] = normal(200, w.dtype), normal(200, w.dtype, 1)
+    gpu.only = lambda blocks: sorted({0, max(0, blocks - 2), blocks - 1})
+    given = put(x), put(g), put(w)
+    name = case.split()[0]
+    if name == "relu":
+        F.relu(given[0], out=put(y))
+    elif name == "relu_backward":
+        F.relu_backward(given[1], given[0], out=put(y))
+    elif name == "mask":
+        _, mask = F.relu(given[0], out=put(y), return_mask=True)
+        for window, some in zip(windows, (np.s_[:25], np.s_[-25:]), strict=True):
+            assert_same(mask.bits.host[some], reference.mask_bits(x[window]))
+    elif name == "from":
+        bits = reserve((math.prod(shape) // 8,), "u1")
+        for window, some in zip(windows, (np.s_[:25], np.s_[-25:]), strict=True):
+            bits[some] = reference.mask_bits(x[window])
+        F.relu_backward(given[1], F.Mask(put(bits), shape), out=put(y))
+    elif name == "prelu":
+        F.prelu(given[0], given[2], axis=axis, out=put(y))
+    else:
+        F.prelu_backward(given[1], *given[::2], axis=axis, out=(put(y), put(dw)))
+    assert template in used(gpu)
+    ends = (np.s_[:1], np.s_[-1:]) if axis == 0 else (np.s_[:200], np.s_[-200:])
+    for window, end in zip(windows, ends, strict=True):
+        slopes = {}
+        if name.startswith("prelu"):
+            slopes = {"weight": w[end], "axis": axis}
+        kind = "relu" if name in ("mask", "from") else name.removesuffix("_backward")
+        if "backward" in case or name == "from":
+            expected = reference.backward(kind, g[window], x[window], **slopes)
+        else:
+            expected = reference.forward(kind, x[window], **slopes)
+        assert_same(y[window], expected)
+        if name == "prelu_backward":
+            assert_weight_gradient(dw[end], g[window], x[window], w[end], axis=axis)
 
 
 # Compiled code ------------------------------------------------------------------------
@@ -492,129 +428,7 @@ def disassemble(program, kernel, capability, file):
     return run.stdout
 
 
-# The cache on the disk ----------------------------------------------------------------
-
-
-@pytest.fixture
-def cache(monkeypatch, tmp_path):
-    monkeypatch.setenv("FASTRELU_CACHE_DIR", str(tmp_path / "cache"))
-    return tmp_path / "cache"
-
-
-def fresh():
-    options = {"element": "input", "formula": _leaky_relu, "lane": "float32"}
-    return launch.Kernel("flat", {**options, "wide": False})
-
-
-@emulated
-def test_code_is_compiled_once(cache, monkeypatch):
-    made = launch.machine_code(fresh(), (9, 0))
-    assert len(list(cache.iterdir())) == 1
-    monkeypatch.setattr(launch, "compile_ptx", None)
-    assert launch.machine_code(fresh(), (9, 0)) == made
-
-
-@emulated
-@pytest.mark.parametrize("content", [b"", b"short", b"x" * 5000])
-def test_a_damaged_file_is_made_again(cache, content):
-    launch.machine_code(fresh(), (9, 0))
-    (file,) = cache.iterdir()
-    whole = file.read_bytes()
-    for damage in (content, whole[:-1], whole + b"x"):
-        file.write_bytes(damage)
-        made = launch.machine_code(fresh(), (9, 0))
-        assert made[1][:4] == b"\x7fELF"
-        assert launch._read(file.name) == made
-
-
-@emulated
-def test_a_folder_that_cannot_be_written(monkeypatch, tmp_path):
-    (tmp_path / "file").touch()
-    monkeypatch.setenv("FASTRELU_CACHE_DIR", str(tmp_path / "file" / "below"))
-    assert launch.machine_code(fresh(), (9, 0))[0]
-
-
 def test_a_digest_for_each_kernel_and_device():
     kernels_ = [launch.Kernel(t, o) for t, o in kernels()]
     digests = [k.digest(c) for k in kernels_ for c in CAPABILITIES]
     assert len({*digests}) == len(digests)
-
-
-def test_two_writers(cache):
-    payload = bytes(range(256)) * 100
-    threads = [
-        threading.Thread(target=launch._write, args=("name", "entry", payload))
-        for _ in range(8)
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert launch._read("name") == ("entry", payload)
-    assert [file.name for file in cache.iterdir()] == ["name"]
-
-
-class Driver:
-    """What is asked of cuda.core and of the driver, and in which order"""
-
-    def __init__(self, current=None):
-        self.calls, self.now = [], current
-
-    def cuCtxGetDevice(self):
-        return (201, None) if self.now is None else (0, self.now)
-
-    def cuDevicePrimaryCtxRetain(self, device):
-        return 0, f"context {device}"
-
-    def cuCtxPushCurrent(self, context):
-        self.calls.append(context)
-
-    def cuCtxPopCurrent(self):
-        self.calls.append("pop")
-
-    def core(self):
-        core = types.ModuleType("cuda.core")
-        core.Device = lambda i: types.SimpleNamespace(compute_capability=(9, 0))
-        core.LaunchConfig = lambda grid, block: (grid, block)
-        core.Stream = types.SimpleNamespace(from_handle=lambda h: f"stream {h}")
-        code = types.SimpleNamespace(get_kernel=lambda entry: f"kernel {entry}")
-        core.ObjectCode = types.SimpleNamespace(from_cubin=lambda code_: code)
-        core.launch = lambda *arguments: self.calls.append(arguments)
-        return core
-
-
-@pytest.fixture
-def driver(monkeypatch):
-    made = Driver()
-    monkeypatch.setitem(sys.modules, "cuda.core", made.core())
-    monkeypatch.setattr(launch, "_driver", lambda: made)
-    monkeypatch.setattr(launch, "machine_code", lambda kernel, cc: ("entry", b""))
-    caches = launch._capability, launch._blocks, launch.stream_of, launch._context
-    for cache in caches:
-        cache.cache_clear()
-    yield made
-    for cache in caches:
-        cache.cache_clear()
-
-
-@emulated
-def test_a_launch_has_bare_addresses(driver):
-    kernel = fresh()
-    for _ in "12":
-        launch.launch(kernel, 0, 5, 3, 4096, (1, 2), np.float32(0.5))
-    call = "stream 5", (3, launch.THREADS), "kernel entry", 4096, 1, 2, np.float32(0.5)
-    assert driver.calls == [call] * 2
-
-
-@emulated
-@pytest.mark.parametrize("now", [None, 0, 1])
-def test_the_device_of_the_array_is_current(driver, now):
-    driver.now = now
-    with launch.current(1):
-        driver.calls.append("work")
-    around = ["work"] if now == 1 else ["context 1", "work", "pop"]
-    assert driver.calls == around
-
-
-def test_handles_of_the_legacy_stream():
-    assert {arrays._handle(stream) for stream in (None, 0, 1)} == {0}

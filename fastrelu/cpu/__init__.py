@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from fastrelu._arguments import is_on_gpu, kind_of, shown
 from fastrelu.cpu import loops, threads
 from fastrelu.cpu.calls import Call
 from fastrelu.cpu.lanes import Lane, lane_of
@@ -17,9 +18,11 @@ Array = Any  # numpy.ndarray of any dtype; its own generic type says nothing mor
 Function = Callable[..., Any]
 
 __all__ = [
+    "KIND",
     "NARROW",
     "SMALLEST",
     "Call",
+    "as_array",
     "backward",
     "backward_mask",
     "channel_call",
@@ -32,6 +35,32 @@ __all__ = [
     "prelu",
     "prelu_backward",
 ]
+
+KIND = "an array in the host's memory"
+
+
+# The protocol of the arguments' checks ------------------------------------------------
+
+
+def as_array(value: Any, *, convert: bool = True) -> Array:
+    """Return a value as a numpy.ndarray: itself, or what NumPy makes of it."""
+    is_array = issubclass(type(value), np.ndarray)
+    if is_array and issubclass(type(value), np.ma.MaskedArray):
+        msg = "got a MaskedArray: fill its gaps first"
+        raise TypeError(msg)
+    if is_on_gpu(value):
+        msg = f"as the others are, got {kind_of(value)} on a GPU"
+        raise TypeError(msg)
+    if not convert and not is_array:
+        msg = f"a numpy.ndarray, to be written to, got {kind_of(value)}"
+        raise TypeError(msg)
+    try:
+        return np.asarray(value)
+    except MemoryError:
+        raise
+    except Exception as error:
+        msg = f"got {kind_of(value)}: {shown(error)}"
+        raise TypeError(msg) from error
 
 
 # Quick calls --------------------------------------------------------------------------

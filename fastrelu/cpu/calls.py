@@ -403,9 +403,10 @@ def call_channels_backward(self, arguments, number):
     if loop == 0:
         return _none(table)
 
-    memory, wide = _malloc(2 * channels * 8), _widen(table, row, weight)
-    if memory == 0 or wide == -1:
-        _free(memory)
+    wide = _widen(table, row, weight)
+    memory = _malloc(2 * channels * 8) if wide != -1 else 0
+    if memory == 0:
+        _free(max(wide, 0))
         return _none(table)
     if wide != 0:
         slopes = wide

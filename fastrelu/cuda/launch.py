@@ -8,6 +8,7 @@ by its content, and `cuda.core` launches it with bare addresses.
 import contextlib
 import functools
 import hashlib
+import importlib
 import os
 import re
 import sys
@@ -50,10 +51,13 @@ class Kernel:
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
 
 
-@functools.lru_cache(4096)
+_kernels: dict[Any, Kernel] = {}
+
+
 def kernel(template: str, **options: Any) -> Kernel:
-    """Return the one kernel of these options."""
-    return Kernel(template, options)
+    """Return the one kernel of these options, in whichever order they come."""
+    key = template, frozenset(options.items())
+    return _kernels.get(key) or _kernels.setdefault(key, Kernel(template, options))
 
 
 @functools.cache
@@ -152,56 +156,54 @@ def machine_code(kernel: Kernel, capability: tuple[int, int]) -> tuple[str, byte
 
 
 @functools.cache
-def _capability(device: int) -> tuple[int, int]:
-    from cuda.core import Device
+def _core() -> Any:
+    return importlib.import_module("cuda.core")
 
-    major, minor = Device(device).compute_capability
+
+@functools.cache
+def _capability(device: int) -> tuple[int, int]:
+    major, minor = _core().Device(device).compute_capability
     return major, minor
 
 
 def _load(kernel: Kernel, device: int) -> Any:
-    from cuda.core import ObjectCode
-
     entry, code = machine_code(kernel, _capability(device))
-    loaded = kernel.loaded[device] = ObjectCode.from_cubin(code).get_kernel(entry)
+    loaded = _core().ObjectCode.from_cubin(code).get_kernel(entry)
+    kernel.loaded[device] = loaded
     return loaded
 
 
 @functools.lru_cache(4096)
 def _blocks(number: int) -> Any:
-    from cuda.core import LaunchConfig
-
-    return LaunchConfig(grid=number, block=THREADS)
+    return _core().LaunchConfig(grid=number, block=THREADS)
 
 
 @functools.lru_cache(4096)
 def stream_of(handle: int) -> Any:
     """Return the object of cuda.core for a stream's handle."""
-    from cuda.core import Stream
-
-    return Stream.from_handle(handle)
+    return _core().Stream.from_handle(handle)
 
 
 def launch(
     kernel: Kernel, device: int, stream: int, blocks: int, *arguments: Any
 ) -> None:
-    """Queue a kernel; the device's context must be the current one."""
+    """Queue a kernel; the device's context must be the current one.
+
+    What is a tuple in the kernel comes element by element.
+    """
     if SIMULATED:
         from numba import cuda
 
-        function = cuda.jit(kernel.function((9, 0))[0])
-        function[blocks, THREADS](*arguments)
+        function, kinds = kernel.function((9, 0))
+        flat = iter(arguments)
+        grouped = [
+            tuple(next(flat) for _ in kind) if hasattr(kind, "count") else next(flat)
+            for kind in kinds
+        ]
+        cuda.jit(function)[blocks, THREADS](*grouped)
         return
-    from cuda.core import launch
-
     loaded = kernel.loaded.get(device) or _load(kernel, device)
-    flat: list[Any] = []
-    for argument in arguments:
-        if isinstance(argument, tuple):
-            flat += argument
-        else:
-            flat.append(argument)
-    launch(stream_of(stream), _blocks(blocks), loaded, *flat)
+    _core().launch(stream_of(stream), _blocks(blocks), loaded, *arguments)
 
 
 @functools.cache
@@ -221,17 +223,21 @@ def _context(device: int) -> Any:
     return context
 
 
+def is_current(device: int) -> bool:
+    """Say whether the device is the current one of this thread."""
+    if SIMULATED:
+        return True
+    error, now = _driver().cuCtxGetDevice()  # an error where no context is current
+    return not error and int(now) == device
+
+
 @contextlib.contextmanager
 def current(device: int) -> Iterator[None]:
     """Make the device the current one of this thread for a while."""
-    if SIMULATED:
+    if is_current(device):
         yield
         return
     driver = _driver()
-    error, now = driver.cuCtxGetDevice()  # an error where no context is current
-    if not error and int(now) == device:
-        yield
-        return
     driver.cuCtxPushCurrent(_context(device))
     try:
         yield
@@ -257,6 +263,6 @@ def wait(stream: int, other: int) -> None:
 
 def scratch(size: int, stream: int, device: int) -> Any:
     """Return memory from the driver's pool, with `handle` and `close(stream)`."""
-    from cuda.core import Device
-
-    return Device(device).memory_resource.allocate(size, stream=stream_of(stream))
+    return (
+        _core().Device(device).memory_resource.allocate(size, stream=stream_of(stream))
+    )

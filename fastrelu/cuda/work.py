@@ -1,0 +1,181 @@
+"""From addresses and sizes to launches: what arrays of any library come down to."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from fastrelu.cuda import launch
+from fastrelu.cuda.launch import THREADS, kernel
+
+Function = Callable[..., Any]
+
+INT32 = 2**31  # sizes from here on need wide indices
+BYTES = 16  # the widest access
+_BLOCKS = 1056  # enough for any GPU, where a sum is split
+_SHORT = 64  # rows of a weight up to here are better treated as columns
+_DOWN = 8 if THREADS == 256 else 4  # rows that a block of columns works on at once
+
+
+class Work:
+    """A call's device, stream and temporary memory."""
+
+    def __init__(self, library: Any, given: Any, device: int) -> None:
+        self.library, self.given, self.device = library, given, device
+        self.stream: int = library.stream(given, device)
+        self.memory: list[Callable[[], Any]] = []
+
+    def run(self, kernel: launch.Kernel, threads: int, *arguments: Any) -> None:
+        """Queue a kernel of so many threads."""
+        blocks = max(1, -(-threads // THREADS))
+        launch.launch(kernel, self.device, self.stream, blocks, *arguments)
+
+    def lend(self, size: int) -> int:
+        """Return the address of bytes for the duration of the call."""
+        where = self.given, self.device, self.stream
+        pointer, give_back = self.library.lend(max(1, size), *where)
+        self.memory.append(give_back)
+        return int(pointer)
+
+    def close(self) -> None:
+        """Give the memory back."""
+        for give_back in self.memory:
+            give_back()
+
+
+def compute_of(dtype: str) -> Any:
+    """Return the type of products."""
+    return np.float32 if dtype in ("float16", "bfloat16") else getattr(np, dtype)
+
+
+def head_of(size: int, itemsize: int, first: int, *others: int) -> int | None:
+    """Return the elements before the first whole vector, or None: places differ."""
+    offset = first % BYTES
+    for place in others:  # in a hurry: a generator would cost more than all the rest
+        if place % BYTES != offset:
+            return None
+    if offset == 0:
+        return 0
+    return None if offset % itemsize else min(size, (BYTES - offset) // itemsize)
+
+
+def run_flat(
+    kernel: launch.Kernel,
+    device: int,
+    stream: int,
+    itemsize: int,
+    size: int,
+    head: int,
+    *arguments: Any,
+) -> None:
+    """Queue a kernel `flat`: a thread does two vectors.
+
+    The arguments are three pointers, and the slope or (inner, channels).
+    """
+    a, b, y, *last = arguments
+    vectors = (size - head) // (BYTES // itemsize)
+    blocks = -(-vectors // (2 * THREADS)) or 1
+    launch.launch(kernel, device, stream, blocks, a, b, y, head, vectors, size, *last)
+
+
+def run_mask(
+    kernel: launch.Kernel,
+    device: int,
+    stream: int,
+    itemsize: int,
+    size: int,
+    *arguments: Any,
+) -> None:
+    """Queue a kernel `flat_mask`: a thread does a vector."""
+    x, y, bits, slope = arguments
+    vectors = size // (BYTES // itemsize)
+    blocks = vectors // THREADS + 1
+    launch.launch(kernel, device, stream, blocks, x, y, bits, vectors, size, slope)
+
+
+def weight_layout(channels: int, inner: int, itemsize: int) -> str | None:
+    """Return the element of `flat` that meets such a weight; None: rows too short."""
+    width = BYTES // itemsize
+    if inner == 1 and channels >= width:
+        return "columns"
+    return "rows" if inner >= width else None
+
+
+# Both gradients for the view (outer, channels, inner) ---------------------------------
+
+
+class Sums(NamedTuple):
+    """Pairs that blocks leave in memory, as (splits, channels, inner)."""
+
+    pointer: int
+    splits: int
+    channels: int
+    inner: int
+
+
+def both(
+    work: Work,
+    gradient: Function,
+    dtypes: tuple[str, str],
+    itemsize: int,
+    pointers: tuple[int, int, int, int],
+    view: tuple[int, int, int],
+) -> Sums:
+    """Write the gradient towards x, and return sums of that towards the weight.
+
+    The dtypes are x's and the weight's, the pointers (grad, x, weight, result).
+    """
+    outer, channels, inner = view
+    size = outer * channels * inner
+    grad, x, _, y = pointers
+    aligned = head_of(size, itemsize, grad, x, y) == 0
+    width = BYTES // itemsize
+    lane, weight = dtypes
+    options = {
+        "gradient": gradient,
+        "lane": lane,
+        "weight": weight,
+        "wide": size >= INT32,
+    }
+    if channels == 1 or inner > _SHORT:
+        single = outer * channels == 1
+        vectors = aligned and (single or inner % width == 0) and inner >= width
+        in_row = inner // width if vectors else inner
+        most = -(-outer * in_row // THREADS)
+        splits = max(1, min(most, -(-_BLOCKS // channels)))
+        template, threads = "prelu_rows", splits * channels * THREADS
+        sums = Sums(pairs(work, lane, splits * channels), splits, channels, 1)
+        sizes = outer, channels, inner, splits
+    else:
+        columns = channels * inner
+        vectors = aligned and columns % width == 0
+        strips = -(-columns // (THREADS // _DOWN * (width if vectors else 1)))
+        splits = max(1, min(-(-outer // _DOWN), -(-_BLOCKS // strips)))
+        template, threads = "prelu_columns", strips * splits * THREADS
+        sums = Sums(pairs(work, lane, splits * columns), splits, channels, inner)
+        sizes = outer, columns, inner, splits
+    code = kernel(template, vectors=vectors, **options)
+    work.run(code, threads, *pointers, sums.pointer, *sizes)
+    return sums
+
+
+def pairs(work: Work, dtype: str, number: int) -> int:
+    """Return the address of memory for so many pairs of sums."""
+    return work.lend(2 * number * np.dtype(compute_of(dtype)).itemsize)
+
+
+def splits_of(size: int, channels: int) -> int:
+    """Return in how many parts to sum so many elements of each channel."""
+    return max(1, min(-(-size // THREADS), -(-_BLOCKS // max(1, channels))))
+
+
+def finish(work: Work, dtype: str, pointer: int, size: int, sums: Sums) -> None:
+    """Add up the sums of each channel into a dense array."""
+    if not size:
+        return
+    team = 1
+    while team < min(sums.splits * sums.inner, THREADS // 2):
+        team *= 2
+    sizes = sums.splits, sums.channels, sums.inner, team
+    code = kernel("finish", lane=dtype)
+    work.run(code, size * team, sums.pointer, pointer, *sizes)

@@ -1,0 +1,668 @@
+"""How the CUDA engine meets arrays: checks, libraries, streams, the cache, launches.
+
+Nothing here needs a GPU.  Where calls are made twice, the first of its kind goes the
+long way, the second one the short way for plain arrays.
+"""
+
+import ctypes
+import hashlib
+import math
+import subprocess
+import sys
+import textwrap
+import threading
+import types
+
+import numpy as np
+import pytest
+import reference
+from conftest import FLOATS, normal, place, sample
+from reference import assert_same
+
+import fastrelu as F
+from fastrelu import _arguments, _dispatch
+from fastrelu.activations import _leaky_relu
+
+pytest.importorskip("numba_cuda", reason="needs numba-cuda: see the extra cuda13")
+import gpu as machines
+
+from fastrelu.cuda import arrays, launch
+
+pytestmark = pytest.mark.filterwarnings("ignore::numba.NumbaPerformanceWarning")
+emulated = pytest.mark.skipif(
+    launch.SIMULATED, reason="the simulator is not what is compiled"
+)
+FLOAT32 = np.dtype("f4")
+
+
+class Plain:
+    """Arguments that leave the short way no question"""
+
+    def __init__(self, put, dtype=FLOAT32):
+        self.put, shape = put, (6, 40)
+        self.x, self.g, self.y = (put(normal(shape, dtype, k)) for k in range(3))
+        self.w, self.dw = (put(normal(40, dtype, k)) for k in (3, 4))
+        self.short, self.one = put(normal(6, dtype, 5)), put(normal(1, dtype, 6))
+        bits = reference.mask_bits(normal(shape, dtype))
+        self.mask = F.Mask(put(bits), shape)
+
+
+CALLS = {
+    "relu": lambda p: F.relu(p.x, out=p.y),
+    "leaky_relu in place": lambda p: F.leaky_relu(p.x, 0.5, inplace=True),
+    "relu_backward": lambda p: F.relu_backward(p.g, p.x, out=p.y),
+    "onto the saved": lambda p: F.relu_backward(p.g, p.x, out=p.x),
+    "leaky_relu_backward": lambda p: F.leaky_relu_backward(p.g, p.x, 0.5, inplace=True),
+    "from a mask": lambda p: F.relu_backward(p.g, p.mask, inplace=True),
+    "prelu of rows": lambda p: F.prelu(p.x, p.short, axis=0, out=p.y),
+    "prelu of columns": lambda p: F.prelu(p.x, p.w, axis=-1, inplace=True),
+    "prelu of one": lambda p: F.prelu(p.x, p.one, out=p.y),
+}
+LENDING = {
+    "relu with a mask": lambda p: F.relu(p.x, return_mask=True, out=p.y),
+    "prelu_backward": lambda p: F.prelu_backward(p.g, p.x, p.w, out=(p.y, p.dw)),
+    "prelu_backward of rows": lambda p: F.prelu_backward(
+        p.g, p.x, p.short, axis=0, out=p.y
+    ),
+    "fresh": lambda p: F.relu(p.x),
+}
+ALL_CALLS = CALLS | LENDING
+
+
+def long_way(patch):
+    patch.setattr(_dispatch.PlainCalls, "_elsewhere", lambda self, x: None)
+
+
+def short_way(patch):
+    def refuse(*arguments, **more):
+        raise AssertionError("a plain array went the long way")
+
+    patch.setattr(_arguments, "array", refuse)
+
+
+# The short way ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", ALL_CALLS)
+@pytest.mark.parametrize("dtype", FLOATS, indirect=True)
+def test_the_short_way_queues_what_the_long_way_does(
+    case, dtype, gpu, put, monkeypatch
+):
+    plain, gpu.only = Plain(put, dtype), lambda blocks: ()
+    ALL_CALLS[case](plain)
+    cupy = sys.modules["cupy"]  # whose fresh memory is now the same each time
+    for name in ("empty", "empty_like"):
+        make, made = getattr(cupy, name), {}
+
+        def same(like, *more, make=make, made=made):
+            size = getattr(like, "shape", like)
+            return made.setdefault(size, make(like, *more))
+
+        monkeypatch.setattr(cupy, name, same)
+    queued = []
+    for way in (short_way, long_way):
+        gpu.launches.clear()
+        with monkeypatch.context() as patch:
+            way(patch)
+            ALL_CALLS[case](plain)
+        queued.append(gpu.launches[:])
+    assert queued[0] == queued[1]
+    assert len(queued[0]) == (2 if "prelu_backward" in case else 1)
+
+
+@pytest.mark.parametrize("case", ALL_CALLS)
+def test_a_call_can_be_captured_in_a_graph(case, gpu, put, monkeypatch):
+    """It only launches: it waits for nothing, and has memory of its library alone"""
+    plain, gpu.only = Plain(put), lambda blocks: ()
+    ALL_CALLS[case](plain)
+
+    def refuse(*arguments):
+        raise AssertionError("a graph cannot capture this")
+
+    for name in ("wait", "scratch", "current", "device_of", "stream_of"):
+        monkeypatch.setattr(launch, name, refuse)
+    if case in CALLS:
+        for name in ("empty", "empty_like"):
+            monkeypatch.setattr(sys.modules["cupy"], name, refuse)
+    before = len(gpu.launches)
+    ALL_CALLS[case](plain)
+    assert len(gpu.launches) == before + (2 if "prelu_backward" in case else 1)
+    assert {launched[2] for launched in gpu.launches} == {gpu.stream}
+
+
+def other_bits(p):
+    mask = F.Mask(p.mask.bits, p.mask.shape)
+    mask.bits = p.put(np.zeros(31, np.uint8))
+    return mask
+
+
+def far_bits(p):
+    bits = p.mask.bits.host
+    return F.Mask(machines.ndarray(bits, device=1), p.mask.shape)
+
+
+WRONG = {
+    "infinite": (lambda p: F.leaky_relu(p.x, math.inf), ValueError, "negative_slope"),
+    "text": (lambda p: F.leaky_relu(p.x, "1"), TypeError, "negative_slope"),
+    "inplace": (lambda p: F.relu(p.x, 1), TypeError, "inplace"),
+    "return_mask": (lambda p: F.relu(p.x, return_mask=1), TypeError, "return_mask"),
+    "both": (lambda p: F.relu(p.x, True, out=p.y), ValueError, "out="),
+    "saved": (lambda p: F.relu_backward(p.g, p.w), ValueError, "saved"),
+    "kind": (lambda p: F.relu_backward(p.g, p.mask.bits), TypeError, "saved"),
+    "shape": (lambda p: F.relu_backward(p.w, p.mask), ValueError, "saved"),
+    "bits": (lambda p: F.relu_backward(p.g, other_bits(p)), ValueError, "saved"),
+    "far bits": (lambda p: F.relu_backward(p.g, far_bits(p)), ValueError, "saved"),
+    "axis": (lambda p: F.prelu(p.x, p.w, axis=2), ValueError, "axis"),
+    "a bool": (lambda p: F.prelu(p.x, p.short, axis=False), TypeError, "axis"),
+    "weight": (lambda p: F.prelu(p.x, p.w, axis=0), ValueError, "weight"),
+    "integers": (lambda p: F.prelu(p.x, p.mask.bits), TypeError, "weight"),
+    "dw": (
+        lambda p: F.prelu_backward(p.g, p.x, p.w, out=(p.y, p.short)),
+        ValueError,
+        "out",
+    ),
+    "one memory": (
+        lambda p: F.prelu_backward(p.g, p.x, p.w, out=(p.y, p.y[0])),
+        ValueError,
+        "out",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_errors_of_arrays_that_look_plain(case, gpu, put):
+    plain = Plain(put)
+    call, error, name = WRONG[case]
+    for _ in "12":
+        with pytest.raises(error, match=name):
+            call(plain)
+    assert not gpu.launches
+
+
+@pytest.mark.parametrize("offset", [1, 40, 239])
+@pytest.mark.parametrize("which", ["x", "saved"])
+def test_an_output_that_lies_on_a_part_of_an_input(which, offset, put):
+    memory = normal(480, FLOAT32)
+    other = normal(240, FLOAT32, 1)
+    part, out = memory[:240], memory[offset : offset + 240]
+    if which == "x":
+        expected = reference.forward("relu", part.copy())
+        F.relu(put(part), out=put(out))
+    else:
+        expected = reference.backward("relu", other, part.copy())
+        F.relu_backward(put(other), put(part), out=put(out))
+    assert_same(out, expected)
+
+
+def test_another_device_than_the_current_one(gpu, put):
+    x = normal(40, FLOAT32)
+    given = put(x.copy())
+    F.relu(given)
+    gpu.device, gpu.switches[:] = 1, []
+    assert_same(F.relu(given).host, reference.forward("relu", x))
+    assert F.leaky_relu(given, 0.5, inplace=True) is given
+    assert_same(given.host, reference.forward("leaky_relu", x, negative_slope=0.5))
+    assert set(gpu.switches) == {0}
+    assert gpu.device == 1
+
+
+def test_orders_of_one_piece_go_the_short_way(gpu, put, monkeypatch):
+    x = normal((3, 4, 5), FLOAT32)
+    for order in ((0, 2, 1), (2, 1, 0)):
+        dense = np.ascontiguousarray(x.transpose(order)).transpose(np.argsort(order))
+        F.relu(put(dense))
+        with monkeypatch.context() as patch:
+            short_way(patch)
+            y = F.relu(put(dense))
+        assert_same(y.host, reference.forward("relu", x))
+        assert y.host.strides == dense.strides
+    short_way(monkeypatch)
+    with pytest.raises(AssertionError):
+        F.relu(put(dense), out=put(x))  # in another order
+
+
+# Arguments ----------------------------------------------------------------------------
+
+
+def test_host_and_device_do_not_mix(put):
+    x, host = put(np.ones(4, "f4")), np.ones(4, "f4")
+    for call, name in (
+        (lambda: F.relu(x, out=host), "out"),
+        (lambda: F.relu(host, out=x), "out"),
+        (lambda: F.relu_backward(x, host), "saved"),
+        (lambda: F.relu_backward(host, x), "saved"),
+        (lambda: F.relu_backward(host, F.relu(x, return_mask=True)[1]), "saved"),
+        (lambda: F.relu_backward(x, F.relu(host, return_mask=True)[1]), "saved"),
+        (lambda: F.prelu(x, host[:1]), "weight"),
+    ):
+        with pytest.raises(TypeError, match=name):
+            call()
+
+
+def test_two_devices(put):
+    x, other = put(np.ones(4, "f4")), machines.ndarray(np.ones(4, "f4"), device=1)
+    for call, name in (
+        (lambda: F.relu(x, out=other), "out"),
+        (lambda: F.relu_backward(x, other), "saved"),
+        (lambda: F.prelu(x, machines.ndarray(np.ones(1, "f4"), device=1)), "weight"),
+    ):
+        with pytest.raises(ValueError, match=name):
+            call()
+
+
+@pytest.mark.parametrize("dtype", ["complex64", "bool"])
+def test_dtypes(dtype, put):
+    with pytest.raises(TypeError, match=f"x must have dtype .* got .*{dtype}"):
+        F.relu(put(np.ones(3, dtype)))
+
+
+@pytest.mark.parametrize("argument", ["x", "g", "y", "w", "dw"])
+def test_memory_that_no_gpu_can_read(argument, gpu, put):
+    plain, gpu.only = Plain(put), lambda blocks: ()
+    for call in ALL_CALLS.values():
+        call(plain)
+    gpu.launches.clear()
+    odd, _ = place(getattr(plain, argument).host, "misaligned")
+    setattr(plain, argument, put(odd))
+    errors = []
+    for call in ALL_CALLS.values():
+        try:
+            call(plain)
+        except ValueError as error:
+            errors.append(str(error))
+    assert {error.partition(" must ")[2] for error in errors} == {
+        "be an array on a GPU, and start and step at multiples of 4 bytes"
+    }
+    assert not [launched for launched in gpu.launches if odd.ctypes.data in launched]
+
+
+def test_outputs(gpu, put):
+    x = put(np.ones((2, 3), "f4"))
+    for out, error in (
+        (np.ones((2, 3)), TypeError),
+        (np.ones((3, 2), "f4"), ValueError),
+        (np.broadcast_to(np.ones(3, "f4"), (2, 3)), ValueError),
+    ):
+        with pytest.raises(error, match="out"):
+            F.relu(x, out=put(out))
+    assert not gpu.launches
+
+
+# Libraries ----------------------------------------------------------------------------
+
+
+class Interface:
+    """An array of a library that is known by its interface alone"""
+
+    def __init__(self, a, stream=None, **more):
+        self.a, self.dtype, self.shape = a, a.dtype, a.shape
+        self.__dict__["more"] = {"stream": stream, **more}
+
+    @property
+    def __cuda_array_interface__(self):
+        return {**self.a.__array_interface__, **self.more}
+
+
+def test_any_array_with_an_interface(gpu, put):
+    x, out = np.array([-1, 2], "f4"), np.zeros(2, "f4")
+    put(x), put(out)
+    given = Interface(out)
+    assert F.relu(Interface(x), out=given) is given
+    assert_same(out, np.array([0, 2], "f4"))
+    memory = gpu.own(np.array([1, -1, 3], "f4"))
+    F.relu(Interface(memory[:-1]), out=Interface(memory[1:]))
+    assert_same(memory, np.array([1, 1, 0], "f4"))
+    assert gpu.lent
+    with pytest.raises(TypeError, match="out must be given"):
+        F.relu(Interface(x))
+    with pytest.raises(ValueError, match="out must be writeable"):
+        F.relu(Interface(x), out=Interface(out, data=(out.ctypes.data, True)))
+
+
+class Capsule:
+    """An array of a library that is known by DLPack alone"""
+
+    def __init__(self, a):
+        self.a, self.streams = a, []
+
+    def __dlpack_device__(self):
+        return 2, 0
+
+    def __dlpack__(self, *, stream=None, max_version=None, **more):
+        self.streams.append(stream)
+        capsule = self.a.__dlpack__(max_version=max_version)
+        ask = ctypes.pythonapi
+        ask.PyCapsule_GetName.restype = ctypes.c_char_p
+        ask.PyCapsule_GetPointer.restype = ctypes.c_void_p
+        name = ask.PyCapsule_GetName(ctypes.py_object(capsule))
+        tensor = ask.PyCapsule_GetPointer(ctypes.py_object(capsule), name)
+        tensor += 32 if b"versioned" in name else 0
+        ctypes.c_int32.from_address(tensor + 8).value = 2  # on a GPU, it says
+        return capsule
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"], indirect=True)
+def test_any_array_with_dlpack(dtype, gpu):
+    x, g = (gpu.own(sample((4, 6), dtype, k)) for k in (0, 1))
+    out = gpu.own(np.empty((4, 6), dtype, order="F"))
+    for _ in "12":
+        given = Capsule(out)
+        assert F.relu(Capsule(x), out=given) is given
+        assert_same(out, reference.forward("relu", x))
+        assert given.streams == [1]  # the legacy one, which the kernel is queued on
+        assert gpu.launches[-1][2] == 0
+    F.relu_backward(Capsule(g), Capsule(x), out=given)
+    assert_same(out, reference.backward("relu", g, x))
+    bits = F.relu_backward(
+        Capsule(g),
+        F.Mask(machines.ndarray(gpu.own(reference.mask_bits(x))), x.shape),
+        out=given,
+    )
+    assert bits is given
+    assert_same(out, reference.backward("relu", g, x))
+    before = x.copy()
+    given = Capsule(x)
+    assert F.relu(given, inplace=True) is given
+    assert_same(x, reference.forward("relu", before))
+
+
+def test_what_dlpack_cannot_do(gpu):
+    x = gpu.own(normal(4, FLOAT32))
+    with pytest.raises(TypeError, match="out must be given"):
+        F.relu(Capsule(x))
+    with pytest.raises(TypeError, match="return_mask"):
+        F.relu(Capsule(x), out=Capsule(x), return_mask=True)
+    with pytest.raises(TypeError, match="dtype"):
+        F.relu(Capsule(x > 0), out=Capsule(x))
+    locked = x.view()
+    locked.flags.writeable = False
+    with pytest.raises(ValueError, match="x must be writeable"):
+        F.relu(Capsule(locked), inplace=True)
+
+
+@pytest.fixture
+def numba_array(gpu, monkeypatch):
+    def device_array(shape, dtype, order="C"):
+        return machines.numba_array(gpu, np.empty(shape, dtype, order=order))
+
+    monkeypatch.setattr("numba.cuda.device_array", device_array)
+    return lambda host: machines.numba_array(gpu, host)
+
+
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_arrays_of_numba(order, gpu, numba_array):
+    x, g = (np.array(normal((4, 6), FLOAT32, k), order=order) for k in (0, 1))
+    w = normal(6, FLOAT32, 2)
+    a, b, weight = numba_array(x), numba_array(g), numba_array(w)
+    for _ in "12":
+        y = F.relu(a)
+        assert type(y) is type(a)
+        assert y.is_c_contiguous() == (order == "C")
+        assert_same(y.host, reference.forward("relu", x))
+        assert gpu.launches[-1][2] == 0
+        y, mask = F.leaky_relu(a, 0.5, return_mask=True)
+        assert_same(mask.bits.host, reference.mask_bits(x))
+        dx = F.leaky_relu_backward(b, mask, 0.5)
+        expected = reference.backward("leaky_relu", g, x, negative_slope=0.5)
+        assert_same(dx.host, expected)
+        assert_same(F.prelu(a, weight).host, reference.forward("prelu", x, weight=w))
+        dx, dw = F.prelu_backward(b, a, weight)
+        assert_same(dx.host, reference.backward("prelu", g, x, weight=w))
+        reference.assert_weight_gradient(dw.host, g, x, w)
+    assert gpu.lent
+    before = x.copy()
+    assert F.relu(a, inplace=True) is a
+    assert_same(x, reference.forward("relu", before))
+
+
+def test_numba_streams(gpu, numba_array):
+    class Stream:
+        def __int__(self):
+            return 9
+
+    x, out = numba_array(normal(20, FLOAT32)), numba_array(np.empty(20, "f4"))
+    bound = x.bind(Stream())
+    F.relu(x, out=out)
+    assert not gpu.waits
+    for _ in "12":
+        F.relu(bound, out=out)
+        assert gpu.launches[-1][2] == 9
+    assert gpu.waits == 2 * [(9, 0), (0, 9)]
+    F.relu(x, out=bound)
+    assert gpu.waits[4:] == [(0, 9), (9, 0)]
+
+
+@emulated
+def test_numba_arrays_without_elements(gpu, numba_array):
+    x = numba_array(normal(3, FLOAT32))
+    x.shape, x.size, x.gpu_data = (0,), 0, None
+    assert F.relu(x, inplace=True) is x
+    assert not gpu.launches
+
+
+@pytest.mark.parametrize("dtype", FLOATS, indirect=True)
+def test_tensors(dtype, gpu):
+    x = gpu.own(sample((4, 6), dtype))
+    y = F.relu(machines.Tensor(x.T))
+    assert type(y) is machines.Tensor
+    assert_same(y.host, reference.forward("relu", x.T))
+    assert gpu.launches[-1][2] == 11
+    with pytest.raises(TypeError, match=r"x .*detach\(\)"):
+        F.relu(machines.Tensor(x, requires_grad=True))
+
+
+def test_streams_wait_for_one_another(gpu, put):
+    x, out = normal(5, np.dtype("f4")), np.empty(5, "f4")
+    F.relu(put(x), out=put(out))
+    assert not gpu.waits
+    F.relu(put(x), out=machines.Tensor(out))
+    assert gpu.waits == [(7, 11), (11, 7)]
+    assert gpu.launches[-1][2] == 7
+
+
+def test_a_machine_without_the_extra(monkeypatch, put):
+    class First(machines.ndarray):
+        """An array of a type that none came of"""
+
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    _dispatch._cuda.cache_clear()
+    with pytest.raises(ImportError, match=r"fastrelu\[cuda13\]"):
+        F.relu(First(np.ones(3, "f4")))
+
+
+def test_tensors_that_are_not_plain(gpu):
+    x = gpu.own(normal((4, 6), FLOAT32))
+    good = machines.Tensor(x)
+    F.relu(good, inplace=True)
+    for change, text in (
+        ({"requires_grad": True}, "detach"),
+        ({"layout": "sparse"}, "to_dense"),
+        ({"is_neg": lambda: True}, "resolve_neg"),
+    ):
+        bad = machines.Tensor(x)
+        bad.__dict__.update(change)
+        for call, name in (
+            (lambda bad=bad: F.relu(bad), "x"),
+            (lambda bad=bad: F.relu(bad, inplace=True), "x"),
+            (lambda bad=bad: F.relu(good, out=bad), "out"),
+            (lambda bad=bad: F.relu_backward(good, bad), "saved"),
+        ):
+            with pytest.raises(TypeError, match=rf"{name} .*{text}"):
+                call()
+
+
+def test_tensors_in_the_hosts_memory(gpu):
+    """Of a type whose others are on the GPU"""
+    x = normal(5, FLOAT32)
+    F.relu(machines.Tensor(gpu.own(x)))
+
+    class Host(machines.Tensor):
+        is_cuda = False
+
+        def __dlpack_device__(self):
+            return 1, 0
+
+        def __array__(self, dtype=None, copy=None):
+            return self.host
+
+    _dispatch._ON_GPU.add(Host)
+    before = len(gpu.launches)
+    assert_same(F.relu(Host(x)), reference.forward("relu", x))
+    assert len(gpu.launches) == before
+
+
+# The cache on the disk ----------------------------------------------------------------
+
+
+@pytest.fixture
+def cache(monkeypatch, tmp_path):
+    monkeypatch.setenv("FASTRELU_CACHE_DIR", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def fresh():
+    options = {"element": "input", "formula": _leaky_relu, "lane": "float32"}
+    return launch.Kernel("flat", {**options, "wide": False})
+
+
+@emulated
+def test_code_is_compiled_once(cache, monkeypatch):
+    made = launch.machine_code(fresh(), (9, 0))
+    assert len(list(cache.iterdir())) == 1
+    monkeypatch.setattr(launch, "compile_ptx", None)
+    assert launch.machine_code(fresh(), (9, 0)) == made
+
+
+@emulated
+@pytest.mark.parametrize("content", [b"", b"short", b"x" * 5000])
+def test_a_damaged_file_is_made_again(cache, content):
+    launch.machine_code(fresh(), (9, 0))
+    (file,) = cache.iterdir()
+    whole = file.read_bytes()
+    for damage in (content, whole[:-1], whole + b"x"):
+        file.write_bytes(damage)
+        made = launch.machine_code(fresh(), (9, 0))
+        assert made[1][:4] == b"\x7fELF"
+        assert launch._read(file.name) == made
+
+
+@emulated
+def test_a_folder_that_cannot_be_written(monkeypatch, tmp_path):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("FASTRELU_CACHE_DIR", str(tmp_path / "file" / "below"))
+    assert launch.machine_code(fresh(), (9, 0))[0]
+
+
+def test_two_writers(cache):
+    payload = bytes(range(256)) * 100
+    threads = [
+        threading.Thread(target=launch._write, args=("name", "entry", payload))
+        for _ in range(8)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert launch._read("name") == ("entry", payload)
+    assert [file.name for file in cache.iterdir()] == ["name"]
+
+
+COLD = """
+    import hashlib, sys
+    from fastrelu.activations import _leaky_relu
+    from fastrelu.cuda import launch
+    options = {"element": "input", "formula": _leaky_relu, "lane": "float32"}
+    kernel = launch.kernel("flat", wide=False, **options)
+    print("ready", flush=True)
+    sys.stdin.readline()
+    entry, code = launch.machine_code(kernel, (9, 0))
+    print(entry, hashlib.sha256(code).hexdigest())
+"""
+
+
+@emulated
+def test_two_processes_at_once_on_an_empty_cache(cache, monkeypatch):
+    command = [sys.executable, "-c", textwrap.dedent(COLD)]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    pair = [subprocess.Popen(command, **pipes) for _ in "12"]
+    assert [process.stdout.readline() for process in pair] == 2 * ["ready\n"]
+    for process in pair:
+        process.stdin.write("\n")
+        process.stdin.flush()
+    results = [process.communicate(timeout=60)[0].split() for process in pair]
+    assert [process.returncode for process in pair] == [0, 0]
+    (file,) = cache.iterdir()
+    monkeypatch.setattr(launch, "compile_ptx", None)
+    entry, code = launch.machine_code(fresh(), (9, 0))
+    assert file.name == fresh().digest((9, 0))
+    assert [entry, hashlib.sha256(code).hexdigest()] in results
+    assert {name for name, _ in results} == {entry}
+
+
+# The driver ---------------------------------------------------------------------------
+
+
+class Driver:
+    """What is asked of cuda.core and of the driver, and in which order"""
+
+    def __init__(self, current=None):
+        self.calls, self.now = [], current
+
+    def cuCtxGetDevice(self):
+        return (201, None) if self.now is None else (0, self.now)
+
+    def cuDevicePrimaryCtxRetain(self, device):
+        return 0, f"context {device}"
+
+    def cuCtxPushCurrent(self, context):
+        self.calls.append(context)
+
+    def cuCtxPopCurrent(self):
+        self.calls.append("pop")
+
+    def core(self):
+        core = types.ModuleType("cuda.core")
+        core.Device = lambda i: types.SimpleNamespace(compute_capability=(9, 0))
+        core.LaunchConfig = lambda grid, block: (grid, block)
+        core.Stream = types.SimpleNamespace(from_handle=lambda h: f"stream {h}")
+        code = types.SimpleNamespace(get_kernel=lambda entry: f"kernel {entry}")
+        core.ObjectCode = types.SimpleNamespace(from_cubin=lambda code_: code)
+        core.launch = lambda *arguments: self.calls.append(arguments)
+        return core
+
+
+@pytest.fixture
+def driver(monkeypatch):
+    made = Driver()
+    monkeypatch.setitem(sys.modules, "cuda.core", made.core())
+    monkeypatch.setattr(launch, "_driver", lambda: made)
+    monkeypatch.setattr(launch, "machine_code", lambda kernel, cc: ("entry", b""))
+    caches = launch._capability, launch._blocks, launch.stream_of, launch._context
+    for cache in caches:
+        cache.cache_clear()
+    yield made
+    for cache in caches:
+        cache.cache_clear()
+
+
+@emulated
+def test_a_launch_has_bare_addresses(driver):
+    kernel = fresh()
+    for _ in "12":
+        launch.launch(kernel, 0, 5, 3, 4096, 1, np.float32(0.5))
+    call = "stream 5", (3, launch.THREADS), "kernel entry", 4096, 1, np.float32(0.5)
+    assert driver.calls == [call] * 2
+
+
+@emulated
+@pytest.mark.parametrize("now", [None, 0, 1])
+def test_the_device_of_the_array_is_current(driver, now):
+    driver.now = now
+    with launch.current(1):
+        driver.calls.append("work")
+    around = ["work"] if now == 1 else ["context 1", "work", "pop"]
+    assert driver.calls == around
+
+
+def test_handles_of_the_legacy_stream():
+    assert {arrays._handle(stream) for stream in (None, 0, 1)} == {0}
