@@ -18,11 +18,13 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from fastrelu import __version__, _peers, nn
+from fastrelu.activations import relu
 
 Array = Any
 
@@ -30,7 +32,7 @@ WIDTHS = (1024,) * 5 + (512,) * 8
 CLASSES = 10
 
 # How to make each activation, and the slope that the weights before it are drawn for.
-ACTIVATIONS: dict[str, tuple[Callable[[], nn.Layer], float]] = {
+ACTIVATIONS: dict[str, tuple[Callable[..., nn.Layer], float]] = {
     "relu": (nn.ReLU, 0.0),
     "leaky_relu": (nn.LeakyReLU, 0.01),
     "prelu": (nn.PReLU, 0.25),
@@ -74,6 +76,12 @@ def parser() -> Parser:
         choices=ACTIVATIONS,
         default="relu",
         help="after each hidden layer (default: %(default)s)",
+    )
+    command.add_argument(
+        "--device",
+        choices=("cpu", "cuda"),
+        default="cpu",
+        help="cuda takes CuPy and a GPU (default: %(default)s)",
     )
     command.add_argument(
         "--epochs",
@@ -235,16 +243,31 @@ def load_digits(seed: int) -> Digits:
     return Digits((train_x - mean) / std, train_y, (test_x - mean) / std, test_y)
 
 
-def network(activation: str, rng: np.random.Generator) -> nn.Sequential:
+def array_module(device: str) -> ModuleType:
+    """Return NumPy, or CuPy once it has computed something on the GPU."""
+    if device == "cpu":
+        return np
+    cupy = importlib.import_module("cupy")
+    x = cupy.ones((2, 2), dtype=np.float32)
+    relu(x @ x).sum().item()
+    return cupy
+
+
+def network(
+    activation: str, rng: np.random.Generator, xp: ModuleType = np
+) -> nn.Sequential:
     """Return the network: 13 hidden layers with an activation each, and the scores."""
     make, slope = ACTIVATIONS[activation]
+    own = {"xp": xp} if make is nn.PReLU else {}
+    options: dict[str, Any] = {"rng": rng, "xp": xp}
     layers: list[nn.Layer] = []
     features = 64
     for width in WIDTHS:
-        layers += [nn.Dense(features, width, negative_slope=slope, rng=rng), make()]
+        dense = nn.Dense(features, width, negative_slope=slope, **options)
+        layers += [dense, make(**own)]
         features = width
     return nn.Sequential(
-        *layers, nn.Dense(features, CLASSES, negative_slope=1, rng=rng)
+        *layers, nn.Dense(features, CLASSES, negative_slope=1, **options)
     )
 
 
@@ -258,12 +281,18 @@ class Epoch(NamedTuple):
 
 
 class Run:
-    """A training run, which can be left after any step."""
+    """A training run on arrays of `xp`, which can be left after any step.
 
-    def __init__(self, args: argparse.Namespace, digits: Digits) -> None:
-        self.digits = digits
+    Nothing in a step waits for a GPU: losses stay there until they are shown.
+    """
+
+    def __init__(
+        self, args: argparse.Namespace, digits: Digits, xp: ModuleType = np
+    ) -> None:
+        self.xp = xp
+        self.digits = Digits(*map(xp.asarray, digits))
         self.rng = np.random.default_rng(args.seed)
-        self.model = network(args.activation, self.rng)
+        self.model = network(args.activation, self.rng, xp)
         self.optimiser = nn.SGD(self.model.parameters, args.learning_rate, momentum=0.9)
         self.learning_rate: float = args.learning_rate
         self.epochs: int = args.epochs
@@ -280,20 +309,25 @@ class Run:
 
     def warm_up(self) -> None:
         """Compile every loop that training needs; learn nothing."""
-        rows = np.array_split(np.arange(len(self.digits.train_x)), self.batches)[0]
+        rows = self.split(np.arange(len(self.digits.train_x)))[0]
         self.model.backward(self.model.forward(self.digits.train_x[rows]))
         self.test()
+
+    def split(self, order: Array) -> list[Array]:
+        """Return the rows of each batch, which are on the device from the start."""
+        batches: list[Array] = self.xp.array_split(self.xp.asarray(order), self.batches)
+        return batches
 
     def __iter__(self) -> Iterator[Array]:
         """Train; yield the mean loss and accuracy of the epoch after each step."""
         for _ in range(self.epochs):
-            seen, means = 0, np.zeros(2)
+            seen, means = 0, self.xp.zeros(2)
             order = self.rng.permutation(len(self.digits.train_x))
-            for rows in np.array_split(order, self.batches):
+            for rows in self.split(order):
                 seen += len(rows)
                 means += (self.step(rows) - means) * len(rows) / seen
                 if seen == len(order):
-                    self.history.append(Epoch(*means, *self.test()))
+                    self.history.append(Epoch(*read(means), *read(self.test())))
                 yield means
 
     def step(self, rows: Array) -> Array:
@@ -318,18 +352,25 @@ class Run:
 
 
 def judge(logits: Array, labels: Array) -> tuple[Array, Array]:
-    """Return the loss and the accuracy, and the gradient of the loss.
+    """Return an array of the loss and the accuracy, and the gradient of the loss."""
+    loss, grad = nn.softmax_cross_entropy(logits, labels)
+    accuracy = (logits.argmax(axis=1) == labels).mean()
+    return nn.get_array_module(logits).stack([loss, accuracy]), grad
+
+
+def read(scores: Array) -> tuple[float, float]:
+    """Return the loss and the accuracy as numbers, for which a GPU is waited for.
 
     Raises
     ------
     FloatingPointError
         If the loss is not finite.
     """
-    loss, grad = nn.softmax_cross_entropy(logits, labels)
-    if not np.isfinite(loss):
+    loss, accuracy = scores.tolist()
+    if not math.isfinite(loss):
         msg = f"the loss is {loss}"
         raise FloatingPointError(msg)
-    return np.array([loss, (logits.argmax(axis=1) == labels).mean()]), grad
+    return loss, accuracy
 
 
 def train(args: argparse.Namespace) -> int:
@@ -356,13 +397,20 @@ def train(args: argparse.Namespace) -> int:
         highlight=False,
     )
     with busy(console, "Loading the digits, compiling ..."):
+        try:
+            xp = array_module(args.device)
+        except Exception as error:  # noqa: BLE001 - whatever it is, there is no GPU
+            reason = str(error).partition("\n")[0]
+            if isinstance(error, ModuleNotFoundError):
+                reason += '; CuPy comes with pip install "cupy-cuda13x[ctk]"'
+            args.fail(f"argument --device: no GPU to compute on: {reason}")
         digits = load_digits(args.seed)
         if args.batch_size > len(digits.train_x):
             args.fail(
                 "argument --batch-size: expected at most the number of training "
                 f"images, {len(digits.train_x)}, got {args.batch_size}"
             )
-        run = Run(args, digits)
+        run = Run(args, digits, xp)
         run.warm_up()
     size = sum(p.value.size for p in run.model.parameters)
     console.print(
@@ -370,6 +418,9 @@ def train(args: argparse.Namespace) -> int:
         f"with {args.activation} learns {len(digits.train_x)} images of handwritten "
         f"digits; {len(digits.test_x)} others test it."
     )
+    if xp is not np:
+        about = xp.cuda.runtime.getDeviceProperties(xp.cuda.Device().id)
+        console.print(f"It runs on {about['name'].decode()}.")
 
     with deferred_interrupt() as interrupted:
         start = time.perf_counter()
@@ -379,11 +430,11 @@ def train(args: argparse.Namespace) -> int:
                 # A diverging run overflows before its loss does; it is told once.
                 np.errstate(over="ignore", invalid="ignore"),
             ):
-                for loss, accuracy in run:
-                    show(loss, accuracy)
+                for means in run:
+                    show(means)
                     if interrupted.is_set():
                         break
-                accuracy = run.test()[1]
+                _, accuracy = read(run.test())
         except FloatingPointError as error:
             print(
                 f"fastrelu train: training diverged in epoch {run.epoch}: {error}; "
@@ -410,7 +461,7 @@ def train(args: argparse.Namespace) -> int:
             console.print("\nNo epoch was completed: there is nothing to draw.")
         if interrupted.is_set():
             return INTERRUPTED
-    with busy(console, "Comparing with the NumPy idioms ..."):
+    with busy(console, "Comparing with the usual idioms ..."):
         times = time_activations(run)
     console.print("\nTime in activations while training\n")
     console.print(time_table(times))
@@ -441,17 +492,18 @@ def busy(console: Any, what: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def progress(console: Any, run: Run) -> Iterator[Callable[[float, float], None]]:
+def progress(console: Any, run: Run) -> Iterator[Callable[[Array], None]]:
     """Yield what shows the progress of a run: a bar, or in a file a line an epoch."""
     digits = len(str(run.epochs))
     if not console.is_interactive:
 
-        def show(loss: float, accuracy: float) -> None:
+        def show(means: Array) -> None:
             if run.steps % run.batches == 0:
+                latest = run.history[-1]
                 console.print(
                     f"epoch {run.epoch:{digits}}/{run.epochs}  "
-                    f"loss {loss:.4f}  accuracy {accuracy:.1%}  "
-                    f"test {run.history[-1].test_accuracy:.1%}"
+                    f"loss {latest.loss:.4f}  accuracy {latest.accuracy:.1%}  "
+                    f"test {latest.test_accuracy:.1%}"
                 )
 
         yield show
@@ -470,13 +522,20 @@ def progress(console: Any, run: Run) -> Iterator[Callable[[float, float], None]]
         task = bar.add_task(
             f"epoch {1:{digits}}/{run.epochs}", total=run.epochs * run.batches, means=""
         )
+        due = time.monotonic()
 
-        def show(loss: float, accuracy: float) -> None:
+        def show(means: Array) -> None:
+            nonlocal due
+            fields: dict[str, Any] = {}
+            if time.monotonic() >= due or run.steps % run.batches == 0:
+                loss, accuracy = read(means)
+                fields["means"] = f"loss {loss:.4f} accuracy {accuracy:.1%}"
+                due = time.monotonic() + 0.1  # nobody reads faster
             bar.update(
                 task,
                 completed=run.steps,
                 description=f"epoch {run.epoch:{digits}}/{run.epochs}",
-                means=f"loss {loss:.4f} accuracy {accuracy:.1%}",
+                **fields,
             )
 
         yield show
@@ -494,8 +553,8 @@ def layer_table(run: Run) -> Any:
         table.add_column(header, justify="right")
     dead = nn.dead_units(run.model, run.digits.test_x)
     for i, units in enumerate(dead):
-        row = [i + 1, units.size, units.sum(), *(f"{a:.3f}" for a in slopes[i : i + 1])]
-        table.add_row(*map(str, row))
+        row = [i + 1, units.size, int(units.sum())]
+        table.add_row(*map(str, row), *(f"{a:.3f}" for a in slopes[i : i + 1]))
     return table
 
 
@@ -520,17 +579,17 @@ def draw(path: Path, history: list[Epoch]) -> None:
 
 
 class Idiom(nn.Layer):
-    """An activation as it is commonly written in NumPy."""
+    """An activation as it is commonly written in NumPy or CuPy."""
 
-    def __init__(self, layer: Any) -> None:
-        self.layer = layer
+    def __init__(self, layer: Any, xp: Any) -> None:
+        self.layer, self.xp = layer, xp
 
     def forward(self, x: Array, /, *, training: bool = True, out: Any = None) -> Array:
         """Return a new array; ``out`` goes unused."""
         self._saved = x
         if isinstance(self.layer, nn.ReLU):
-            return np.maximum(x, 0)
-        return np.where(x > 0, x, self.slope * x)
+            return self.xp.maximum(x, 0)
+        return self.xp.where(x > 0, x, self.slope * x)
 
     def backward(self, grad_output: Array, /, *, out: Any = None) -> Array:
         """Return a new array; ``out`` goes unused."""
@@ -538,8 +597,9 @@ class Idiom(nn.Layer):
         if isinstance(self.layer, nn.ReLU):
             return grad_output * (x > 0)
         if isinstance(self.layer, nn.PReLU):
-            self.layer.weight.grad[:] = np.sum(np.where(x > 0, 0, x * grad_output))
-        return np.where(x > 0, grad_output, self.slope * grad_output)
+            terms = self.xp.where(x > 0, 0, x * grad_output)
+            self.layer.weight.grad[:] = self.xp.sum(terms)
+        return self.xp.where(x > 0, grad_output, self.slope * grad_output)
 
     @property
     def slope(self) -> Any:
@@ -549,31 +609,48 @@ class Idiom(nn.Layer):
         return self.layer.negative_slope
 
 
+def moment(xp: Any) -> Any:
+    """Return the time, or an event that a GPU reaches when it has come so far."""
+    if xp is np:
+        return time.perf_counter()
+    event = xp.cuda.Event()
+    event.record()
+    return event
+
+
+def seconds_between(xp: Any, start: Any, end: Any) -> float:
+    """Return the seconds between two moments."""
+    if xp is np:
+        return float(end - start)
+    end.synchronize()
+    return float(xp.cuda.get_elapsed_time(start, end)) / 1e3
+
+
 class Timed(nn.Layer):
     """A layer with a stopwatch."""
 
-    def __init__(self, layer: nn.Layer) -> None:
-        self.layer = layer
+    def __init__(self, layer: nn.Layer, xp: Any) -> None:
+        self.layer, self.xp = layer, xp
         self.inplace = layer.inplace
-        self.seconds = 0.0
+        self.moments: list[tuple[Any, Any]] = []
 
     def forward(self, x: Array, /, **options: Any) -> Array:
         """Time the layer's forward pass."""
-        start = time.perf_counter()
+        start = moment(self.xp)
         y = self.layer.forward(x, **options)
-        self.seconds += time.perf_counter() - start
+        self.moments.append((start, moment(self.xp)))
         return y
 
     def backward(self, grad_output: Array, /, **options: Any) -> Array:
         """Time the layer's backward pass."""
-        start = time.perf_counter()
+        start = moment(self.xp)
         grad = self.layer.backward(grad_output, **options)
-        self.seconds += time.perf_counter() - start
+        self.moments.append((start, moment(self.xp)))
         return grad
 
 
 def time_activations(run: Run, steps: int = 30) -> dict[str, tuple[float, float]]:
-    """Return the seconds in activations and in all of a step, for us and for NumPy.
+    """Return the seconds in activations and in all of a step, for us and for idioms.
 
     Whole training steps are repeated, on the network as trained and on the same
     batches, because an activation's time depends on what the matrix products left in
@@ -582,9 +659,10 @@ def time_activations(run: Run, steps: int = 30) -> dict[str, tuple[float, float]
     that of training, the weights stay.  Medians of ``steps`` steps, after one that is
     not counted.
     """
+    xp, library = run.xp, "NumPy" if run.xp is np else "CuPy"
     wraps: dict[str, Callable[[nn.Layer], nn.Layer]] = {
-        "fastrelu": Timed,
-        "NumPy idioms": lambda layer: Timed(Idiom(layer)),
+        "fastrelu": lambda layer: Timed(layer, xp),
+        f"{library} idioms": lambda layer: Timed(Idiom(layer, xp), xp),
     }
     networks = {
         name: nn.Sequential(
@@ -593,21 +671,23 @@ def time_activations(run: Run, steps: int = 30) -> dict[str, tuple[float, float]
         for name, wrap in wraps.items()
     }
     optimiser = nn.SGD(run.model.parameters, lr=0.0, momentum=0.9)
-    order = np.arange(len(run.digits.train_x))
-    batches = np.array_split(order, run.batches)
+    batches = run.split(np.arange(len(run.digits.train_x)))
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in networks}
     for i in range(steps + 1):
         rows = batches[i % len(batches)]
         x, labels = run.digits.train_x[rows], run.digits.train_y[rows]
         for name, model in networks.items():
             watches = [a for a in model.layers if isinstance(a, Timed)]
-            for watch in watches:
-                watch.seconds = 0.0
-            start = time.perf_counter()
+            start = moment(xp)
             model.backward(judge(model.forward(x), labels)[1])
             optimiser.step()
-            whole_step = time.perf_counter() - start
-            times[name].append((sum(w.seconds for w in watches), whole_step))
+            whole_step = seconds_between(xp, start, moment(xp))
+            spans = [span for watch in watches for span in watch.moments]
+            times[name].append(
+                (sum(seconds_between(xp, *s) for s in spans), whole_step)
+            )
+            for watch in watches:
+                watch.moments.clear()
     return {name: tuple(np.median(t[1:], axis=0)) for name, t in times.items()}
 
 

@@ -2,7 +2,9 @@
 
 Every layer has ``forward`` and ``backward``, and `Parameter` objects that `SGD`
 updates.  The activations are fastrelu's; everything else is asked of the
-namespace that the arrays come from, so NumPy and CuPy arrays both work.
+namespace that the arrays come from, so NumPy and CuPy arrays both work.  Layers
+with parameters take that namespace as ``xp``.  On a GPU nothing here waits for the
+device: results come when somebody looks at them.
 
 >>> import numpy as np
 >>> rng = np.random.default_rng(0)
@@ -18,6 +20,7 @@ namespace that the arrays come from, so NumPy and CuPy arrays both work.
 array([0, 1, 1, 0])
 """
 
+import functools
 import math
 import sys
 from collections.abc import Iterable
@@ -53,9 +56,23 @@ __all__ = [
 Array = Any  # an array of any namespace that follows NumPy's
 
 
-def _namespace(x: Array) -> Any:
-    """Return the library of an array (numpy, cupy), which is imported already."""
-    return sys.modules[type(x).__module__.partition(".")[0]]
+@functools.cache
+def _library(kind: Any) -> str:
+    names = [base.__module__.partition(".")[0] for base in kind.__mro__]
+    return next((name for name in names if name in ("numpy", "cupy")), names[0])
+
+
+def get_array_module(x: Array) -> Any:
+    """Return the module of an array's library: numpy or cupy, imported already."""
+    return sys.modules[_library(type(x))]
+
+
+def _together(name: str, x: Array, other_name: str, other: Array) -> None:
+    """Refuse arrays of two libraries."""
+    ours, others = _library(type(x)), _library(type(other))
+    if ours != others:
+        msg = f"{name} must be an array of {others} as {other_name} is, got {ours}'s"
+        raise TypeError(msg)
 
 
 class Parameter:
@@ -76,7 +93,7 @@ class Parameter:
 
     def __init__(self, value: Array, *, decay: bool = True) -> None:
         self.value = value
-        self.grad = _namespace(value).zeros_like(value)
+        self.grad = get_array_module(value).zeros_like(value)
         self.decay = decay
 
 
@@ -227,15 +244,16 @@ class Dense(Layer):
         ValueError
             If ``x`` has another shape.
         TypeError
-            If ``x`` has another dtype.
+            If ``x`` has another dtype, or is of another library.
         """
+        _together("x", x, "the weight", self.weight.value)
         if x.ndim != 2 or x.shape[1] != self.in_features:
             msg = f"x must have shape (batch, {self.in_features}), got {x.shape}"
             raise ValueError(msg)
         if x.dtype != self.weight.value.dtype:
             msg = f"x must have dtype {self.weight.value.dtype}, got {x.dtype}"
             raise TypeError(msg)
-        y = _namespace(x).matmul(x, self.weight.value.T, out=out)
+        y = get_array_module(x).matmul(x, self.weight.value.T, out=out)
         y += self.bias.value
         if training:
             self._saved = x
@@ -250,7 +268,7 @@ class Dense(Layer):
             Without a forward pass with ``training=True`` before it.
         """
         x = self._take()
-        xp = _namespace(x)
+        xp = get_array_module(x)
         xp.matmul(grad_output.T, x, out=self.weight.grad)
         xp.sum(grad_output, axis=0, out=self.bias.grad)
         # Last, because out may be x.
@@ -448,8 +466,12 @@ class PReLU(Activation):
         RuntimeError
             Without a forward pass with ``training=True`` before it.
         """
-        grad_input, self.weight.grad[...] = prelu_backward(
-            grad_output, self._take(), self.weight.value, axis=self.axis, out=out
+        grad_input, _ = prelu_backward(
+            grad_output,
+            self._take(),
+            self.weight.value,
+            axis=self.axis,
+            out=(out, self.weight.grad),
         )
         return grad_input
 
@@ -560,8 +582,9 @@ class Sequential(Layer):
             or len(buffer) < rows
             or buffer.shape[1:] != tuple(rest)
             or buffer.dtype != x.dtype
+            or get_array_module(buffer) is not get_array_module(x)
         ):
-            buffer = _namespace(x).empty((rows, *rest), dtype=x.dtype)
+            buffer = get_array_module(x).empty((rows, *rest), dtype=x.dtype)
             self._buffers[i] = buffer
         return buffer[:rows]
 
@@ -637,7 +660,7 @@ def softmax_cross_entropy(logits: Array, labels: Array, /) -> tuple[Any, Array]:
 
     Returns
     -------
-    loss : scalar
+    loss : scalar or 0-d array
         The mean loss, in the dtype of ``logits``.
     grad : array of shape (n, classes)
         The gradient of the mean loss towards ``logits``.
@@ -645,9 +668,10 @@ def softmax_cross_entropy(logits: Array, labels: Array, /) -> tuple[Any, Array]:
     Raises
     ------
     ValueError
-        If a shape does not fit, or a label names no class.
+        If a shape does not fit, or a label names no class.  To see that on a GPU
+        would mean to wait for it: there the loss is NaN.
     TypeError
-        If ``labels`` are not integers.
+        If ``labels`` are not integers, or of another library.
 
     Examples
     --------
@@ -667,16 +691,20 @@ def softmax_cross_entropy(logits: Array, labels: Array, /) -> tuple[Any, Array]:
     if labels.dtype.kind not in "iu":
         msg = f"labels must have an integer dtype, got {labels.dtype}"
         raise TypeError(msg)
-    if labels.min() < 0 or labels.max() >= classes:
+    _together("labels", labels, "logits", logits)
+    xp = get_array_module(logits)
+    if xp is np and (labels.min() < 0 or labels.max() >= classes):
         msg = f"labels must lie in 0..{classes - 1}, got {labels.min()}..{labels.max()}"
         raise ValueError(msg)
-    xp = _namespace(logits)
     rows = xp.arange(n)
     # The largest score becomes 0, so that no exponential overflows.
     shifted = logits - logits.max(axis=1, keepdims=True)
     grad = xp.exp(shifted)
     total = grad.sum(axis=1, keepdims=True)
-    loss = (xp.log(total[:, 0]) - shifted[rows, labels]).mean()
+    losses = xp.log(total[:, 0]) - shifted[rows, labels]
+    if xp is not np:  # CuPy's indices wrap around
+        losses[(labels < 0) | (labels >= classes)] = math.nan
+    loss = losses.mean()
     grad /= total
     grad[rows, labels] -= 1
     grad /= n
@@ -736,16 +764,16 @@ class SGD:
         self.momentum = momentum
         self.weight_decay = weight_decay
         self._velocity = [
-            _namespace(p.value).zeros_like(p.value) for p in self.parameters
+            get_array_module(p.value).zeros_like(p.value) for p in self.parameters
         ]
         # One piece of scratch memory, for the largest parameter.
         largest = max(self.parameters, key=lambda p: p.value.nbytes).value
-        self._scratch = _namespace(largest).empty(largest.nbytes, dtype=np.uint8)
+        self._scratch = get_array_module(largest).empty(largest.nbytes, dtype=np.uint8)
 
     def step(self) -> None:
         """Update every parameter in place from its gradient."""
         for p, v in zip(self.parameters, self._velocity, strict=True):
-            xp = _namespace(v)
+            xp = get_array_module(v)
             scratch = self._scratch[: v.nbytes].view(v.dtype).reshape(v.shape)
             v *= self.momentum
             v += p.grad

@@ -7,11 +7,12 @@ import re
 import signal
 import subprocess
 import sys
+import types
 
 import numpy as np
 import pytest
 
-from fastrelu.__main__ import Run, load_digits, parser
+from fastrelu.__main__ import Run, load_digits, main, parser
 
 pytest.importorskip("sklearn")
 pytest.importorskip("rich")
@@ -105,6 +106,30 @@ def test_a_missing_part_is_one_line(tmp_path):
     assert done.returncode == 2
     assert len(done.stderr.splitlines()) == 1
     assert 'pip install "fastrelu[demo]"' in done.stderr
+
+
+def no_device(*_, **__):
+    raise RuntimeError("cudaErrorNoDevice: no CUDA-capable device is detected\nmore")
+
+
+NO_GPU = {
+    "no CuPy": (None, "cupy.*pip install .*cupy"),
+    "no device": (types.SimpleNamespace(ones=no_device), "cudaErrorNoDevice: no CUDA-"),
+}
+
+
+@pytest.mark.parametrize("what", NO_GPU)
+def test_a_machine_without_a_gpu_is_one_line(what, monkeypatch, capsys):
+    module, message = NO_GPU[what]
+    monkeypatch.setitem(sys.modules, "cupy", module)  # None: it cannot be imported
+    with pytest.raises(SystemExit) as exit:
+        main(["train", "--device", "cuda"])
+    assert exit.value.code == 2
+    output = capsys.readouterr()
+    assert output.out == ""
+    (line,) = output.err.splitlines()
+    assert "--device" in line
+    assert re.search(message, line)
 
 
 def run_with(statement, cwd):
