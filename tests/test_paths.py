@@ -14,7 +14,7 @@ import weakref
 import numba
 import numpy as np
 import pytest
-from conftest import FLOATS, normal, run_loop, sample
+from conftest import FLOATS, normal, place, run_loop, sample
 from reference import assert_same
 
 import fastrelu as F
@@ -152,6 +152,7 @@ LEFT_CALLS = {
     "list": lambda f, x: f.flat.call(x.tolist(), 0.5, False, None),
     "subclass": lambda f, x: f.flat.call(x.view(np.memmap), 0.5, False, None),
     "strided": lambda f, x: f.flat.call(x[::2], 0.5, False, None),
+    "misaligned": lambda f, x: f.flat.call(place(x, "misaligned")[0], 0.5, False, None),
     "order": lambda f, x: f.flat.call(x, 0.5, False, cube("F")),
     "large": lambda f, x: f.flat.call(normal(LARGE, float32), 0.5, False, None),
     "overlap": lambda f, x: f.flat.call(x[1:], 0.5, False, x[:-1]),
@@ -170,14 +171,16 @@ LEFT_CALLS = {
 }
 
 
-@pytest.fixture(scope="module")
-def leaky():
-    """The calls of leaky_relu, ready for float32."""
+def ready_for_float32():
+    """The calls of leaky_relu"""
     row = activations._leaky_relu_calls
     for call, blocks in ((row.flat, 1), (row.masked, 1), (row.by_channel, 2)):
         for block in range(blocks):
             call.prepare(float32, 0, in_place=False, block=block)
     return row
+
+
+leaky = pytest.fixture(ready_for_float32, scope="module")
 
 
 @pytest.mark.parametrize("name", QUICK_CALLS)
@@ -225,6 +228,29 @@ def test_the_quick_call_refers_to_what_it_returns(leaky):
     gone = weakref.ref(y)
     del y
     assert gone() is None
+
+
+def test_other_threads_go_on():
+    """While a loop runs, and here at no other time, the interpreter is another's."""
+    x, gate, log = normal(1 << 22, float32), threading.Lock(), []
+    out = np.empty_like(x)
+    gate.acquire()
+    other = threading.Thread(target=lambda: (gate.acquire(), log.append("gone on")))
+    other.start()
+    threading.Event().wait(0.05)  # the other waits at the gate
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1000)
+    try:
+        gate.release()
+        for _ in range(100):
+            F.relu(x, out=out)
+            if log:
+                break
+        gone_on = bool(log)
+    finally:
+        sys.setswitchinterval(interval)
+    other.join()
+    assert gone_on
 
 
 def shared():

@@ -182,6 +182,17 @@ def test_a_half_weight_is_not_rounded_to_the_data():
     assert_same(dw, np.array([-1024, -2048], np.float32))
 
 
+@pytest.mark.parametrize("nan", ["7fffffff", "ffffffff", "7f800001", "7fc00000"])
+@pytest.mark.parametrize("dtype", FLOATS, indirect=True)
+def test_a_weight_may_be_any_nan(dtype, nan):
+    """The digits that a half float does not have must not carry over into its sign."""
+    w = np.array([int(nan, 16)], np.uint32).view(np.float32)
+    x = np.array([-1, 1], dtype)
+    w = w.astype(dtype) if dtype.itemsize > 2 else w
+    assert_same(F.prelu(x, w), np.array([np.nan, 1], dtype))
+    assert_same(F.prelu_backward(x, x, w)[0], np.array([np.nan, 1], dtype))
+
+
 SPECIAL_SUMS = {  # x, g -> the weight gradient of one channel
     "NaN x": ([nan, -1, 1], [1, 2, 3], nan),
     "NaN x without gradient": ([nan, -1], [0, 2], nan),
