@@ -1,7 +1,7 @@
 """Faults, planted one at a time in a copy of the package: the tests must catch each.
 
     python tests/mutation.py              # all of them
-    python tests/mutation.py pool 17      # those of cpu/pool.py, and number 17
+    python tests/mutation.py pool 17-20   # those of cpu/pool.py, and some by number
 
 The tests named with a fault run first on the copy as it is, where they must pass.
 """
@@ -60,7 +60,7 @@ FAULTS = {
             "return x if x > 0 else slope * x",
             "return x if x >= 0 else slope * x",
             "no product at 0, whose sign a negative slope turns",
-            "test_values.py::test_every_pair_of_specials_and_every_slope",
+            "test_values.py::test_every_pair_of_specials_and_every_slope[float32--0.5]",
         ),
         Fault(
             "return g if x > 0 else slope * g",
@@ -93,13 +93,13 @@ FAULTS = {
             "return -(-math.prod(self.shape) // 8)",
             "return math.prod(self.shape) // 8",
             "nbytes is rounded down",
-            "test_values.py::test_mask",
+            "test_values.py::test_mask[relu-float32-2x3x5x7]",
         ),
         Fault(
             'count=size, bitorder="little"',
             'count=size, bitorder="big"',
             "unpack begins at the other end of each byte",
-            "test_values.py::test_mask",
+            "test_values.py::test_mask[relu-float32-2x3x5x7]",
         ),
     ],
     "_arguments.py": [
@@ -150,7 +150,7 @@ FAULTS = {
             'result.astype(result.dtype.newbyteorder("="))',
             'result.view(result.dtype.newbyteorder("="))',
             "swapped bytes are read as they lie",
-            "test_values.py::test_forward_of_every_layout",
+            "test_values.py::test_forward_of_every_layout[numpy-relu-float32-swapped-17]",
         ),
         Fault(
             "np.shares_memory(_places(first), _places(second))",
@@ -208,7 +208,7 @@ FAULTS = {
             "np.float64 if half else weight.dtype",
             "np.float32 if half else weight.dtype",
             "a half weight's gradient is rounded twice",
-            "test_prelu.py",
+            "test_prelu.py::test_half_products_are_not_rounded",
         ),
         Fault(
             "not self._takes(x.dtype)\n        ):",
@@ -220,7 +220,7 @@ FAULTS = {
             "mask.shape, mask.bits = x.shape, bits",
             "mask.shape, mask.bits = x.shape[::-1], bits",
             "a mask has another shape than its array",
-            "test_values.py::test_mask",
+            "test_values.py::test_mask[relu-float32-2x3x5x7]",
         ),
     ],
     "cpu/calls.py": [
@@ -228,33 +228,33 @@ FAULTS = {
             "or not _words(x)[_FLAGS] & _ALIGNED:",
             "or False:",
             "misaligned arrays are read as if they were not",
-            "test_paths.py::test_other_arguments_are_left_to_python",
+            "test_interpreted.py::test_what_is_left_to_python",
         ),
         Fault(
             "if _kind(x) != _kind(y) or _ndim(x) != _ndim(y):",
             "if _ndim(x) != _ndim(y):",
             "the dtype of an output is not looked at",
-            "test_paths.py::test_other_arguments_are_left_to_python",
+            "test_interpreted.py::test_what_is_left_to_python",
             "crashes",
         ),
         Fault(
             "if _kind(x) != _kind(y) or _ndim(x) != _ndim(y):",
             "if _kind(x) != _kind(y):",
             "the dimensions of an output are not counted",
-            "test_paths.py::test_other_arguments_are_left_to_python",
+            "test_interpreted.py::test_what_is_left_to_python",
         ),
         Fault(
             "        if shape[axis] != other[axis]:",
             "        if shape[axis] > other[axis]:",
             "an output may be smaller than its input",
-            "test_paths.py::test_other_arguments_are_left_to_python",
+            "test_interpreted.py::test_what_is_left_to_python",
             "crashes",
         ),
         Fault(
             "return -1 if start != target and _meet(start, nbytes, target, nbytes) else out",
             "return out",
             "an output may overlap its input",
-            "test_paths.py::test_other_arguments_are_left_to_python",
+            "test_interpreted.py::test_what_is_left_to_python",
         ),
         Fault(
             "if not _is_like(out, x) or not _words(out)[_FLAGS] & _WRITEABLE:",
@@ -306,37 +306,37 @@ FAULTS = {
             "            order &= _C_ORDER\n        if order == 0:",
             "            pass\n        if order == 0:",
             "a mask has the bits of an array in F order in another order",
-            "test_paths.py::test_other_arguments_are_left_to_python",
+            "test_interpreted.py::test_what_is_left_to_python",
         ),
         Fault(
             "length = (size + 7) >> 3",
             "length = size >> 3",
             "a mask lacks the bits of the last elements",
-            "test_values.py::test_mask",
+            "test_interpreted.py::test_masks",
         ),
         Fault(
             "if _kind(b) != table[_BYTE] or",
             "if",
             "the bits may be of another dtype",
-            "test_paths.py::test_other_arguments_are_left_to_python",
+            "test_interpreted.py::test_what_is_left_to_python",
         ),
         Fault(
             "if row == 0 or _words(axis)[_TYPE] != table[_INT] or _ndim(weight) != 1:",
             "if row == 0 or _ndim(weight) != 1:",
             "True passes for an axis",
-            "test_paths.py::test_other_arguments_are_left_to_python",
+            "test_interpreted.py::test_what_is_left_to_python",
         ),
         Fault(
             "        _forget()\n",
             "",
             "an error is left behind where an axis is huge",
-            "test_paths.py::test_other_arguments_are_left_to_python",
+            "test_interpreted.py::test_what_is_left_to_python",
         ),
         Fault(
             "    if _kind(weight) != table[row + _WEIGHT]:\n        return _none(table)\n",
             "",
             "a weight of another dtype is read as if it were x's",
-            "test_paths.py::test_other_arguments_are_left_to_python",
+            "test_interpreted.py::test_what_is_left_to_python",
         ),
         Fault(
             "place += ndim if place < 0 else 0",
@@ -354,13 +354,13 @@ FAULTS = {
             "    if _meet(target, nbytes, other, length):\n        return _none(table)\n",
             "",
             "a weight within the output is overwritten before it is read",
-            "test_paths.py::test_other_arguments_are_left_to_python",
+            "test_interpreted.py::test_what_is_left_to_python",
         ),
         Fault(
             "if kind == _COLUMNS and inner > 1 and channels * inner > loops.WIDE:",
             "if False:",
             "weights are repeated beyond their place on the stack",
-            "test_prelu.py::test_shapes test_interpreted.py::test_channels",
+            "test_interpreted.py::test_channels",
             "crashes",
         ),
         Fault(
@@ -472,7 +472,7 @@ FAULTS = {
             "half = np.uint32(0x7FFF) + (",
             "half = np.uint32(0x8000) + (",
             "bfloat16 ties are not rounded to even",
-            "test_values.py::test_every_half_float",
+            "test_values.py::test_every_half_float[bfloat16-3.3]",
         ),
         Fault(
             "bits | np.uint32(0x400000) if np.isnan(value) else np.uint32(bits + half)",
@@ -484,13 +484,13 @@ FAULTS = {
             "_tester(_positive_bits(0x7C00))",
             "_tester(_positive_bits(0x7FFF))",
             "a float16 NaN is active",
-            "test_values.py::test_mask",
+            "test_values.py::test_mask[relu-float16-2x3x5x7]",
         ),
         Fault(
             'icmp_unsigned("!=", v, _splat(v, 0))',
             'icmp_signed(">", v, _splat(v, 0))',
             "large unsigned numbers are not active",
-            "test_values.py::test_mask",
+            "test_values.py::test_mask[relu-uint8-2x3x5x7]",
         ),
         Fault(
             "magnitude >= np.uint32(0x47800000)",
@@ -510,56 +510,56 @@ FAULTS = {
             "    for i in range(lead + words * WORD, x.size):\n",
             "    for i in range(lead + words * WORD, x.size - 1):\n",
             "past the cache, the last element is not written",
-            "test_paths.py::test_every_path_gives_the_same_bits",
+            "test_interpreted.py::test_forward_and_backward",
         ),
         Fault(
             "    for j in range(x.size - first):\n        y[first + j] = rest[j]",
             "    for j in range(x.size - first - 1):\n        y[first + j] = rest[j]",
             "in place, the last element is not written",
-            "test_values.py::test_every_tail",
+            "test_interpreted.py::test_masks",
         ),
         Fault(
             "        stream_word(y, first, buffer)\n    for i in",
             "        stream_word(y, first - lead, buffer)\n    for i in",
             "past the cache, words are written where no line starts",
-            "test_paths.py::test_every_path_gives_the_same_bits",
+            "test_interpreted.py::test_forward_and_backward",
             "crashes",
         ),
         Fault(
             "bits = b[(start + first) // 8 :]",
             "bits = b[first // 8 :]",
             "every thread writes the first bits",
-            "test_paths.py::test_every_path_gives_the_same_bits",
+            "test_interpreted.py::test_parts",
         ),
         Fault(
             "    bits = b[start // 8 :]\n",
             "    bits = b\n",
             "past the cache, every thread writes the first bits",
-            "test_paths.py::test_every_path_gives_the_same_bits",
+            "test_interpreted.py::test_parts",
         ),
         Fault(
             "for j in range(min(8, tile.size - i)):",
             "for j in range(min(7, tile.size - i)):",
             "the last bit of a byte is not set",
-            "test_values.py::test_mask",
+            "test_interpreted.py::test_masks",
         ),
         Fault(
             "carry = flags >> rest if lead > 0 else np.uint64(0)",
             "carry = np.uint64(0)",
             "past the cache, bits that cross a word are lost",
-            "test_paths.py::test_every_path_gives_the_same_bits",
+            "test_interpreted.py::test_masks",
         ),
         Fault(
             "if place < 8 else flags >> rest",
             "if place < 9 else flags >> rest",
             "past the cache, bits that cross the last word are lost",
-            "test_paths.py::test_every_path_gives_the_same_bits",
+            "test_interpreted.py::test_masks",
         ),
         Fault(
             "(bits[i // 8] >> np.uint8(i % 8)) & np.uint8(1)",
             "(bits[i // 8] >> np.uint8(7 - i % 8)) & np.uint8(1)",
             "the last bits are read from the other end",
-            "test_values.py::test_what_may_be_saved",
+            "test_interpreted.py::test_masks",
         ),
         Fault(
             "words = min(-(-(stop - base) // WORD), (grad.size - base) // WORD)",
@@ -571,37 +571,37 @@ FAULTS = {
             "grad[done:stop], flags[done - base :], rounded)",
             "grad[done:stop], flags, rounded)",
             "flags go with other elements than their own",
-            "test_paths.py::test_every_path_gives_the_same_bits",
+            "test_interpreted.py::test_parts",
         ),
         Fault(
             "row = (start + first) // slope",
             "row = first // slope",
             "every thread begins with the first weight",
-            "test_paths.py::test_every_path_gives_the_same_bits",
+            "test_interpreted.py::test_parts",
         ),
         Fault(
             "column = (start + first) % b.size",
             "column = first % b.size",
             "every thread begins with the first column",
-            "test_paths.py::test_every_path_gives_the_same_bits",
+            "test_interpreted.py::test_parts",
         ),
         Fault(
             "weight = w[row % w.size]\n        for column",
             "weight = w[row // (wide.size // inner // w.size)]\n        for column",
             "narrow rows get each other's weights",
-            "test_prelu.py::test_shapes",
+            "test_interpreted.py::test_channels",
         ),
         Fault(
             "repeats = max(1, min(WIDE, size // 8) // width)",
             "repeats = max(1, min(2 * WIDE, size // 8) // width)",
-            "weights are repeated beyond their place on the stack",
+            "narrow rows are repeated beyond their place on the stack",
             "test_interpreted.py::test_channels",
         ),
         Fault(
             "    for i in range(lead):\n        target[i] = tile[i]",
             "    for i in range(lead - 1):\n        target[i] = tile[i]",
             "an element before the first cache line is not written",
-            "test_values.py::test_past_the_cache test_interpreted.py::test_channels",
+            "test_interpreted.py::test_channels",
         ),
         Fault(
             "product = 0.0 if value > 0 else",
@@ -626,25 +626,25 @@ FAULTS = {
             "channel = cell // segments % w.size",
             "channel = cell % w.size",
             "parts of long rows are added to other channels",
-            "test_prelu.py::test_shapes",
+            "test_interpreted.py::test_channels",
         ),
         Fault(
             "end = min(begin + SEGMENT, (row + 1) * inner)",
             "end = (row + 1) * inner",
             "parts of long rows overlap",
-            "test_prelu.py::test_shapes",
+            "test_interpreted.py::test_channels",
         ),
         Fault(
             "half = LANES // 2",
             "half = LANES // 4",
             "half of the sums are forgotten",
-            "test_prelu.py::test_shapes",
+            "test_interpreted.py::test_channels",
         ),
         Fault(
             "last = min((place + 1) * BLOCK_ROWS, -(-g.size // size))",
             "last = min((place + 1) * BLOCK_ROWS, g.size // size)",
             "rows that do not fill a block are left out",
-            "test_prelu.py::test_shapes",
+            "test_interpreted.py::test_channels",
         ),
         Fault(
             "total if np.isfinite(sums[channel]) else sums[channel]",
@@ -676,7 +676,7 @@ FAULTS = {
             "        np.copyto(out, y)\n    return bits",
             "        pass\n    return bits",
             "a strided output is not written",
-            "test_values.py::test_out",
+            "test_values.py::test_out[relu-float32-step-2x3x5x7]",
         ),
         Fault(
             "    if np.may_share_memory(bits, out):\n        bits = bits.copy()\n",
@@ -808,8 +808,8 @@ def numbered():
     return [(i, file, fault) for i, (file, fault) in enumerate(rows, 1)]
 
 
-def run(tests, home):
-    """How the tests end on the package in a folder: pytest's status, or "hangs"."""
+def run(tests, home, limit=LIMIT):
+    """What the tests print with the package in a folder, and their status or "hangs\""""
     environment = {
         **os.environ,
         "PYTHONPATH": str(home),
@@ -826,7 +826,7 @@ def run(tests, home):
         start_new_session=True,  # what hangs may have children that do
     )
     try:
-        return process.communicate(timeout=LIMIT)[0], process.returncode
+        return process.communicate(timeout=limit)[0], process.returncode
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
         return process.communicate()[0], "hangs"
@@ -840,44 +840,52 @@ def verdict(fault, status):
     return {0: "SURVIVED", 1: "caught"}.get(status, f"DID NOT RUN ({status})")
 
 
+def is_meant(name, number, file):
+    """Whether "17", "17-20", or "pool" means a fault"""
+    if not name[0].isdigit():
+        return name == Path(file).stem
+    first, _, last = name.partition("-")
+    return int(first) <= number <= int(last or first)
+
+
 def main(chosen):
     rows = [
-        row
-        for row in numbered()
-        if not chosen or any(c == str(row[0]) or c == Path(row[1]).stem for c in chosen)
+        (number, file, fault)
+        for number, file, fault in numbered()
+        if not chosen or any(is_meant(name, number, file) for name in chosen)
     ]
-    sound, verdicts = {}, []
+    if not rows:
+        print("no such fault")
+        return 2
+    verdicts = []
     with tempfile.TemporaryDirectory() as folder:
         home = Path(folder)
         for part in ("fastrelu", "tests"):
             ignored = shutil.ignore_patterns("__pycache__")
             shutil.copytree(HOME / part, home / part, ignore=ignored)
         shutil.copy(HOME / "pyproject.toml", home)
+        tests = " ".join(dict.fromkeys(fault.tests for _, _, fault in rows))
+        output, status = run(tests, home, limit=None)
+        if status != 0:
+            print(f"{output}\nThe tests fail without a fault.")
+            return 2
         for number, file, fault in rows:
-            start = time.perf_counter()
             path = home / "fastrelu" / file
             source = path.read_text()
             assert source.count(fault.text) == 1, f"{file}: {fault.text!r}"
-            if fault.tests not in sound:
-                sound[fault.tests] = run(fault.tests, home)
-            output, status = sound[fault.tests]
-            if status == 0:
-                path.write_text(source.replace(fault.text, fault.new))
-                try:
-                    output, status = run(fault.tests, home)
-                finally:
-                    path.write_text(source)
-                verdicts.append(verdict(fault, status))
-            else:
-                verdicts.append("FAILS WITHOUT IT")
+            start = time.perf_counter()
+            path.write_text(source.replace(fault.text, fault.new))
+            output, status = run(fault.tests, home)
+            path.write_text(source)
             seconds = time.perf_counter() - start
-            print(f"{number:3} {verdicts[-1]:9} {seconds:4.0f} s  {file}: {fault.why}")
+            verdicts.append(verdict(fault, status))
+            print(f"{number:3} {verdicts[-1]:8} {seconds:4.0f} s  {file}: {fault.why}")
             if verdicts[-1] not in ("caught", "SURVIVED"):
                 print(output[-2000:])
             sys.stdout.flush()
     caught = verdicts.count("caught")
     print(f"{caught} of {len(verdicts)} caught")
-    return 0 if verdicts and caught == len(verdicts) else 1
+    return 0 if caught == len(verdicts) else 1
 
 
 if __name__ == "__main__":

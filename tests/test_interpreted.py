@@ -68,12 +68,38 @@ def test_masks(name, dtype, size):
         assert_same(given, dx)
 
 
+@each("float32")
+def test_parts(name, dtype):
+    """What the team shares: all but the first parts start somewhere else."""
+    row, n = ACTIVATIONS[name], 3 * loops.TILE + 77
+    x, g = sample((n,), dtype), sample((n,), dtype, seed=1)
+    if row.parameter == "weight":
+        for size, inner in ((11, 1), (3, 150)):
+            values = np.resize(x, (n // (size * inner), size, inner))
+            weight = normal(size, dtype)
+            expected = reference.forward("prelu", values, weight=weight)
+            assert_same(F.prelu(values, weight), expected)
+            assert_same(F.prelu(values, weight, inplace=True), expected)
+        return
+    slopes = slopes_for(name, x)
+    expected, bits = reference.forward(name, x, **slopes), reference.mask_bits(x)
+    for given, more in ((x, {}), (x.copy(), {"inplace": True})):
+        y, mask = row.forward(given, return_mask=True, **more, **slopes)
+        assert_same(y, expected)
+        assert_same(mask.bits, bits)
+    expected = reference.backward(name, g, x, **slopes)
+    assert_same(row.backward(g, x, **slopes), expected)
+    assert_same(row.backward(g, mask, **slopes), expected)
+    assert_same(row.backward(g.copy(), mask, inplace=True, **slopes), expected)
+
+
 # x's shape, the weight's, and which loop they need.
 CHANNELS = {
     "rows": ((2, 3, 100), (3,)),
     "long rows": ((1, 2, loops.SEGMENT + 70), (2,)),
     "columns": ((130, 7), (7,)),
     "narrow rows": ((5, 6, 3), (6,)),
+    "many narrow rows": ((1200, 5, 3), (5,)),
     "wide columns": ((3, loops.SEGMENT_COLUMNS + 9), (loops.SEGMENT_COLUMNS + 9,)),
     "wide narrow rows": ((2, loops.WIDE // 2, 3), (loops.WIDE // 2,)),
     "spread": ((2, 3, 4, 5), (3, 1, 5)),
@@ -117,6 +143,13 @@ def test_what_is_left_to_python(name, leaky):
     before = x.copy()
     assert LEFT_CALLS[name](leaky, x) is None
     assert np.array_equal(x, before)
+
+
+def test_a_large_array_waits_for_the_team(monkeypatch, leaky):
+    monkeypatch.setattr(threads, "SHARE", 64)
+    monkeypatch.setattr(threads, "is_ready", lambda: False)
+    assert leaky.flat.call(cube(), 0.5, False, None) is None
+    assert leaky.flat.call(cube()[0, 0], 0.5, False, None) is not None
 
 
 def test_no_memory_for_a_result(interpreter, monkeypatch, leaky):

@@ -138,6 +138,8 @@ QUICK_CALLS = {
     ),
     "columns": lambda f, x: f.by_channel.call(x, x[0, 0].copy(), -1, True, None),
     "shared": lambda f, x: f.by_channel.call(x, x.ravel()[:1].copy(), 1, False, None),
+    "saved": lambda f, x: f.gradient.call(x, 0.5, False, None, x.copy()),
+    "out is saved": lambda f, x: f.gradient.call(x.copy(), 0.5, False, x, x),
 }
 LEFT_CALLS = {
     "integer slope": lambda f, x: f.flat.call(x, 1, False, None),
@@ -167,17 +169,39 @@ LEFT_CALLS = {
     "channels": lambda f, x: f.by_channel.call(x, x.ravel()[:7], -1, False, None),
     "weight's dtype": lambda f, x: f.by_channel.call(x, np.ones(8), -1, False, None),
     "weight's ndim": lambda f, x: f.by_channel.call(x, x[0], -1, False, None),
+    "unknown dtype": lambda f, x: f.flat.call(x.astype("F"), 0.5, False, None),
+    "saved's dtype": lambda f, x: f.gradient.call(
+        x, 0.5, False, None, x.view(np.int32)
+    ),
+    "saved's shape": lambda f, x: f.gradient.call(x, 0.5, False, None, x[:2].copy()),
+    "saved in F": lambda f, x: f.gradient.call(x, 0.5, False, None, cube("F")),
+    "saved in part": lambda f, x: f.gradient.call(x[:3], 0.5, True, None, x[1:]),
+    "channels in F": lambda f, x: f.by_channel.call(
+        cube("F"), x.ravel()[:8], -1, False, None
+    ),
+    "channels' out": lambda f, x: f.by_channel.call(
+        x, x.ravel()[:8], -1, False, np.empty((4, 6, 9), float32)
+    ),
     "weight in out": lambda f, x: f.by_channel.call(x, x.ravel()[:8], -1, True, None),
 }
 
 
 def ready_for_float32():
     """The calls of leaky_relu"""
-    row = activations._leaky_relu_calls
-    for call, blocks in ((row.flat, 1), (row.masked, 1), (row.by_channel, 2)):
-        for block in range(blocks):
+    row, gradients = (
+        activations._leaky_relu_calls,
+        activations._leaky_relu_backward_calls,
+    )
+    calls = {
+        "flat": row.flat,
+        "masked": row.masked,
+        "by_channel": row.by_channel,
+        "gradient": gradients.flat,
+    }
+    for call in calls.values():
+        for block in range(len(call.blocks)):
             call.prepare(float32, 0, in_place=False, block=block)
-    return row
+    return types.SimpleNamespace(**calls)
 
 
 leaky = pytest.fixture(ready_for_float32, scope="module")

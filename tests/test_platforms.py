@@ -2,15 +2,20 @@
 
 import os
 import sys
+import threading
 import types
 
 import llvmlite.binding as llvm
+import numpy as np
 import pytest
 from llvmlite import ir
 from numba.core import config
+from numba.core.compiler_lock import global_compiler_lock
 from test_threads import PRELUDE, run, several_threads
 
-from fastrelu.cpu import lanes, pool, threads
+from fastrelu import activations
+from fastrelu.cpu import calls, lanes, loops, pool, threads
+from fastrelu.cpu.calls import Call
 
 HINTS = {
     "x86_64-unknown-linux-gnu": "@llvm.x86.sse2.pause()",
@@ -105,6 +110,22 @@ def test_a_system_without(without):
     )
     several = config.NUMBA_NUM_THREADS > 1 and without != "locks"
     assert output == f"True\n{several} {several}\n"
+
+
+def test_two_threads_that_make_one_call():
+    """Whoever comes second finds it made."""
+    call, rows = Call(activations._relu, loops.forward), []
+    dtype = np.dtype(np.float32)
+    other = threading.Thread(target=lambda: rows.append(call._add(dtype)))
+    with global_compiler_lock:
+        other.start()
+        threading.Event().wait(0.05)  # the other waits for the lock
+        rows.append(call._add(dtype))
+        made = call.call
+    other.join()
+    assert rows[0] == rows[1]
+    assert call.call is made
+    assert call.table[calls._KNOWN] == 1
 
 
 # Memory -------------------------------------------------------------------------------

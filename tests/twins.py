@@ -31,6 +31,7 @@ CALLS = [
 def carray(place, shape, dtype=None):
     """An array at an address, or a part of what stands for a place on the stack"""
     if isinstance(place, np.ndarray):
+        assert shape <= place.size
         return place[:shape]
     dtype = np.dtype(dtype if isinstance(dtype, type) else str(dtype))
     memory = (ctypes.c_char * (shape * dtype.itemsize)).from_address(place)
