@@ -126,7 +126,8 @@ def test_channels(dtype, which):
 
 
 @pytest.fixture
-def leaky():
+def leaky(monkeypatch):
+    monkeypatch.setattr(threads, "CACHE", 1 << 20)
     return ready_for_float32()
 
 
