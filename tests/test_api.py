@@ -91,6 +91,11 @@ def test_version():
         pytest.skip("fastrelu is not installed here")
 
 
+def test_a_mask_says_what_it_is():
+    mask = F.Mask(np.zeros(3, np.uint8), (4, 5))
+    assert repr(mask) == "Mask(shape=(4, 5), nbytes=3)"
+
+
 # Other processes
 
 CALL_ALL = """

@@ -482,6 +482,7 @@ ODD_BUT_SOUND = {
     "8 -64": ((2, 2), (8, -64)),
     "0 of one": ((1, 3), (0, 8)),
     "0 of none": ((2, 0), (0, 0)),
+    "24 40": ((3, 3), (24, 40)),  # every row reaches into every other
     "40 64 16": ((2, 2, 2), (40, 64, 16)),
     "large": ((1000, 1000), (8 * 1001, 8)),
 }
@@ -634,6 +635,18 @@ def test_weight_within_the_output_of_an_input_that_is_copied(function):
     got = call(function, given | {"weight": out[-1], "out": out})
     for a, b in zip(several(got), several(expected), strict=True):
         assert_same(a, b)
+
+
+@each_first_array
+def test_arrays_that_take_all_memory(function, argument):
+    """What asarray raises for want of memory is not taken for a wrong argument."""
+
+    class Endless:
+        def __array__(self, dtype=None, copy=None):
+            raise MemoryError
+
+    with pytest.raises(MemoryError):
+        call(function, sound(function) | {argument: Endless()})
 
 
 @each_second_array

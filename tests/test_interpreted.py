@@ -153,6 +153,24 @@ def test_a_large_array_waits_for_the_team(monkeypatch, leaky):
     assert leaky.flat.call(cube()[0, 0], 0.5, False, None) is not None
 
 
+def test_when_the_team_is_ready(monkeypatch):
+    """Once it is started, and if Numba's threads are new to it, it knows of them."""
+    memory, name, launched = np.zeros_like(threads._memory), "launched", {}
+    monkeypatch.setattr(threads, "_memory", memory)
+    memory[threads._NUMBA], memory[threads._LAUNCHED] = id(launched), id(name)
+    memory[threads._TRUE] = id(True)
+    launched[name] = False
+    assert not threads.is_ready()
+    memory[threads._STARTED] = 1
+    assert threads.is_ready()
+    launched[name] = True
+    assert not threads.is_ready()
+    memory[threads._LIMIT] = 12345
+    assert threads.is_ready()
+    memory[threads._STARTED] = 0
+    assert not threads.is_ready()
+
+
 def test_no_memory_for_a_result(interpreter, monkeypatch, leaky):
     def none(*_):
         interpreter.error = MemoryError()

@@ -18,7 +18,7 @@ from conftest import FLOATS, normal, place, run_loop, sample
 from reference import assert_same
 
 import fastrelu as F
-from fastrelu import activations
+from fastrelu import activations, cpu
 from fastrelu.cpu import calls, loops, pool, threads
 from fastrelu.cpu.jit import compile_
 from fastrelu.cpu.lanes import lane_of
@@ -220,6 +220,11 @@ def test_other_arguments_are_left_to_python(name, leaky):
     before = x.copy()
     assert LEFT_CALLS[name](leaky, x) is None
     assert np.array_equal(x, before)
+
+
+def test_a_call_that_gives_no_answer_passes_for_no_result():
+    with pytest.raises(RuntimeError, match="a bug of fastrelu"):
+        cpu._answered(None)
 
 
 def test_the_quick_call_knows_a_dtype_by_what_it_is(leaky):

@@ -78,41 +78,86 @@ def test_half_floats_on_the_simplest_processor():
 # Threads and signals ------------------------------------------------------------------
 
 
+BLOCKED = """
+    def blocked(thread):
+        with open(f"/proc/self/task/{thread}/status") as file:
+            line = next(line for line in file if line.startswith("SigBlk"))
+        return int(line.split()[1], 16)
+"""
+
+
 @several_threads
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells")
 def test_members_leave_signals_to_their_host():
     script = """
     import signal
-    def blocked(thread):
-        with open(f"/proc/self/task/{thread}/status") as file:
-            line = next(line for line in file if line.startswith("SigBlk"))
-        return int(line.split()[1], 16)
     assert works()
     words = threads._MEMBER + threads._MEMBER_SIZE + threads._ID
     mine, members = (blocked(t) for t in (os.getpid(), int(threads._memory[words])))
     signals = signal.SIGINT, signal.SIGTERM, signal.SIGALRM, signal.SIGUSR1
     print([(mine >> s - 1 & 1, members >> s - 1 & 1) for s in signals])
     """
-    assert run(PRELUDE + script) == f"{[(0, 1)] * 4}\n"
+    assert run(PRELUDE + BLOCKED + script) == f"{[(0, 1)] * 4}\n"
 
 
-@pytest.mark.parametrize("without", ["locks", "masks of signals", "processors"])
-def test_a_system_without(without):
+WITHOUT = {
+    "locks": ("", "threads._new_lock = lambda: None"),
+    "masks of signals": ("", "import signal; del signal.pthread_sigmask"),
+    "a function of Linux": ("", "threads._LINUX = {threads._PLACE: 'none_of_these'}"),
+    "Linux": ("", "import types; threads.sys = types.SimpleNamespace(platform='none')"),
+    "forks": ("import os; del os.fork, os.register_at_fork", ""),
+}
+
+
+@pytest.mark.parametrize("what", WITHOUT)
+def test_a_system_without(what):
     """The team has as many members as there are locks; it can do without the others."""
-    script = {
-        "locks": "threads._new_lock = lambda: None",
-        "masks of signals": "import signal; del signal.pthread_sigmask",
-        "processors": "threads._LINUX = {threads._PLACE: 'no_such_function'}",
-    }[without]
+    before, after = WITHOUT[what]
     output = run(
-        f"{PRELUDE}\n    {script}\n    print(np.array_equal(F.relu(x), expected))"
-        "\n    print(threads._memory[threads._WORKERS] > 0, loops() > 0)"
+        f"    {before}\n{PRELUDE}\n    {after}\n"
+        "    print(np.array_equal(F.relu(x), expected))\n"
+        "    print(threads._memory[threads._WORKERS] > 0, loops() > 0)"
     )
-    several = config.NUMBA_NUM_THREADS > 1 and without != "locks"
+    several = config.NUMBA_NUM_THREADS > 1 and what != "locks"
     assert output == f"True\n{several} {several}\n"
 
 
-def test_two_threads_that_make_one_call():
+STARTS = {
+    "two threads": """
+    from numba.core.compiler_lock import global_compiler_lock
+    other = threading.Thread(target=threads.ready)
+    with global_compiler_lock:
+        other.start()
+        time.sleep(0.05)  # the other waits for the lock
+        threads.ready()
+    other.join()
+    """,
+    "a signal's handler": """
+    compiling = threads.compile_and_keep
+    def interrupted(function, signature):
+        result = compiling(function, signature)
+        if function is threads._member and not threads._memory[threads._STARTED]:
+            threads.compile_and_keep = compiling
+            threads.ready()
+        return result
+    threads.compile_and_keep = interrupted
+    threads.ready()
+    """,
+}
+
+
+@pytest.mark.parametrize("by", STARTS)
+def test_a_team_is_started_once_by(by):
+    script = """
+    print(works(), len(threads._functions))
+    if sys.platform == "linux":  # members are those that take no signals
+        members = sum(blocked(task) >> 1 & 1 for task in os.listdir("/proc/self/task"))
+        assert members == threads._memory[threads._WORKERS]
+    """
+    assert run(PRELUDE + BLOCKED + STARTS[by] + script) == "True 2\n"
+
+
+def test_a_call_is_made_once_by_two_threads():
     """Whoever comes second finds it made."""
     call, rows = Call(activations._relu, loops.forward), []
     dtype = np.dtype(np.float32)
