@@ -146,6 +146,14 @@ def test_what_is_left_to_python(name, leaky):
     assert np.array_equal(x, before)
 
 
+def test_a_second_dtype(leaky):
+    leaky.flat.prepare(np.dtype(np.float64), 0, in_place=False)
+    for dtype in (np.float32, np.float64):
+        x = cube().astype(dtype)
+        expected = reference.forward("leaky_relu", x, negative_slope=0.5)
+        assert_same(leaky.flat.call(x, 0.5, False, None), expected)
+
+
 def test_a_large_array_waits_for_the_team(monkeypatch, leaky):
     monkeypatch.setattr(threads, "SHARE", 64)
     monkeypatch.setattr(threads, "is_ready", lambda: False)
