@@ -198,6 +198,13 @@ def test_every_half_float():
     assert_same(back.view(np.float16), bits.view(np.float16))
 
 
+@pytest.mark.parametrize("value", [65519, 65520, 65536, 7e4, 131071, 131072, 3e38])
+def test_numbers_beyond_half_floats(value):
+    got = lanes._float_to_half_by_bits(np.float32(value))
+    with np.errstate(over="ignore"):
+        assert got == np.float16(value).view(np.uint16)
+
+
 def test_every_way_to_round_to_half():
     """All that lies between two half floats: just above the first, half way, below."""
     for low in (
