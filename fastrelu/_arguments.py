@@ -227,8 +227,6 @@ def _shares_elements(x: Array) -> bool:
         return False  # each axis steps over all that the finer ones reach
     # Rare and crafted: compare the slices along one axis after another, exactly.
     axis = max(range(x.ndim), key=lambda i: x.shape[i])
-    if x.shape[axis] < 2:
-        return False
     slices = np.moveaxis(x, axis, 0)
     first = slices[0, ...]
     for i in range(1, len(slices)):

@@ -1,6 +1,8 @@
 """The grid that the tests walk: library x dtype x shape x layout."""
 
+import functools
 import importlib.util
+import inspect
 import math
 from collections.abc import Callable
 from typing import NamedTuple
@@ -73,6 +75,27 @@ def each(*dtypes, where=lambda row: True):
         if where(row) and (dtype in FLOATS or reference.DEFINITIONS[name].integers)
     ]
     return pytest.mark.parametrize(("name", "dtype"), pairs, indirect=["dtype"])
+
+
+def in_turn(name, values):
+    """Run a test for each of these values as one test, whose error names the value"""
+
+    def decorate(test):
+        @functools.wraps(test)
+        def run(**given):
+            for value in values:
+                try:
+                    test(**given, **{name: value})
+                except Exception as error:
+                    error.add_note(f"with {name} = {value!r}")
+                    raise
+
+        signature = inspect.signature(test)
+        rest = [p for p in signature.parameters.values() if p.name != name]
+        run.__signature__ = signature.replace(parameters=rest)
+        return run
+
+    return decorate
 
 
 def floats_here():

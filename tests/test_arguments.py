@@ -220,6 +220,18 @@ def test_slopes(function, slope):
     refuses(error, "negative_slope", function, given | {"inplace": True})
 
 
+FLAGS = {"1": 1, "0.0": 0.0, "None": None, "str": "no", "array": np.array(True)}
+
+
+@pytest.mark.parametrize("flag", FLAGS)
+@pytest.mark.parametrize("argument", ["inplace", "return_mask"])
+@each_function
+def test_flags(function, argument, flag):
+    if argument in inspect.signature(FUNCTIONS[function]).parameters:
+        given = sound(function) | {argument: FLAGS[flag]}
+        refuses(TypeError, argument, function, given)
+
+
 AXES = {
     "2": (ValueError, 2),
     "-3": (ValueError, -3),
@@ -470,6 +482,7 @@ ODD_BUT_SOUND = {
     "8 -64": ((2, 2), (8, -64)),
     "0 of one": ((1, 3), (0, 8)),
     "0 of none": ((2, 0), (0, 0)),
+    "24 40": ((3, 3), (24, 40)),  # every row reaches into every other
     "40 64 16": ((2, 2, 2), (40, 64, 16)),
     "large": ((1000, 1000), (8 * 1001, 8)),
 }
@@ -622,6 +635,41 @@ def test_weight_within_the_output_of_an_input_that_is_copied(function):
     got = call(function, given | {"weight": out[-1], "out": out})
     for a, b in zip(several(got), several(expected), strict=True):
         assert_same(a, b)
+
+
+@each_first_array
+def test_arrays_that_take_all_memory(function, argument):
+    """What asarray raises for want of memory is not taken for a wrong argument."""
+
+    class Endless:
+        def __array__(self, dtype=None, copy=None):
+            raise MemoryError
+
+    with pytest.raises(MemoryError):
+        call(function, sound(function) | {argument: Endless()})
+
+
+@each_second_array
+def test_saved_in_the_output_of_a_gradient_that_is_copied(function, argument):
+    given = sound(function, (30, 7))
+    expected = several(call(function, given))
+    first = next(iter(given))
+    given[first] = place(given[first], "step")[0]
+    got = several(call(function, given | {"out": given[argument]}))
+    assert got[0] is given[argument]
+    for a, b in zip(got, expected, strict=True):
+        assert_same(a, b)
+
+
+@takes("saved")
+def test_bits_within_the_output(function):
+    g, x = normal(64, FLOAT32), normal(64, FLOAT32, 1)
+    expected = FUNCTIONS[function](g, x)
+    bits = g.view(np.uint8)[8:16]
+    bits[:] = reference.mask_bits(x)
+    expected[2:4] = FUNCTIONS[function](g[2:4], x[2:4])
+    FUNCTIONS[function](g, F.Mask(bits, 64), inplace=True)
+    assert_same(g, expected)
 
 
 @pytest.mark.parametrize("size", ["7", "1000"])

@@ -268,6 +268,17 @@ def test_dead_units():
     np.testing.assert_array_equal(second, (hidden <= 0).all(axis=0))
 
 
+def test_the_shape_of_an_output():
+    model = small("prelu")
+    assert model.output_shape((7, 5)) == model.forward(np.ones((7, 5))).shape
+
+
+def test_a_layer_has_both_passes():
+    for call in (nn.Layer().forward, nn.Layer().backward):
+        with pytest.raises(NotImplementedError):
+            call(np.ones(3))
+
+
 WRONG = {
     "x's columns": (ValueError, "x", lambda: small("relu").forward(np.ones((2, 4)))),
     "x's dtype": (
@@ -291,7 +302,34 @@ WRONG = {
         "x",
         lambda: nn.dead_units(small("relu"), np.ones((0, 5))),
     ),
+    "no batch": (
+        ValueError,
+        "batch_size",
+        lambda: nn.dead_units(small("relu"), np.ones((2, 5)), batch_size=0),
+    ),
+    "logits' shape": (
+        ValueError,
+        "logits",
+        lambda: nn.softmax_cross_entropy(np.ones(3), np.array([0])),
+    ),
+    "labels' shape": (
+        ValueError,
+        "labels",
+        lambda: nn.softmax_cross_entropy(np.ones((2, 3)), np.array([[0], [1]])),
+    ),
     "PReLU in place": (ValueError, "out", lambda: in_place(nn.PReLU())),
+    "no parameters": (ValueError, "parameters", lambda: nn.SGD([], 0.1)),
+    **{
+        f"{name} {number}": (
+            ValueError,
+            name,
+            lambda setting={"lr": 0.1, name: number}: nn.SGD(
+                small("relu").parameters, **setting
+            ),
+        )
+        for name in ("lr", "momentum", "weight_decay")
+        for number in (-1, float("inf"), float("nan"))
+    },
 }
 
 

@@ -15,11 +15,11 @@ from itertools import product
 import numba
 import numpy as np
 import pytest
-from conftest import FLOATS, normal, run_loop, sample
+from conftest import FLOATS, normal, place, run_loop, sample
 from reference import assert_same
 
 import fastrelu as F
-from fastrelu import activations
+from fastrelu import activations, cpu
 from fastrelu.cpu import calls, loops, pool, threads
 from fastrelu.cpu.jit import compile_
 from fastrelu.cpu.lanes import lane_of
@@ -130,7 +130,7 @@ def unpickled(x):
 def with_weight_before_out(f, x):
     memory = np.ones(8 + x.size, float32)
     out = memory[8:].reshape(x.shape)
-    return f.by_channel.call(x, memory[:8], -1, False, out)
+    return f.by_channel.call(x, memory[:8], False, out, -1)
 
 
 # What a call takes, and the same with something that it leaves to Python.
@@ -145,6 +145,8 @@ QUICK_CALLS = {
     ),
     "columns": lambda f, x: f.by_channel.call(x, x[0, 0].copy(), True, None, -1),
     "shared": lambda f, x: f.by_channel.call(x, x.ravel()[:1].copy(), False, None, 1),
+    "saved": lambda f, x: f.gradient.call(x, 0.5, False, None, x.copy()),
+    "out is saved": lambda f, x: f.gradient.call(x.copy(), 0.5, False, x, x),
 }
 LEFT_CALLS = {
     "integer slope": lambda f, x: f.flat.call(x, 1, False, None),
@@ -159,6 +161,7 @@ LEFT_CALLS = {
     "list": lambda f, x: f.flat.call(x.tolist(), 0.5, False, None),
     "subclass": lambda f, x: f.flat.call(x.view(np.memmap), 0.5, False, None),
     "strided": lambda f, x: f.flat.call(x[::2], 0.5, False, None),
+    "misaligned": lambda f, x: f.flat.call(place(x, "misaligned")[0], 0.5, False, None),
     "order": lambda f, x: f.flat.call(x, 0.5, False, cube("F")),
     "overlap": lambda f, x: f.flat.call(x[1:], 0.5, False, x[:-1]),
     "bits": lambda f, x: f.masked.call(x, 0.5, False, None, np.zeros(25, np.uint8)),
@@ -172,18 +175,42 @@ LEFT_CALLS = {
     "channels": lambda f, x: f.by_channel.call(x, x.ravel()[:7], False, None, -1),
     "weight's dtype": lambda f, x: f.by_channel.call(x, np.ones(8), False, None, -1),
     "weight's ndim": lambda f, x: f.by_channel.call(x, x[0], False, None, -1),
+    "unknown dtype": lambda f, x: f.flat.call(x.astype("F"), 0.5, False, None),
+    "saved's dtype": lambda f, x: f.gradient.call(
+        x, 0.5, False, None, x.view(np.int32)
+    ),
+    "saved's shape": lambda f, x: f.gradient.call(x, 0.5, False, None, x[:2].copy()),
+    "saved in F": lambda f, x: f.gradient.call(x, 0.5, False, None, cube("F")),
+    "saved in part": lambda f, x: f.gradient.call(x[:3], 0.5, True, None, x[1:]),
+    "channels in F": lambda f, x: f.by_channel.call(
+        cube("F"), x.ravel()[:8], False, None, -1
+    ),
+    "channels' out": lambda f, x: f.by_channel.call(
+        x, x.ravel()[:8], False, np.empty((4, 6, 9), float32), -1
+    ),
     "weight in out": lambda f, x: f.by_channel.call(x, x.ravel()[:8], True, None, -1),
 }
 
 
-@pytest.fixture(scope="module")
-def leaky():
-    """The calls of leaky_relu, ready for float32."""
-    row = activations._leaky_relu_calls
-    for call, blocks in ((row.flat, 1), (row.masked, 1), (row.by_channel, 2)):
-        for block in range(blocks):
+def ready_for_float32():
+    """The calls of leaky_relu"""
+    row, gradients = (
+        activations._leaky_relu_calls,
+        activations._leaky_relu_backward_calls,
+    )
+    calls = {
+        "flat": row.flat,
+        "masked": row.masked,
+        "by_channel": row.by_channel,
+        "gradient": gradients.flat,
+    }
+    for call in calls.values():
+        for block in range(len(call.blocks)):
             call.prepare(float32, 0, in_place=False, block=block)
-    return row
+    return types.SimpleNamespace(**calls)
+
+
+leaky = pytest.fixture(ready_for_float32, scope="module")
 
 
 @pytest.mark.parametrize("name", QUICK_CALLS)
@@ -199,6 +226,11 @@ def test_other_arguments_are_left_to_python(name, leaky):
     before = x.copy()
     assert LEFT_CALLS[name](leaky, x) is None
     assert np.array_equal(x, before)
+
+
+def test_a_call_that_gives_no_answer_passes_for_no_result():
+    with pytest.raises(RuntimeError, match="a bug of fastrelu"):
+        cpu._answered(None)
 
 
 def test_the_quick_call_knows_a_dtype_by_what_it_is(leaky):
@@ -310,6 +342,29 @@ def test_the_quick_call_of_gradients_refers_to_what_it_returns(gradients):
     assert all(abs(a - b) < 50 for a, b in zip(counts, later, strict=True))
     gone = [weakref.ref(a) for a in gradients(g, w, False, None, -1, g)]
     assert [a() for a in gone] == [None, None]
+
+
+def test_other_threads_go_on():
+    """While a loop runs, and here at no other time, the interpreter is another's."""
+    x, gate, log = normal(1 << 22, float32), threading.Lock(), []
+    out = np.empty_like(x)
+    gate.acquire()
+    other = threading.Thread(target=lambda: (gate.acquire(), log.append("gone on")))
+    other.start()
+    threading.Event().wait(0.05)  # the other waits at the gate
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1000)
+    try:
+        gate.release()
+        for _ in range(100):
+            F.relu(x, out=out)
+            if log:
+                break
+        gone_on = bool(log)
+    finally:
+        sys.setswitchinterval(interval)
+    other.join()
+    assert gone_on
 
 
 def shared():

@@ -1,9 +1,11 @@
 """The benchmark's peers, their workers, and the command that shows them."""
 
+import json
 import signal
 import subprocess
 import sys
 
+import numpy
 import pytest
 from conftest import floats_here
 
@@ -114,6 +116,43 @@ def test_what_a_library_prints_does_no_harm():
     (result,) = _peers.measure([SMALL], [noisy], turns=1)
     assert not result.error
     assert result.seconds
+
+
+def test_a_worker_answers_until_there_are_no_more_requests():
+    requests = [
+        ["turn"],
+        ["open", SMALL.name],
+        ["turn"],
+        ["open", "relu-fresh-float32-0"],
+        ["close"],
+        ["turn"],
+    ]
+    done = subprocess.run(
+        [sys.executable, "-m", "fastrelu._peers", "numpy"],
+        input="".join(json.dumps(request) + "\n" for request in requests),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    version, *answers = map(json.loads, done.stdout.splitlines())
+    assert version == {"version": numpy.__version__}
+    assert len(answers[2].pop("seconds")) >= 3
+    assert "expected a size" in answers[3].pop("error")
+    assert answers == [{}] * len(requests)
+    assert done.stderr == ""
+
+
+def test_torch_with_tcmalloc_where_it_is(monkeypatch):
+    peer = PEERS["torch-tcmalloc"]
+    monkeypatch.setattr("sys.platform", "linux")
+    for found, missing in ((None, "libtcmalloc is not"), ("libtcmalloc.so.4", "")):
+        monkeypatch.setattr("ctypes.util.find_library", {"tcmalloc": found}.get)
+        monkeypatch.setattr("importlib.util.find_spec", lambda _: True)
+        assert peer.missing().startswith(missing)
+    assert peer.missing() == ""
+    assert peer.environment() == {"LD_PRELOAD": "libtcmalloc.so.4"}
+    monkeypatch.setattr("sys.platform", "win32")
+    assert peer.missing()
 
 
 ERRORS = {

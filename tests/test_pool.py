@@ -10,7 +10,7 @@ import sys
 import numpy as np
 import pytest
 from conftest import normal
-from test_threads import run
+from test_threads import needs_fork, run
 
 import fastrelu as F
 from fastrelu.cpu import pool
@@ -115,6 +115,26 @@ def test_whatever_a_signal_interrupts(empty_pool, monkeypatch):
     size = -(-x.nbytes // 4096) * 4096
     held = [empty_pool.empty_like(x) for _ in range(idle // size)]
     assert empty_pool.free_bytes() == 0  # all of them could be found
+
+
+@needs_fork
+def test_a_child_of_a_pool_in_use():
+    """Forked while another thread held the pool's lock, it has one that works."""
+    script = """
+    import os, warnings
+    import numpy as np
+    import fastrelu as F
+    from fastrelu.cpu import pool
+    warnings.simplefilter("ignore")
+    x, default = np.empty(pool.SMALLEST), F.get_default_memory_pool()
+    with default._lock:
+        child = os.fork()
+        if child == 0:
+            place = pool.empty_like(x).ctypes.data
+            os._exit(pool.empty_like(x).ctypes.data != place or default.used_bytes())
+    print(os.waitpid(child, 0)[1])
+    """
+    assert run(script) == "0\n"
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs RLIMIT_AS and /proc")

@@ -145,10 +145,12 @@ def test_layouts(layout, dtype, shapes):
         assert_same(memory, place(np.array(given), layout)[1])
 
 
-@pytest.mark.parametrize("how", ["inplace", "out", "pair", "own", "own pair"])
-def test_where_the_gradients_go(how):
+@pytest.mark.parametrize("how", ["inplace", "out", "pair", "own", "own pair", "weight"])
+@pytest.mark.parametrize("layout", ["c", "step"])
+def test_where_the_gradients_go(how, layout):
     shape = (2, 3, 4)
     g, x, w = normal(shape, FLOAT32, 1), normal(shape, FLOAT32, 2), normal(3, FLOAT32)
+    x, _ = place(x, layout)
     expected = F.prelu_backward(g, x, w)
     dx, dw = np.empty_like(x), np.empty_like(w)
     more = {
@@ -157,11 +159,15 @@ def test_where_the_gradients_go(how):
         "pair": {"out": (dx, dw)},
         "own": {"out": g},
         "own pair": {"out": (g, dw)},
+        "weight": {"out": (None, dw)},
     }[how]
     result = F.prelu_backward(g, x, w, **more)
     assert isinstance(result, tuple)
-    assert result[0] is (dx if how in ("out", "pair") else g)
-    assert (result[1] is dw) == ("pair" in how)
+    if how == "weight":
+        assert result[0] is not g
+    else:
+        assert result[0] is (dx if how in ("out", "pair") else g)
+    assert (result[1] is dw) == ("pair" in how or how == "weight")
     for got, want in zip(result, expected, strict=True):
         assert_same(got, want)
 
@@ -184,6 +190,18 @@ def test_a_half_weight_is_not_rounded_to_the_data():
     dx, dw = F.prelu_backward(g, x, w)
     assert_same(dx, np.array([[1024.25, 204.8]], np.float16))
     assert_same(dw, np.array([-1024, -2048], np.float32))
+
+
+@pytest.mark.parametrize("nan", ["7fffffff", "ffffffff", "7f800001", "7fc00000"])
+@pytest.mark.parametrize("dtype", FLOATS, indirect=True)
+def test_a_weight_may_be_any_nan(dtype, nan):
+    """The digits that a half float does not have must not carry over into its sign."""
+    w = np.array([int(nan, 16)], np.uint32).view(np.float32)
+    x = np.array([-1, 1], dtype)
+    with np.errstate(invalid="ignore"):  # of the signalling one
+        w = w.astype(dtype) if dtype.itemsize > 2 else w
+    assert_same(F.prelu(x, w), np.array([np.nan, 1], dtype))
+    assert_same(F.prelu_backward(x, x, w)[0], np.array([np.nan, 1], dtype))
 
 
 SPECIAL_SUMS = {  # x, g -> the weight gradient of one channel

@@ -100,6 +100,7 @@ class Model:
     def __init__(self, members, choose):
         self.words = Words(self, threads._MEMBER + members * threads._MEMBER_SIZE)
         self.words.poke(threads._WORKERS, members - 1)
+        self.words.poke(threads._THREAD, 1)  # members have numbers, as on Linux
         self.held, self.loops = set(), []
         for me in range(members):
             lock = threads._MEMBER + me * threads._MEMBER_SIZE + threads._LOCK
@@ -184,6 +185,7 @@ class Model:
             patch.setattr(threads, f"_{name}", getattr(self, name))
         patch.setattr(threads, "_team", lambda: self.words)
         patch.setattr(threads, "_look_away", lambda: None)
+        patch.setattr(threads, "_keep_away", lambda words, member: self.step())
         patch.setattr(threads, "_call_loop", self.call_loop)
         patch.setattr(threads, "_call_int", lambda *_: self.limit)
 

@@ -16,6 +16,7 @@ from conftest import (
     SLOPES,
     each,
     gradient_of,
+    in_turn,
     normal,
     place,
     sample,
@@ -40,7 +41,7 @@ each_masked = pytest.mark.parametrize(
     "name", [name for name, row in ACTIVATIONS.items() if has_mask(row)]
 )
 each_float = pytest.mark.parametrize("dtype", FLOATS, indirect=True)
-each_shape = pytest.mark.parametrize("shape", SHAPES)
+each_shape = in_turn("shape", SHAPES)
 each_layout = pytest.mark.parametrize("layout", LAYOUTS)
 each_out_layout = pytest.mark.parametrize("layout", OUT_LAYOUTS)
 each_slope = pytest.mark.parametrize("slope", SLOPES)
@@ -102,7 +103,7 @@ def test_backward_of_every_layout(name, library, shape, dtype, layout):
     check_backward(name, library, shape, dtype, layout)
 
 
-@pytest.mark.parametrize("size", range(130))
+@in_turn("size", range(130))
 @each("bfloat16", "float32")
 def test_every_tail(name, dtype, size):
     x, g = sample((size,), dtype), sample((size,), dtype, seed=1)

@@ -1,0 +1,896 @@
+"""Faults, planted one at a time in a copy of the package: the tests must catch each.
+
+    python tests/mutation.py              # all of them
+    python tests/mutation.py pool 17-20   # those of cpu/pool.py, and some by number
+
+The tests named with a fault run first on the copy as it is, where they must pass.
+"""
+
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+HOME = Path(__file__).parent.parent
+
+
+class Fault(NamedTuple):
+    """A text that is in its file once, and what it is replaced by"""
+
+    text: str
+    new: str
+    why: str  # what goes wrong
+    tests: str
+    ends: str = ""  # "hangs" or "crashes", where that is how it shows
+
+
+FAULTS = {
+    "activations.py": [
+        Fault(
+            "return type(x)(0) if x <= 0 else x",
+            "return x if x > 0 else type(x)(0)",
+            "relu(NaN) is 0",
+            "test_values.py::test_definitions_by_hand",
+        ),
+        Fault(
+            "return type(x)(0) if x <= 0 else x",
+            "return type(x)(0) if x < 0 else x",
+            "relu(-0.0) is -0.0",
+            "test_values.py::test_definitions_by_hand",
+        ),
+        Fault(
+            "return g if x > 0 else type(g)(0)",
+            "return g if x >= 0 else type(g)(0)",
+            "the derivative at 0 is 1",
+            "test_values.py::test_definitions_by_hand",
+        ),
+        Fault(
+            "return g if x > 0 else type(g)(0)",
+            "return g * type(g)(x > 0)",
+            "a product, so that an infinite gradient gives NaN",
+            "test_values.py::test_definitions_by_hand",
+        ),
+        Fault(
+            "return x if x > 0 else slope * x",
+            "return x if x >= 0 else slope * x",
+            "no product at 0, whose sign a negative slope turns",
+            "test_values.py::test_every_pair_of_specials_and_every_slope[float32--0.5]",
+        ),
+        Fault(
+            "return g if x > 0 else slope * g",
+            "return g if x >= 0 else slope * g",
+            "leaky_relu's derivative at 0 is 1",
+            "test_values.py::test_definitions_by_hand",
+        ),
+        Fault(
+            '_arguments.distinct("out[0]", target, "out[1]", sums)',
+            "pass",
+            "both gradients are written to the same memory",
+            "test_arguments.py::test_out_of_two",
+        ),
+        Fault(
+            'checked = _arguments.like("x", x, "grad_output", grad, engine)',
+            'checked = _arguments.array("x", x, engine)',
+            "prelu_backward takes an x of another shape",
+            "test_arguments.py::test_saved_of_another_shape",
+            "crashes",
+        ),
+    ],
+    "mask.py": [
+        Fault(
+            "size = -(-math.prod(checked) // 8)",
+            "size = math.prod(checked) // 8",
+            "the bits of the last elements are not asked for",
+            "test_arguments.py::test_mask_that_was_changed",
+        ),
+        Fault(
+            "return -(-math.prod(self.shape) // 8)",
+            "return math.prod(self.shape) // 8",
+            "nbytes is rounded down",
+            "test_values.py::test_mask[relu-float32]",
+        ),
+        Fault(
+            'count=size, bitorder="little"',
+            'count=size, bitorder="big"',
+            "unpack begins at the other end of each byte",
+            "test_values.py::test_mask[relu-float32]",
+        ),
+    ],
+    "_arguments.py": [
+        Fault(
+            "        if stride < reach:",
+            "        if stride < x.itemsize:",
+            "windows that overlap each other pass for an output",
+            "test_arguments.py::test_out_with_elements_that_share_memory",
+        ),
+        Fault(
+            "reach += stride * (size - 1)",
+            "reach = stride",
+            "an axis may step over less than the finer ones reach",
+            "test_arguments.py::test_out_with_elements_that_share_memory",
+        ),
+        Fault(
+            'if not getattr(result, "flags", result).writeable:',
+            "if False:",
+            "read-only memory is written",
+            "test_arguments.py::test_out",
+            "crashes",
+        ),
+        Fault(
+            "if not math.isfinite(number):",
+            "if math.isnan(number):",
+            "an infinite slope is taken",
+            "test_arguments.py::test_slopes",
+        ),
+        Fault(
+            "if given.size != x.shape[position]:",
+            "if given.size > x.shape[position]:",
+            "a weight may have too few elements",
+            "test_arguments.py::test_weights_of_the_wrong_shape",
+        ),
+        Fault(
+            "not -x.ndim <= position < x.ndim and",
+            "not -x.ndim <= position <= x.ndim and",
+            "an axis may lie beyond the last",
+            "test_arguments.py::test_axes",
+        ),
+        Fault(
+            "if not _is(value, (bool, np.bool_)):",
+            "if not _is(value, (bool, np.bool_, int)):",
+            "a flag may be a number",
+            "test_arguments.py::test_flags",
+        ),
+        Fault(
+            'result.astype(result.dtype.newbyteorder("="))',
+            'result.view(result.dtype.newbyteorder("="))',
+            "swapped bytes are read as they lie",
+            "test_values.py::test_forward_of_every_layout[numpy-relu-float32-swapped]",
+        ),
+        Fault(
+            "np.shares_memory(_places(first), _places(second))",
+            "first is second",
+            "outputs that overlap are taken for two",
+            "test_arguments.py::test_out_of_two",
+        ),
+        Fault(
+            "size not in (1, length) for size",
+            "size > length for size",
+            "a weight need not fit an axis",
+            "test_arguments.py::test_weights_of_the_wrong_shape",
+        ),
+        Fault(
+            "mask = Mask(value.bits, value.shape)",
+            "mask = value",
+            "a mask is not looked at again",
+            "test_arguments.py::test_mask_that_was_changed",
+            "crashes",
+        ),
+    ],
+    "_dispatch.py": [
+        Fault(
+            "        and y.shape == x.shape\n        and y.flags.carray",
+            "        and y.shape == x.shape",
+            "strided or read-only outputs are written as if they lay flat",
+            "test_prelu.py::test_layouts test_arguments.py::test_out_of_two",
+            "crashes",
+        ),
+        Fault(
+            "return y if b is y or not may_share_memory(y, b) else None",
+            "return y",
+            "an input is overwritten before it is read",
+            "test_arguments.py::test_overlap",
+        ),
+        Fault(
+            "if y is None or may_share_memory(y, weight):",
+            "if y is None:",
+            "a weight within the output is overwritten before it is read",
+            "test_arguments.py::test_weight_within_the_output",
+        ),
+        Fault(
+            "elif weight.size != 1 and weight.size != x.shape[axis]:",
+            "elif weight.size > x.shape[axis]:",
+            "a weight may have too few elements in the quick way",
+            "test_arguments.py::test_weights_of_the_wrong_shape",
+        ),
+        Fault(
+            "not _fits(out_weight, weight) or may_share_memory(y, out_weight)",
+            "not _fits(out_weight, weight)",
+            "both gradients are written to the same memory in the quick way",
+            "test_arguments.py::test_out_of_two",
+        ),
+        Fault(
+            "np.float64 if half else weight.dtype",
+            "np.float32 if half else weight.dtype",
+            "a half weight's gradient is rounded twice",
+            "test_prelu.py::test_half_products_are_not_rounded",
+        ),
+        Fault(
+            "not self._takes(x.dtype)\n        ):",
+            "False\n        ):",
+            "prelu_backward takes integers and swapped bytes",
+            "test_arguments.py::test_integers",
+        ),
+        Fault(
+            "mask.shape, mask.bits = x.shape, bits",
+            "mask.shape, mask.bits = x.shape[::-1], bits",
+            "a mask has another shape than its array",
+            "test_values.py::test_mask[relu-float32]",
+        ),
+    ],
+    "cpu/calls.py": [
+        Fault(
+            "or not _words(x)[_FLAGS] & _ALIGNED:",
+            "or False:",
+            "misaligned arrays are read as if they were not",
+            "test_interpreted.py::test_what_is_left_to_python",
+        ),
+        Fault(
+            "if _kind(x) != _kind(y) or _ndim(x) != _ndim(y):",
+            "if _ndim(x) != _ndim(y):",
+            "the dtype of an output is not looked at",
+            "test_interpreted.py::test_what_is_left_to_python",
+            "crashes",
+        ),
+        Fault(
+            "if _kind(x) != _kind(y) or _ndim(x) != _ndim(y):",
+            "if _kind(x) != _kind(y):",
+            "the dimensions of an output are not counted",
+            "test_interpreted.py::test_what_is_left_to_python",
+        ),
+        Fault(
+            "        if shape[axis] != other[axis]:",
+            "        if shape[axis] > other[axis]:",
+            "an output may be smaller than its input",
+            "test_interpreted.py::test_what_is_left_to_python",
+            "crashes",
+        ),
+        Fault(
+            "return -1 if start != target and _meet(start, nbytes, target, nbytes) else out",
+            "return out",
+            "an output may overlap its input",
+            "test_interpreted.py::test_what_is_left_to_python",
+        ),
+        Fault(
+            "if not _is_like(out, x) or not _words(out)[_FLAGS] & _WRITEABLE:",
+            "if not _is_like(out, x):",
+            "read-only memory is written",
+            "test_arguments.py::test_out",
+            "crashes",
+        ),
+        Fault(
+            "return x if _words(x)[_FLAGS] & _WRITEABLE else -1",
+            "return x",
+            "read-only memory is written in place",
+            "test_arguments.py::test_in_place_needs_a_writeable_array",
+            "crashes",
+        ),
+        Fault(
+            "return 0 if inplace == table[_FALSE] and nbytes < SMALLEST else -1",
+            "return 0 if inplace == table[_FALSE] else -1",
+            "large results do not come from the pool",
+            "test_paths.py::test_memory_is_recycled",
+        ),
+        Fault(
+            "if past_cache and moved > table[_CACHE]:",
+            "if moved > table[_CACHE]:",
+            "in place, stores go past the cache",
+            "test_paths.py::test_which_loop_runs",
+        ),
+        Fault(
+            "if moved >= 2 * threads.SHARE and not threads.is_ready():",
+            "if False:",
+            "the team is not started",
+            "test_paths.py::test_one_thread_where_one_was_asked_for "
+            "test_threads.py::test_any_number_of_threads",
+            "crashes",
+        ),
+        Fault(
+            "not abs(factor) < np.inf:",
+            "not factor < np.inf:",
+            "the slope may be -inf",
+            "test_arguments.py::test_slopes",
+        ),
+        Fault(
+            "if target != other and _meet(target, nbytes, other, length):",
+            "if False:",
+            "what was saved is overwritten before it is read",
+            "test_arguments.py::test_overlap",
+        ),
+        Fault(
+            "            order &= _C_ORDER\n        if order == 0:",
+            "            pass\n        if order == 0:",
+            "a mask has the bits of an array in F order in another order",
+            "test_interpreted.py::test_what_is_left_to_python",
+        ),
+        Fault(
+            "length = (size + 7) >> 3",
+            "length = size >> 3",
+            "a mask lacks the bits of the last elements",
+            "test_interpreted.py::test_masks",
+        ),
+        Fault(
+            "if _kind(b) != table[_BYTE] or",
+            "if",
+            "the bits may be of another dtype",
+            "test_interpreted.py::test_what_is_left_to_python",
+        ),
+        Fault(
+            "if row == 0 or _words(axis)[_TYPE] != table[_INT] or _ndim(weight) != 1:",
+            "if row == 0 or _ndim(weight) != 1:",
+            "True passes for an axis",
+            "test_interpreted.py::test_what_is_left_to_python",
+        ),
+        Fault(
+            "        _forget()\n",
+            "",
+            "an error is left behind where an axis is huge",
+            "test_interpreted.py::test_what_is_left_to_python",
+        ),
+        Fault(
+            "    if _kind(weight) != table[row + _WEIGHT]:\n        return _none(table)\n",
+            "",
+            "a weight of another dtype is read as if it were x's",
+            "test_interpreted.py::test_what_is_left_to_python",
+        ),
+        Fault(
+            "place += ndim if place < 0 else 0",
+            "place += ndim - 1 if place < 0 else 0",
+            "a negative axis is another",
+            "test_prelu.py::test_the_axis_is_never_guessed",
+        ),
+        Fault(
+            "for later in range(place + 1, ndim):",
+            "for later in range(place, ndim):",
+            "a channel's elements are counted wrong",
+            "test_prelu.py::test_the_axis_is_never_guessed",
+        ),
+        Fault(
+            "    if _meet(target, nbytes, other, length):\n        return _none(table)\n",
+            "",
+            "a weight within the output is overwritten before it is read",
+            "test_interpreted.py::test_what_is_left_to_python",
+        ),
+        Fault(
+            "if kind == _COLUMNS and inner > 1 and channels * inner > loops.WIDE:",
+            "if False:",
+            "weights are repeated beyond their place on the stack",
+            "test_interpreted.py::test_channels",
+            "crashes",
+        ),
+        Fault(
+            "        _keep(result)\n",
+            "        pass\n",
+            "results have one owner too few",
+            "test_paths.py::test_the_quick_call_refers_to_what_it_returns",
+            "crashes",
+        ),
+        Fault(
+            "_BRIEF = 1 << 15",
+            "_BRIEF = 1 << 60",
+            "the interpreter's lock is held while a loop runs",
+            "test_paths.py::test_other_threads_go_on",
+        ),
+    ],
+    "cpu/pool.py": [
+        Fault(
+            "start = -memory.ctypes.data % _LINE",
+            "start = 0",
+            "blocks do not start on a cache line",
+            "test_paths.py::test_memory_is_recycled",
+        ),
+        Fault(
+            "            self.pool._returned.append(self.block)\n",
+            "            self.pool._returned += [self.block, self.block]\n",
+            "a block comes back twice",
+            "test_pool.py::test_a_block_comes_back_once",
+        ),
+        Fault(
+            "lent.pool, lent.block = self, block",
+            "lent.block = block",
+            "no block comes back",
+            "test_paths.py::test_memory_is_recycled",
+        ),
+        Fault(
+            "                    del blocks[-1]\n                    self._free -= size\n"
+            "        if block",
+            "                    self._free -= size\n        if block",
+            "a block is handed out again while it is in use",
+            "test_paths.py::test_no_block_is_handed_out_twice",
+        ),
+        Fault(
+            "                    del blocks[-1]\n                    self._free -= size\n"
+            "        if block",
+            "                    del blocks[-1]\n        if block",
+            "blocks in use are counted as idle",
+            "test_pool.py::test_whatever_a_signal_interrupts",
+        ),
+        Fault(
+            "while self._free > limit:",
+            "while self._free > 2 * limit:",
+            "twice as much is kept idle as is allowed",
+            "test_paths.py::test_idle_memory_is_bounded",
+        ),
+        Fault(
+            "        except MemoryError:\n            self.free_all_blocks()\n",
+            "        except MemoryError:\n",
+            "idle blocks stay where there is no memory",
+            "test_pool.py::test_idle_memory_makes_room",
+        ),
+        Fault(
+            "if not self._lock.locked():  # this",
+            "if True:  # this",
+            "a finalizer waits for the lock of its own thread",
+            "test_pool.py::test_a_handler_in_the_midst_of_the_pool",
+            "hangs",
+        ),
+        Fault(
+            "limit is not None) and not self._lock.locked():",
+            "limit is not None):",
+            "a finalizer waits for the lock of its own thread",
+            "test_pool.py::test_a_handler_in_the_midst_of_the_pool",
+            "hangs",
+        ),
+        Fault(
+            "self._lock = threading.Lock()  # its holder",
+            "pass  # its holder",
+            "a child has a lock that nobody will release",
+            "test_pool.py::test_a_child_of_a_pool_in_use",
+        ),
+        Fault(
+            'plain = order == "C" or x.flags.c_contiguous',
+            "plain = True",
+            "large results lose the memory order",
+            "test_paths.py::test_other_layouts_of_dense_arrays_are_not_copied",
+        ),
+        Fault(
+            "base: Any = None  # and",
+            "other: Any = None  # and",
+            "a view's base gives the block away",
+            "test_pool.py::test_a_base_leads_to_no_block",
+        ),
+        Fault(
+            "        if size < 0:\n",
+            "        if False:\n",
+            "the limit may be negative",
+            "test_paths.py::test_idle_memory_is_bounded",
+        ),
+        Fault(
+            "min(memory // 4, 1 << 30)",
+            "max(memory // 4, 1 << 30)",
+            "a quarter of a large machine's memory is kept idle",
+            "test_platforms.py::test_how_much_is_kept",
+        ),
+    ],
+    "cpu/lanes.py": [
+        Fault(
+            "half = np.uint32(0x7FFF) + (",
+            "half = np.uint32(0x8000) + (",
+            "bfloat16 ties are not rounded to even",
+            "test_values.py::test_every_half_float[bfloat16-3.3]",
+        ),
+        Fault(
+            "bits | np.uint32(0x400000) if np.isnan(value) else np.uint32(bits + half)",
+            "np.uint32(bits + half)",
+            "a NaN becomes another number in bfloat16",
+            "test_prelu.py::test_a_weight_may_be_any_nan",
+        ),
+        Fault(
+            "_tester(_positive_bits(0x7C00))",
+            "_tester(_positive_bits(0x7FFF))",
+            "a float16 NaN is active",
+            "test_values.py::test_mask[relu-float16]",
+        ),
+        Fault(
+            'icmp_unsigned("!=", v, _splat(v, 0))',
+            'icmp_signed(">", v, _splat(v, 0))',
+            "large unsigned numbers are not active",
+            "test_values.py::test_mask[relu-uint8]",
+        ),
+        Fault(
+            "magnitude >= np.uint32(0x47800000)",
+            "magnitude >= np.uint32(0x48000000)",
+            "70000 is no infinity in float16, without the processor's instructions",
+            "test_interpreted.py::test_numbers_beyond_half_floats",
+        ),
+        Fault(
+            "+ np.uint32(0xFFF) + odd",
+            "+ np.uint32(0x1000)",
+            "float16 ties are not rounded to even, without those instructions",
+            "test_interpreted.py::test_every_way_to_round_to_half",
+        ),
+    ],
+    "cpu/loops.py": [
+        Fault(
+            "    for i in range(lead + words * WORD, x.size):\n",
+            "    for i in range(lead + words * WORD, x.size - 1):\n",
+            "past the cache, the last element is not written",
+            "test_interpreted.py::test_forward_and_backward",
+        ),
+        Fault(
+            "    for j in range(x.size - first):\n        y[first + j] = rest[j]",
+            "    for j in range(x.size - first - 1):\n        y[first + j] = rest[j]",
+            "in place, the last element is not written",
+            "test_interpreted.py::test_masks",
+        ),
+        Fault(
+            "        stream_word(y, first, buffer)\n    for i in",
+            "        stream_word(y, first - lead, buffer)\n    for i in",
+            "past the cache, words are written where no line starts",
+            "test_interpreted.py::test_forward_and_backward",
+            "crashes",
+        ),
+        Fault(
+            "bits = b[(start + first) // 8 :]",
+            "bits = b[first // 8 :]",
+            "every thread writes the first bits",
+            "test_interpreted.py::test_parts",
+        ),
+        Fault(
+            "    bits = b[start // 8 :]\n",
+            "    bits = b\n",
+            "past the cache, every thread writes the first bits",
+            "test_interpreted.py::test_parts",
+        ),
+        Fault(
+            "for j in range(min(8, tile.size - i)):",
+            "for j in range(min(7, tile.size - i)):",
+            "the last bit of a byte is not set",
+            "test_interpreted.py::test_masks",
+        ),
+        Fault(
+            "carry = flags >> rest if lead > 0 else np.uint64(0)",
+            "carry = np.uint64(0)",
+            "past the cache, bits that cross a word are lost",
+            "test_interpreted.py::test_masks",
+        ),
+        Fault(
+            "if place < 8 else flags >> rest",
+            "if place < 9 else flags >> rest",
+            "past the cache, bits that cross the last word are lost",
+            "test_interpreted.py::test_masks",
+        ),
+        Fault(
+            "(bits[i // 8] >> np.uint8(i % 8)) & np.uint8(1)",
+            "(bits[i // 8] >> np.uint8(7 - i % 8)) & np.uint8(1)",
+            "the last bits are read from the other end",
+            "test_interpreted.py::test_masks",
+        ),
+        Fault(
+            "words = min(-(-(stop - base) // WORD), (grad.size - base) // WORD)",
+            "words = -(-(stop - base) // WORD)",
+            "bits are read past the last",
+            "test_memory_bounds.py::test_beside_guarded_pages",
+        ),
+        Fault(
+            "grad[done:stop], flags[done - base :], rounded)",
+            "grad[done:stop], flags, rounded)",
+            "flags go with other elements than their own",
+            "test_interpreted.py::test_parts",
+        ),
+        Fault(
+            "row = (start + first) // slope",
+            "row = first // slope",
+            "every thread begins with the first weight",
+            "test_interpreted.py::test_parts",
+        ),
+        Fault(
+            "column = (start + first) % b.size",
+            "column = first % b.size",
+            "every thread begins with the first column",
+            "test_interpreted.py::test_parts",
+        ),
+        Fault(
+            "weight = w[row % w.size]\n        for column",
+            "weight = w[row // (wide.size // inner // w.size)]\n        for column",
+            "narrow rows get each other's weights",
+            "test_interpreted.py::test_channels",
+        ),
+        Fault(
+            "repeats = max(1, min(WIDE, size // 8) // width)",
+            "repeats = max(1, min(2 * WIDE, size // 8) // width)",
+            "narrow rows are repeated beyond their place on the stack",
+            "test_interpreted.py::test_channels",
+        ),
+        Fault(
+            "    for i in range(lead):\n        target[i] = tile[i]",
+            "    for i in range(lead - 1):\n        target[i] = tile[i]",
+            "an element before the first cache line is not written",
+            "test_interpreted.py::test_channels",
+        ),
+        Fault(
+            "product = 0.0 if value > 0 else",
+            "product = 0.0 if value >= 0 else",
+            "units at 0 add nothing to the weight's gradient",
+            "test_prelu.py::test_special_sums_stay_in_their_channel",
+        ),
+        Fault(
+            "product = 0.0 if value > 0 else",
+            "product = numba.float64(0) * numba.float64(grad) if value > 0 else",
+            "an active unit's infinite gradient makes the sum NaN",
+            "test_prelu.py::test_special_sums_stay_in_their_channel",
+        ),
+        Fault(
+            "return (a - (total - shadow)) + (b - shadow)",
+            "return 0.0",
+            "sums are not compensated",
+            "test_prelu.py::test_half_products_are_not_rounded "
+            "test_prelu.py::test_long_sums",
+        ),
+        Fault(
+            "channel = cell // segments % w.size",
+            "channel = cell % w.size",
+            "parts of long rows are added to other channels",
+            "test_interpreted.py::test_channels",
+        ),
+        Fault(
+            "end = min(begin + SEGMENT, (row + 1) * inner)",
+            "end = (row + 1) * inner",
+            "parts of long rows overlap",
+            "test_interpreted.py::test_channels",
+        ),
+        Fault(
+            "half = LANES // 2",
+            "half = LANES // 4",
+            "half of the sums are forgotten",
+            "test_interpreted.py::test_channels",
+        ),
+        Fault(
+            "last = min((place + 1) * BLOCK_ROWS, -(-g.size // size))",
+            "last = min((place + 1) * BLOCK_ROWS, g.size // size)",
+            "rows that do not fill a block are left out",
+            "test_interpreted.py::test_channels",
+        ),
+        Fault(
+            "total if np.isfinite(sums[channel]) else sums[channel]",
+            "total",
+            "an infinite sum is NaN",
+            "test_prelu.py::test_special_sums_stay_in_their_channel",
+        ),
+    ],
+    "cpu/__init__.py": [
+        Fault(
+            "and x.ctypes.data == y.ctypes.data",
+            "and True",
+            "arrays that overlap pass for the same",
+            "test_arguments.py::test_overlap",
+        ),
+        Fault(
+            "and (x.strides == y.strides or (",
+            "and (True or (",
+            "the same memory in another order passes for the same",
+            "test_arguments.py::test_overlap",
+        ),
+        Fault(
+            "in_place = x is inputs[0] and not any(on_y)",
+            "in_place = x is inputs[0]",
+            "a copy of the gradient overwrites what was saved",
+            "test_arguments.py::test_saved_in_the_output_of_a_gradient_that_is_copied",
+        ),
+        Fault(
+            "        np.copyto(out, y)\n    return bits",
+            "        pass\n    return bits",
+            "a strided output is not written",
+            "test_values.py::test_out[relu-float32-step]",
+        ),
+        Fault(
+            "    if np.may_share_memory(bits, out):\n        bits = bits.copy()\n",
+            "",
+            "a mask within the output is overwritten before it is read",
+            "test_arguments.py::test_bits_within_the_output",
+        ),
+        Fault(
+            "        weight = weight.copy()\n    y, order, (flat_y, flat_x) =",
+            "        pass\n    y, order, (flat_y, flat_x) =",
+            "a weight within prelu's output is overwritten before it is read",
+            "test_arguments.py::test_weight_within_the_output_of_an_input_that_is_copied",
+        ),
+        Fault(
+            "        weight = weight.copy()\n    y, order, (flat_y, flat_grad, flat_x) =",
+            "        pass\n    y, order, (flat_y, flat_grad, flat_x) =",
+            "a weight within the gradient is overwritten before it is read",
+            "test_arguments.py::test_weight_within_the_output_of_an_input_that_is_copied",
+        ),
+        Fault(
+            "if weight[axis] == 1 and shape[axis] > 1",
+            "if False",
+            "an axis between those of a weight is taken for one of them",
+            "test_prelu.py::test_shapes",
+        ),
+        Fault(
+            "        out_weight[...] = 0\n",
+            "        pass\n",
+            "the weight's gradient of no elements is left as it was",
+            "test_prelu.py::test_shapes",
+        ),
+        Fault(
+            "total.transpose(np.argsort(order))",
+            "total.transpose(order)",
+            "the weight's gradient has its axes in the order of memory",
+            "test_prelu.py::test_layouts",
+        ),
+    ],
+    "cpu/threads.py": [
+        Fault(
+            "if _add(team, _PENDING, -1) == 1 and",
+            "if _add(team, _PENDING, -1) == 0 and",
+            "nobody wakes the owner of a loop",
+            "test_team_model.py",
+        ),
+        Fault(
+            "            if _swap(team, part, pieces, rest):\n",
+            "            if True:\n                _store(team, part, rest)\n",
+            "two members take the same piece",
+            "test_team_model.py",
+        ),
+        Fault(
+            "if _load(team, _PENDING) > 0 or not _swap(team, _WAITING, 1, 0):",
+            "if True:",
+            "an owner sleeps after its loop is done",
+            "test_team_model.py",
+        ),
+        Fault(
+            "            if me < _load(team, _MEMBERS):\n",
+            "            if True:\n",
+            "members work on loops that they have no part in",
+            "test_team_model.py",
+        ),
+        Fault(
+            "if _load(team, _LOOPS) == seen or not",
+            "if True or not",
+            "a member sleeps while a loop waits for it",
+            "test_team_model.py",
+        ),
+        Fault(
+            "pieces * member // members, pieces * (member + 1) // members",
+            "pieces // members * member, pieces // members * (member + 1)",
+            "the last pieces are nobody's",
+            "test_team_model.py",
+        ),
+        Fault(
+            "    _after_fork()\n    _memory[:] = 0",
+            "    _after_fork()",
+            "a child waits for threads that it does not have",
+            "test_threads.py::test_a_child_has_a_team_of_its_own",
+            "hangs",
+        ),
+        Fault(
+            "&= ~(1 << (here & 63))",
+            "|= 1 << (here & 63)",
+            "members are woken on their caller's processor",
+            "test_threads.py::test_members_keep_off_the_callers_processor",
+        ),
+        Fault(
+            "min(2 * team[_PAUSE] + 1, _LONGEST_PAUSE)",
+            "0",
+            "members are woken over and over in vain",
+            "test_threads.py::test_wakings_that_do_not_pay_become_rare",
+        ),
+        Fault(
+            "signal.SIG_BLOCK, signal.valid_signals()",
+            "signal.SIG_BLOCK, []",
+            "members take signals that their host waits for",
+            "test_platforms.py::test_members_leave_signals_to_their_host",
+        ),
+        Fault(
+            "members = min(members, _call_int(team[_LIMIT], ()))",
+            "pass",
+            "numba.set_num_threads is not respected",
+            "test_paths.py::test_one_thread_where_one_was_asked_for",
+        ),
+    ],
+    "cpu/jit.py": [
+        Fault(
+            "if digest == self._digest(data) else None",
+            "if True else None",
+            "a damaged file is believed",
+            "test_processes.py::test_a_damaged_file_is_compiled_anew",
+            "crashes",
+        ),
+        Fault(
+            "repr((numba.__version__, stamp))",
+            "repr(stamp)",
+            "code of another version of Numba is run",
+            "test_processes.py::test_a_cache_of_another_version",
+        ),
+    ],
+}
+
+
+def numbered():
+    """(number, file, fault) of every fault"""
+    rows = ((file, fault) for file, faults in FAULTS.items() for fault in faults)
+    return [(i, file, fault) for i, (file, fault) in enumerate(rows, 1)]
+
+
+def run(tests, home, limit=None):
+    """What the tests print, and their status or "hangs", with the package in a folder"""
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(home),
+        "PYTHONDONTWRITEBYTECODE": "1",
+    }
+    process = subprocess.Popen(
+        [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider"]
+        + [f"tests/{name}" for name in tests.split()],
+        cwd=home,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,  # what hangs may have children that do
+    )
+    try:
+        return process.communicate(timeout=limit)[0], process.returncode
+    except subprocess.TimeoutExpired:
+        return "", "hangs"
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+def verdict(fault, status):
+    if status == "hangs":
+        return "caught" if fault.ends == "hangs" else "HUNG"
+    if status < 0:
+        return "caught" if fault.ends == "crashes" else f"CRASHED ({-status})"
+    return {0: "SURVIVED", 1: "caught"}.get(status, f"DID NOT RUN ({status})")
+
+
+def is_meant(name, number, file):
+    """Whether "17", "17-20", or "pool" means a fault"""
+    if not name[0].isdigit():
+        return name == Path(file).stem
+    first, _, last = name.partition("-")
+    return int(first) <= number <= int(last or first)
+
+
+def main(chosen):
+    rows = [
+        (number, file, fault)
+        for number, file, fault in numbered()
+        if not chosen or any(is_meant(name, number, file) for name in chosen)
+    ]
+    if not rows:
+        print("no such fault")
+        return 2
+    verdicts = []
+    with tempfile.TemporaryDirectory() as folder:
+        home = Path(folder)
+        for part in ("fastrelu", "tests"):
+            ignored = shutil.ignore_patterns("__pycache__")
+            shutil.copytree(HOME / part, home / part, ignore=ignored)
+        shutil.copy(HOME / "pyproject.toml", home)
+        tests = " ".join(dict.fromkeys(fault.tests for _, _, fault in rows))
+        output, status = run(tests, home)
+        if status != 0:
+            print(f"{output}\nThe tests fail without a fault.")
+            return 2
+        for number, file, fault in rows:
+            path = home / "fastrelu" / file
+            source = path.read_text()
+            assert source.count(fault.text) == 1, f"{file}: {fault.text!r}"
+            start = time.perf_counter()
+            path.write_text(source.replace(fault.text, fault.new))
+            output, status = run(
+                fault.tests, home, 30 if fault.ends == "hangs" else 120
+            )
+            path.write_text(source)
+            seconds = time.perf_counter() - start
+            verdicts.append(verdict(fault, status))
+            print(f"{number:3} {verdicts[-1]:8} {seconds:4.0f} s  {file}: {fault.why}")
+            if verdicts[-1] not in ("caught", "SURVIVED"):
+                print(output[-2000:])
+            sys.stdout.flush()
+    caught = verdicts.count("caught")
+    print(f"{caught} of {len(verdicts)} caught")
+    return 0 if caught == len(verdicts) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

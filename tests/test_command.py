@@ -1,0 +1,220 @@
+"""The command line within this process: what a run of it seldom meets."""
+
+import contextlib
+import ctypes
+import importlib.util
+import io
+import re
+import signal
+import subprocess
+import sys
+import threading
+
+import pytest
+
+from fastrelu import __main__ as command
+from fastrelu import _peers
+from fastrelu._peers import Result
+
+pytest.importorskip("rich")
+
+
+# info ---------------------------------------------------------------------------------
+
+
+class Driver:
+    """What libcuda answers"""
+
+    def __init__(self, status=0, devices=1):
+        self.status, self.devices = status, devices
+
+    def cuInit(self, flags):
+        return self.status
+
+    def cuDeviceGetCount(self, pointer):
+        pointer._obj.value = self.devices
+        return 0
+
+    def cuDriverGetVersion(self, pointer):
+        pointer._obj.value = 13010
+        return 0
+
+
+@pytest.mark.parametrize(
+    ("driver", "installed", "expected"),
+    [
+        (None, True, "no NVIDIA driver found"),
+        (Driver(status=100), True, "the NVIDIA driver answers with error 100"),
+        (Driver(), True, "found 1 GPU and a driver for CUDA 13.1, and numba-cuda"),
+        (
+            Driver(devices=2),
+            False,
+            (
+                "found 2 GPUs and a driver for CUDA 13.1; numba-cuda is missing: "
+                'pip install "fastrelu[cuda13]"'
+            ),
+        ),
+    ],
+)
+def test_what_there_is_of_cuda(driver, installed, expected, monkeypatch):
+    def load(name):
+        if driver is None:
+            raise OSError
+        return driver
+
+    monkeypatch.setattr(ctypes, "CDLL", load)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: installed or None)
+    assert command.cuda() == expected
+
+
+# bench --------------------------------------------------------------------------------
+
+
+class Team:
+    """Peers whose times are known"""
+
+    ends = None
+
+    def __init__(self, peers):
+        self.names = [peer.name for peer in peers]
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def measure(self, case):
+        if self.ends is not None:
+            raise self.ends
+        results = [Result(case, name) for name in (*self.names, "c", "d", "e")]
+        for result, seconds in zip(results, (2e-3, 1e-3, 5e-3, 3e-2), strict=False):
+            result.seconds = [seconds]
+        results[-1].error = "no luck"
+        return results
+
+
+def bench(*arguments):
+    return command.main(["bench", "--peers", "numpy", "--size", "1k", *arguments])
+
+
+def test_a_table_shows_losses_and_errors(monkeypatch, capsys):
+    monkeypatch.setattr(_peers, "Team", Team)
+    assert bench() == 1
+    output, errors = capsys.readouterr()
+    rows = [re.split(r"  +", line) for line in output.splitlines()[:2]]
+    assert rows[0] == ["operation", "size", "fastrelu", "GB/s", "numpy", "c", "d", "e"]
+    assert rows[1] == (
+        ["relu fresh", "1k", "2.00 ms", "0.0", "< 0.50x", "2.5x", "15x", "error"]
+    )
+    assert "fastrelu bench: e, relu-fresh-float32-1k: no luck" in errors
+
+
+def test_peers_that_could_not_be_measured(monkeypatch, capsys):
+    case = _peers.Case.parse("relu-fresh-float32-1k")
+    ours = Result(case, "fastrelu", error="no luck")
+    other = Result(case, "numpy", seconds=[1e-6])
+    _, row, *_ = command.bench_table([[ours, other]])
+    assert row.split() == ["relu", "fresh", "1k", "error", "-"]
+    assert command.times_ours(Result(case, "numpy"), other) == "-"
+
+
+def test_an_interrupted_benchmark_without_a_row(monkeypatch, capsys):
+    monkeypatch.setattr(
+        _peers, "Team", type("Team", (Team,), {"ends": KeyboardInterrupt})
+    )
+    assert bench() == 128 + signal.SIGINT
+    assert capsys.readouterr().out == ""
+
+
+def fails_with(message, call, capsys):
+    """The call ends the process with one line that says so"""
+    with pytest.raises(SystemExit) as ended:
+        call()
+    assert ended.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line
+
+
+def test_a_dtype_that_is_not_installed(monkeypatch, capsys):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util,
+        "find_spec",
+        lambda name: (name != "ml_dtypes" and find(name)) or None,
+    )
+    fails_with("ml_dtypes", lambda: bench("--dtype", "bfloat16"), capsys)
+
+
+def test_a_peer_that_is_not_installed(monkeypatch, capsys):
+    monkeypatch.setattr(_peers.NumExpr, "modules", ("no_such_module",))
+    call = lambda: command.main(["bench", "--peers", "numexpr"])
+    fails_with("no_such_module is not installed", call, capsys)
+
+
+def test_a_bar_counts_the_cases(monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    with command.countdown(2) as show:
+        show("the first")
+        show("the second")
+    text = re.sub(r"\x1b\[[?\d;]*\w", "", sys.stderr.getvalue())
+    assert "1/2 the second" in text
+
+
+# train --------------------------------------------------------------------------------
+
+
+def train(*arguments):
+    pytest.importorskip("sklearn")
+    return command.main(["train", "--epochs", "1", *map(str, arguments)])
+
+
+def test_a_picture_that_cannot_be_written_in_the_end(monkeypatch, tmp_path, capsys):
+    def full(path, history):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(command, "draw", full)
+    file = tmp_path / "curves.png"
+    file.write_bytes(b"what was there")
+    with pytest.raises(SystemExit) as ended:
+        train("--plot", file)
+    assert ended.value.code == 2
+    assert "No space left on device" in capsys.readouterr().err
+    assert file.read_bytes() == b"what was there"
+
+
+def test_an_interrupt_before_the_first_epoch_is_done(monkeypatch, tmp_path, capsys):
+    @contextlib.contextmanager
+    def interrupted():
+        event = threading.Event()
+        event.set()
+        yield event
+
+    monkeypatch.setattr(command, "deferred_interrupt", interrupted)
+    assert train("--plot", tmp_path / "curves.png") == 128 + signal.SIGINT
+    output = capsys.readouterr().out
+    assert "Interrupted in epoch 1 of 1" in output
+    assert "there is nothing to draw" in output
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("rate", ["fast", "-1", "inf"])
+def test_a_learning_rate_that_is_none(rate, capsys):
+    call = lambda: command.main(["train", "--learning-rate", rate])
+    fails_with("expected a positive number", call, capsys)
+
+
+def test_a_system_without_broken_pipes():
+    script = (
+        "import runpy, signal, sys; del signal.SIGPIPE; sys.argv[1:] = ['--version']"
+    )
+    run = "; runpy.run_module('fastrelu', run_name='__main__')"
+    done = subprocess.run(
+        [sys.executable, "-c", script + run], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.startswith("fastrelu ")

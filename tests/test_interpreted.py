@@ -1,0 +1,228 @@
+"""The kernels and quick calls as Python, by way of twins.py: the same values, line by line.
+
+What the compiler makes of them is tested everywhere else.  Here every index is checked,
+every place on the stack is full of rubbish before it is written, and what no machine at
+hand compiles is run too: half floats converted bit by bit.
+"""
+
+import numpy as np
+import pytest
+import reference
+import twins
+from conftest import FLOATS, each, gradient_of, normal, place, sample, slopes_for
+from reference import assert_same, assert_weight_gradient
+from test_paths import LEFT_CALLS, QUICK_CALLS, cube, ready_for_float32
+
+import fastrelu as F
+from fastrelu.activations import ACTIVATIONS
+from fastrelu.cpu import calls, lanes, loops, threads
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*encountered:RuntimeWarning")
+SIZES = 0, 1, 8, 64, 77, 1200  # the last one is past the cache
+
+
+@pytest.fixture(autouse=True)
+def interpreter(monkeypatch):
+    monkeypatch.setattr(threads, "CACHE", 1 << 11)
+    return twins.interpret(monkeypatch)
+
+
+@pytest.mark.parametrize("size", SIZES)
+@each(*FLOATS, "int8", "uint32")
+def test_forward_and_backward(name, dtype, size):
+    row = ACTIVATIONS[name]
+    x, g = sample((size,), dtype), sample((size,), dtype, seed=1)
+    slopes = slopes_for(name, x)
+    y = reference.forward(name, x, **slopes)
+    dx = reference.backward(name, g, x, **slopes)
+    assert_same(row.forward(x, **slopes), y)
+    assert_same(gradient_of(name, g, x, **slopes), dx)
+    for values, expected, call in (
+        (x, y, lambda a: row.forward(a, inplace=True, **slopes)),
+        (g, dx, lambda a: gradient_of(name, a, x, inplace=True, **slopes)),
+        (g, y, lambda a: row.forward(x, out=a, **slopes)),
+    ):
+        given, memory = place(values, "c")
+        assert call(given) is given
+        assert_same(memory, place(expected, "c")[1])
+
+
+@pytest.mark.parametrize("size", SIZES)
+@each(*FLOATS, "int8", "uint32", where=lambda row: row.parameter != "weight")
+def test_masks(name, dtype, size):
+    row = ACTIVATIONS[name]
+    x, g = sample((size,), dtype), sample((size,), dtype, seed=1)
+    slopes = slopes_for(name, x)
+    for skew in (0, 5):  # a cache line ends elsewhere
+        given = np.concatenate([x[:0], np.zeros(skew, dtype), x])[skew:]
+        y, mask = row.forward(given, return_mask=True, **slopes)
+        assert_same(y, reference.forward(name, x, **slopes))
+        assert_same(mask.bits, reference.mask_bits(x))
+        _, mask = row.forward(given, inplace=True, return_mask=True, **slopes)
+        assert_same(given, y)
+        assert_same(mask.bits, reference.mask_bits(x))
+        dx = reference.backward(name, g, x, **slopes)
+        assert_same(row.backward(g, mask, **slopes), dx)
+        given[...] = g
+        row.backward(given, mask, inplace=True, **slopes)
+        assert_same(given, dx)
+
+
+@each("float32")
+def test_parts(name, dtype):
+    """What the team shares: all but the first parts start somewhere else."""
+    row, n = ACTIVATIONS[name], 3 * loops.TILE + 77
+    x, g = sample((n,), dtype), sample((n,), dtype, seed=1)
+    if row.parameter == "weight":
+        for size, inner in ((11, 1), (3, 150)):
+            values = np.resize(x, (n // (size * inner), size, inner))
+            weight = normal(size, dtype)
+            expected = reference.forward("prelu", values, weight=weight)
+            assert_same(F.prelu(values, weight), expected)
+            assert_same(F.prelu(values, weight, inplace=True), expected)
+        return
+    slopes = slopes_for(name, x)
+    expected, bits = reference.forward(name, x, **slopes), reference.mask_bits(x)
+    for given, more in ((x, {}), (x.copy(), {"inplace": True})):
+        y, mask = row.forward(given, return_mask=True, **more, **slopes)
+        assert_same(y, expected)
+        assert_same(mask.bits, bits)
+    expected = reference.backward(name, g, x, **slopes)
+    assert_same(row.backward(g, x, **slopes), expected)
+    assert_same(row.backward(g, mask, **slopes), expected)
+    assert_same(row.backward(g.copy(), mask, inplace=True, **slopes), expected)
+
+
+# x's shape, the weight's, and which loop they need.
+CHANNELS = {
+    "rows": ((2, 3, 100), (3,)),
+    "long rows": ((1, 2, loops.SEGMENT + 70), (2,)),
+    "columns": ((130, 7), (7,)),
+    "narrow rows": ((5, 6, 3), (6,)),
+    "many narrow rows": ((1200, 5, 3), (5,)),
+    "wide columns": ((3, loops.SEGMENT_COLUMNS + 9), (loops.SEGMENT_COLUMNS + 9,)),
+    "wide narrow rows": ((2, loops.WIDE // 2, 3), (loops.WIDE // 2,)),
+    "spread": ((2, 3, 4, 5), (3, 1, 5)),
+    "shared": ((4, 70), ()),
+}
+
+
+@pytest.mark.parametrize("which", CHANNELS)
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"], indirect=True)
+def test_channels(dtype, which):
+    shape, weights = CHANNELS[which]
+    x, g = normal(shape, dtype), normal(shape, dtype, seed=1)
+    weight = normal(weights, dtype, seed=2)
+    assert_same(F.prelu(x, weight), reference.forward("prelu", x, weight=weight))
+    expected = reference.backward("prelu", g, x, weight=weight)
+    dx, dw = F.prelu_backward(g, x, weight)
+    assert_same(dx, expected)
+    assert_weight_gradient(dw, g, x, weight)
+    dx, again = F.prelu_backward(g, x, weight, inplace=True)
+    assert_same(dx, expected)
+    assert_same(again, dw)
+    y = F.prelu(x, weight, out=x)
+    assert y is x
+
+
+@pytest.fixture
+def leaky(monkeypatch):
+    monkeypatch.setattr(threads, "CACHE", 1 << 20)
+    return ready_for_float32()
+
+
+@pytest.mark.parametrize("name", QUICK_CALLS)
+def test_quick_calls(name, leaky):
+    x = cube()
+    y = QUICK_CALLS[name](leaky, x)
+    assert (type(y), y.size) == (np.ndarray, x.size)
+
+
+@pytest.mark.parametrize("name", LEFT_CALLS)
+def test_what_is_left_to_python(name, leaky):
+    x = cube()
+    before = x.copy()
+    assert LEFT_CALLS[name](leaky, x) is None
+    assert np.array_equal(x, before)
+
+
+def test_a_second_dtype(leaky):
+    leaky.flat.prepare(np.dtype(np.float64), 0, in_place=False)
+    for dtype in (np.float32, np.float64):
+        x = cube().astype(dtype)
+        expected = reference.forward("leaky_relu", x, negative_slope=0.5)
+        assert_same(leaky.flat.call(x, 0.5, False, None), expected)
+
+
+def test_a_large_array_waits_for_the_team(monkeypatch, leaky):
+    monkeypatch.setattr(threads, "SHARE", 64)
+    monkeypatch.setattr(threads, "is_ready", lambda: False)
+    assert leaky.flat.call(cube(), 0.5, False, None) is None
+    assert leaky.flat.call(cube()[0, 0], 0.5, False, None) is not None
+
+
+def test_when_the_team_is_ready(monkeypatch):
+    """Once it is started, and if Numba's threads are new to it, it knows of them."""
+    memory, name, launched = np.zeros_like(threads._memory), "launched", {}
+    monkeypatch.setattr(threads, "_memory", memory)
+    memory[threads._NUMBA], memory[threads._LAUNCHED] = id(launched), id(name)
+    memory[threads._TRUE] = id(True)
+    launched[name] = False
+    assert not threads.is_ready()
+    memory[threads._STARTED] = 1
+    assert threads.is_ready()
+    launched[name] = True
+    assert not threads.is_ready()
+    memory[threads._LIMIT] = 12345
+    assert threads.is_ready()
+    memory[threads._STARTED] = 0
+    assert not threads.is_ready()
+
+
+def test_no_memory_for_a_result(interpreter, monkeypatch, leaky):
+    def none(*_):
+        interpreter.error = MemoryError()
+        return 0
+
+    monkeypatch.setattr(calls, "_call_empty_like", none)
+    with pytest.raises(MemoryError):
+        leaky.flat.call(cube(), 0.5, False, None)
+
+
+def test_every_half_float():
+    bits = np.arange(2**16, dtype=np.uint16)
+    with np.errstate(all="ignore"):
+        got = np.array([lanes._half_to_float_by_bits(half) for half in bits])
+        assert_same(got, bits.view(np.float16).astype(np.float32))
+        back = np.array([lanes._float_to_half_by_bits(value) for value in got])
+    assert_same(back.view(np.float16), bits.view(np.float16))
+
+
+@pytest.mark.parametrize("value", [65519, 65520, 65536, 7e4, 131071, 131072, 3e38])
+def test_numbers_beyond_half_floats(value):
+    got = lanes._float_to_half_by_bits(np.float32(value))
+    with np.errstate(over="ignore"):
+        assert got == np.float16(value).view(np.uint16)
+
+
+def test_every_way_to_round_to_half():
+    """All that lies between two half floats: just above the first, half way, below."""
+    for low in (
+        np.arange(0x7C00, dtype=np.uint16)[::7],
+        np.arange(20, dtype=np.uint16),
+    ):
+        a, b = (half.view(np.float16).astype(np.float32) for half in (low, low + 1))
+        b[np.isinf(b)] = 65536
+        middle = (a + b) / 2
+        for value in (
+            a,
+            np.nextafter(a, b),
+            np.nextafter(middle, a),
+            middle,
+            np.nextafter(middle, b),
+            np.nextafter(b, a),
+        ):
+            with np.errstate(all="ignore"):
+                got = [lanes._float_to_half_by_bits(-v) for v in value]
+                expected = (-value).astype(np.float16)
+            assert_same(np.array(got, np.uint16).view(np.float16), expected)

@@ -1,0 +1,212 @@
+"""What other machines and systems do, which none at hand does by itself."""
+
+import os
+import sys
+import threading
+import types
+
+import llvmlite.binding as llvm
+import numpy as np
+import pytest
+from llvmlite import ir
+from numba.core import config
+from numba.core.compiler_lock import global_compiler_lock
+from test_threads import PRELUDE, run, several_threads
+
+from fastrelu import activations
+from fastrelu.cpu import calls, lanes, loops, pool, threads
+from fastrelu.cpu.calls import Call
+
+HINTS = {
+    "x86_64-unknown-linux-gnu": "@llvm.x86.sse2.pause()",
+    "amd64-portbld-freebsd": "@llvm.x86.sse2.pause()",
+    "aarch64-unknown-linux-gnu": "@llvm.aarch64.hint(i32 1)",
+    "arm64-apple-darwin": "@llvm.aarch64.hint(i32 1)",
+    "riscv64-unknown-linux-gnu": None,
+    "ppc64le-unknown-linux-gnu": None,
+}
+
+
+@pytest.mark.parametrize("triple", HINTS)
+def test_how_a_processor_is_given_a_moment(triple, monkeypatch):
+    monkeypatch.setattr(llvm, "get_process_triple", lambda: triple)
+    module = ir.Module()
+    function = ir.Function(module, ir.FunctionType(ir.VoidType(), []), "wait")
+    builder = ir.IRBuilder(function.append_basic_block())
+    _, codegen = threads._look_away._defn(None)
+    codegen(types.SimpleNamespace(get_dummy_value=bool), builder, None, ())
+    builder.ret_void()
+    calls = [line for line in str(module).splitlines() if "call" in line]
+    llvm.parse_assembly(str(module)).verify()
+    assert len(calls) == (HINTS[triple] is not None)
+    assert all(HINTS[triple].replace("@", '@"').replace("(", '"(') in c for c in calls)
+
+
+@pytest.mark.parametrize(
+    ("triple", "features", "expected"),
+    [
+        ("x86_64-unknown-linux-gnu", "+avx2,+f16c", True),
+        ("x86_64-unknown-linux-gnu", "+sse2", False),
+        ("arm64-apple-darwin", "", True),
+        ("riscv64-unknown-linux-gnu", "", False),
+    ],
+)
+def test_who_converts_half_floats(triple, features, expected, monkeypatch):
+    monkeypatch.setattr(llvm, "get_process_triple", lambda: triple)
+    monkeypatch.setattr(config, "CPU_FEATURES", features)
+    assert lanes._has_half_instructions() is expected
+
+
+def test_half_floats_on_the_simplest_processor():
+    script = """
+    import numpy as np
+    import fastrelu as F
+    from fastrelu.cpu import lanes
+    assert lanes._half_to_float is lanes._half_to_float_by_bits
+    x = np.arange(2**16, dtype=np.uint16).view(np.float16)
+    with np.errstate(all="ignore"):
+        product = (np.float32(-0.37) * x.astype(np.float32)).astype(np.float16)
+    expected = np.where(x > 0, x, product)
+    got = F.leaky_relu(x, -0.37)
+    same = got.view(np.uint16) == expected.view(np.uint16)
+    print((same | np.isnan(got) & np.isnan(expected)).all())
+    """
+    simplest = {"NUMBA_CPU_NAME": "generic", "NUMBA_CPU_FEATURES": ""}
+    assert run(script, **simplest) == "True\n"
+
+
+# Threads and signals ------------------------------------------------------------------
+
+
+BLOCKED = """
+    def blocked(thread):
+        with open(f"/proc/self/task/{thread}/status") as file:
+            line = next(line for line in file if line.startswith("SigBlk"))
+        return int(line.split()[1], 16)
+"""
+
+
+@several_threads
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells")
+def test_members_leave_signals_to_their_host():
+    script = """
+    import signal
+    assert works()
+    words = threads._MEMBER + threads._MEMBER_SIZE + threads._ID
+    mine, members = (blocked(t) for t in (os.getpid(), int(threads._memory[words])))
+    signals = signal.SIGINT, signal.SIGTERM, signal.SIGALRM, signal.SIGUSR1
+    print([(mine >> s - 1 & 1, members >> s - 1 & 1) for s in signals])
+    """
+    assert run(PRELUDE + BLOCKED + script) == f"{[(0, 1)] * 4}\n"
+
+
+WITHOUT = {
+    "locks": ("", "threads._new_lock = lambda: None"),
+    "masks of signals": ("", "import signal; del signal.pthread_sigmask"),
+    "a function of Linux": ("", "threads._LINUX = {threads._PLACE: 'none_of_these'}"),
+    "Linux": ("", "import types; threads.sys = types.SimpleNamespace(platform='none')"),
+    "forks": ("import os; del os.fork, os.register_at_fork", ""),
+}
+
+
+@pytest.mark.parametrize("what", WITHOUT)
+def test_a_system_without(what):
+    """The team has as many members as there are locks; it can do without the others."""
+    before, after = WITHOUT[what]
+    output = run(
+        f"    {before}\n{PRELUDE}\n    {after}\n"
+        "    print(np.array_equal(F.relu(x), expected))\n"
+        "    print(threads._memory[threads._WORKERS] > 0, loops() > 0)"
+    )
+    several = config.NUMBA_NUM_THREADS > 1 and what != "locks"
+    assert output == f"True\n{several} {several}\n"
+
+
+STARTS = {
+    "two threads": """
+    from numba.core.compiler_lock import global_compiler_lock
+    other = threading.Thread(target=threads.ready)
+    with global_compiler_lock:
+        other.start()
+        time.sleep(0.05)  # the other waits for the lock
+        threads.ready()
+    other.join()
+    """,
+    "a signal's handler": """
+    compiling = threads.compile_and_keep
+    def interrupted(function, signature):
+        result = compiling(function, signature)
+        if function is threads._member and not threads._memory[threads._STARTED]:
+            threads.compile_and_keep = compiling
+            threads.ready()
+        return result
+    threads.compile_and_keep = interrupted
+    threads.ready()
+    """,
+}
+
+
+@pytest.mark.parametrize("by", STARTS)
+def test_a_team_is_started_once_by(by):
+    script = """
+    print(works(), len(threads._functions))
+    if sys.platform == "linux":  # members are those that take no signals
+        members = sum(blocked(task) >> 1 & 1 for task in os.listdir("/proc/self/task"))
+        assert members == threads._memory[threads._WORKERS]
+    """
+    assert run(PRELUDE + BLOCKED + STARTS[by] + script) == "True 2\n"
+
+
+def test_a_call_is_made_once_by_two_threads():
+    """Whoever comes second finds it made."""
+    call, rows = Call(activations._relu, loops.forward), []
+    dtype = np.dtype(np.float32)
+    other = threading.Thread(target=lambda: rows.append(call._add(dtype)))
+    with global_compiler_lock:
+        other.start()
+        threading.Event().wait(0.05)  # the other waits for the lock
+        rows.append(call._add(dtype))
+        made = call.call
+    other.join()
+    assert rows[0] == rows[1]
+    assert call.call is made
+    assert call.table[calls._KNOWN] == 1
+
+
+# Memory -------------------------------------------------------------------------------
+
+
+def test_how_much_is_kept(monkeypatch):
+    def machine(pages):
+        sizes = {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": pages}
+        monkeypatch.setattr(os, "sysconf", sizes.__getitem__, raising=False)
+
+    monkeypatch.delenv("FASTRELU_POOL_LIMIT", raising=False)
+    machine(1 << 18)
+    assert pool._default_limit() == 1 << 28  # a quarter of 1 GiB
+    machine(1 << 26)
+    assert pool._default_limit() == 1 << 30
+    monkeypatch.delattr(os, "sysconf")
+    assert pool._default_limit() == 1 << 28
+    monkeypatch.setenv("FASTRELU_POOL_LIMIT", "12345")
+    assert pool.MemoryPool().get_limit() == 12345
+    for wrong in ("-1", "1e9", "", "1 GiB"):
+        monkeypatch.setenv("FASTRELU_POOL_LIMIT", wrong)
+        with pytest.raises(ValueError, match=r"FASTRELU_POOL_LIMIT must .* bytes"):
+            pool.MemoryPool()
+
+
+def test_caches_that_nobody_tells_of(monkeypatch, tmp_path):
+    def caches(**files):
+        for name, text in files.items():
+            (tmp_path / name).write_text(text)
+        return threads._cache_size(2, 123)
+
+    monkeypatch.setattr(
+        threads, "Path", lambda _: types.SimpleNamespace(glob=lambda _: [tmp_path])
+    )
+    assert caches() == 123
+    assert caches(level="2\n") == 123
+    assert caches(size="?") == 123
+    assert caches(size="512K\n") == 512 << 10
+    assert caches(level="3\n") == 123

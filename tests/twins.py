@@ -1,0 +1,254 @@
+"""What is compiled, as the Python that it is.
+
+Templates are Python; what they need of the compiler has a twin here, on the same memory.
+So the kernels run line by line, every index checked by NumPy, with no compiler between.
+"""
+
+import ctypes
+import dataclasses
+import random
+
+import numpy as np
+import reference
+from conftest import dtype_of
+from numba.core.types import ExternalFunction
+from numba.extending import _Intrinsic
+
+from fastrelu import activations
+from fastrelu.cpu import calls, lanes, loops, threads
+
+CALLS = [
+    call
+    for row in vars(activations).values()
+    if isinstance(row, activations.PlainCalls)
+    for call in (row.flat, row.masked, row.by_channel)
+]
+
+
+# Memory -------------------------------------------------------------------------------
+
+
+def carray(place, shape, dtype=None):
+    """An array at an address, or a part of what stands for a place on the stack"""
+    if isinstance(place, np.ndarray):
+        assert shape <= place.size
+        return place[:shape]
+    dtype = np.dtype(dtype if isinstance(dtype, type) else str(dtype))
+    memory = (ctypes.c_char * (shape * dtype.itemsize)).from_address(place)
+    return np.frombuffer(memory, dtype)
+
+
+def buffer(number, element=None):
+    """Memory that nobody has written to"""
+
+    def space(like):
+        dtype = np.dtype(element or like.dtype)
+        return np.full(number * dtype.itemsize, 0xA5, np.uint8).view(dtype)
+
+    return space
+
+
+def words_of(kind):
+    class Words:
+        def __init__(self, address):
+            self.address = int(address)
+
+        def __getitem__(self, i):
+            return kind.from_address(self.address + 8 * int(i)).value
+
+    return Words
+
+
+def raw(a):
+    return a.view(np.uint8)
+
+
+# Lanes --------------------------------------------------------------------------------
+
+
+def put_word(bits, place, word):
+    bits[8 * place :][:8] = np.frombuffer(np.uint64(word).tobytes(), np.uint8)
+
+
+def unpack(bits, flags, words):
+    flags[: words * loops.WORD] = np.unpackbits(bits[: words * 8], bitorder="little")
+
+
+def store_word(target, first, word):
+    assert word.size == loops.WORD
+    target[first : first + loops.WORD] = word
+
+
+def stream_word(target, first, word):
+    assert target[first:].ctypes.data % 64 == 0
+    store_word(target, first, word)
+
+
+def stream(target, source, lines):
+    assert lines == 0 or target.ctypes.data % 64 == 0
+    raw(target)[: 64 * lines] = raw(source)[: 64 * lines]
+
+
+def twin_of(lane):
+    """The lane without the compiler; half floats are converted bit by bit"""
+    dtype = dtype_of(lane.name)
+
+    def active(x, first):
+        values = x[first : first + loops.WORD].view(dtype)
+        assert values.size == loops.WORD
+        return reference.mask_bits(values).view(np.uint64)[0]
+
+    lane = dataclasses.replace(lane, active=active)
+    if lane.name == "float16":
+        load, store = lanes._half_to_float_by_bits, lanes._float_to_half_by_bits
+        lane = dataclasses.replace(lane, load=load, store=store)
+    return lane
+
+
+# Python's and NumPy's own functions ---------------------------------------------------
+
+
+def referred(address):
+    """The object at an address"""
+    return ctypes.cast(address, ctypes.py_object).value
+
+
+class Interpreter:
+    """The global lock, and the error that is on its way"""
+
+    def __init__(self):
+        self.held, self.error = True, None
+
+    def let_go(self):
+        assert self.held
+        self.held = False
+        return 7
+
+    def take_back(self, thread):
+        assert (thread, self.held) == (7, False)
+        self.held = True
+
+    def as_integer(self, address):
+        value = referred(address)
+        if abs(value) < 1 << 63:
+            return value
+        self.error = OverflowError()
+        return -1
+
+    def failed(self):
+        return int(self.error is not None)
+
+    def forget(self):
+        self.error = None
+
+    def empty_like(self, address, values):
+        prototype = ctypes.PYFUNCTYPE(
+            ctypes.c_void_p,
+            ctypes.c_void_p,
+            ctypes.c_int,
+            ctypes.c_void_p,
+            ctypes.c_int,
+        )
+        try:
+            return prototype(address)(*values)
+        except MemoryError as error:
+            self.error = error
+            return 0
+
+
+# The whole ----------------------------------------------------------------------------
+
+
+def spread(body, arguments, size, grain, moved):
+    """Three pieces at least, where there is so much, in any order"""
+    piece = max(1, size // (3 * grain)) * grain
+    starts = list(range(0, size, piece))
+    random.Random(size).shuffle(starts)
+    for start in starts:
+        body(*arguments, start, min(start + piece, size))
+
+
+def interpret(monkeypatch):
+    """Have NumPy arrays go through Python alone; return the interpreter's twin"""
+    python, functions = Interpreter(), {}
+    keep = ctypes.pythonapi.Py_IncRef
+    item = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p)(
+        ("PyDict_GetItem", ctypes.pythonapi)
+    )
+    stack = {
+        "word_buffer": buffer(loops.WORD),
+        "rest_buffer": buffer(loops.WORD),
+        "tile_buffer": buffer(loops.TILE),
+        "flag_buffer": buffer(loops.MASKED + 2 * loops.WORD, np.uint8),
+        "sum_buffer": buffer(loops.LANES, np.float64),
+        "weight_buffer": buffer(loops.WIDE),
+    }
+    vectors = {
+        "put_word": put_word,
+        "unpack": unpack,
+        "store_word": store_word,
+        "stream_word": stream_word,
+        "stream": stream,
+        "fence": lambda: None,
+    }
+    twins = {
+        lanes: {
+            "_float_bits": lambda value: np.float32(value).view(np.uint32),
+            "_bits_float": lambda bits: np.uint32(bits).view(np.float32),
+            **vectors,
+        },
+        loops: {"at": int, "spread": spread, "carray": carray, **stack, **vectors},
+        calls: {
+            "_words": words_of(ctypes.c_int64),
+            "_floats": words_of(ctypes.c_double),
+            "_call_loop": lambda address, values: functions[address](*values),
+            "_call_empty_like": python.empty_like,
+            "_keep": lambda address: keep(ctypes.c_void_p(int(address))),
+            "_let_go": python.let_go,
+            "_take_back": python.take_back,
+            "_as_integer": python.as_integer,
+            "_failed": python.failed,
+            "_forget": python.forget,
+        },
+        threads: {
+            "_team": lambda: threads._memory,
+            "_dict_item": lambda where, key: item(int(where), int(key)) or 0,
+        },
+    }
+    for module, names in twins.items():
+        for name, value in list(vars(module).items()):
+            if name in names:
+                monkeypatch.setattr(module, name, names[name])
+            elif hasattr(value, "py_func"):
+                monkeypatch.setattr(module, name, value.py_func)
+            elif isinstance(value, (_Intrinsic, ExternalFunction)):
+                monkeypatch.setattr(module, name, None)  # which cannot be called
+
+    def compiled(driver, block, formula, lane, past_cache=False):
+        loop = loops.bound(driver, block, formula, twin_of(lane), "twin", past_cache)
+        loop.address = id(loop)
+        functions[id(loop)] = loop
+        return loop
+
+    def built_in(template, table):
+        def call(*arguments):
+            given = (ctypes.py_object * len(arguments))(*arguments)
+            result = template(id(table), ctypes.addressof(given), len(arguments))
+            assert python.held
+            if result == 0:
+                raise python.error
+            assert python.error is None
+            value = referred(result)
+            ctypes.pythonapi.Py_DecRef(ctypes.py_object(value))
+            return value
+
+        return call
+
+    monkeypatch.setattr(loops, "compile_", lambda function, **_: function)
+    monkeypatch.setattr(loops, "compiled", compiled)
+    monkeypatch.setattr(calls, "_built_in", built_in)
+    for call in CALLS:
+        fresh = calls.Call(call.formula, *call.blocks)
+        for name in ("call", "table", "rows"):
+            monkeypatch.setattr(call, name, getattr(fresh, name))
+    return python
