@@ -5,17 +5,30 @@ every place on the stack is full of rubbish before it is written, and what no ma
 hand compiles is run too: half floats converted bit by bit.
 """
 
+import ctypes
+import random
+import sys
+
 import numpy as np
 import pytest
 import reference
 import twins
 from conftest import FLOATS, each, gradient_of, normal, place, sample, slopes_for
 from reference import assert_same, assert_weight_gradient
-from test_paths import LEFT_CALLS, QUICK_CALLS, cube, ready_for_float32
+from test_paths import (
+    LEFT_CALLS,
+    LEFT_GRADIENTS,
+    QUICK_CALLS,
+    QUICK_GRADIENTS,
+    cube,
+    ready_for_float32,
+    ready_for_gradients,
+)
 
 import fastrelu as F
+from fastrelu import activations
 from fastrelu.activations import ACTIVATIONS
-from fastrelu.cpu import calls, lanes, loops, threads
+from fastrelu.cpu import calls, lanes, loops, pool, threads
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered:RuntimeWarning")
 SIZES = 0, 1, 8, 64, 77, 1200  # the last one is past the cache
@@ -187,6 +200,209 @@ def test_no_memory_for_a_result(interpreter, monkeypatch, leaky):
     monkeypatch.setattr(calls, "_call_empty_like", none)
     with pytest.raises(MemoryError):
         leaky.flat.call(cube(), 0.5, False, None)
+
+
+@pytest.fixture
+def gradients():
+    return ready_for_gradients()
+
+
+@pytest.mark.parametrize("name", QUICK_GRADIENTS)
+def test_quick_calls_of_gradients(name, gradients, interpreter):
+    g, w = cube(), normal((8,), np.dtype(np.float32), seed=1)
+    dx, _ = QUICK_GRADIENTS[name](gradients, g, w)
+    assert dx.shape == g.shape
+    assert not interpreter.given
+
+
+@pytest.mark.parametrize("name", LEFT_GRADIENTS)
+def test_gradients_that_are_left_to_python(name, gradients, interpreter):
+    g, w = cube(), normal((8,), np.dtype(np.float32), seed=1)
+    before = g.copy(), w.copy()
+    assert LEFT_GRADIENTS[name](gradients, g, w) is None
+    assert np.array_equal(g, before[0])
+    assert np.array_equal(w, before[1])
+    assert not interpreter.given
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"], indirect=True)
+def test_weights_of_half_floats(dtype, interpreter):
+    shape = 3, 5, 70
+    g, x = sample(shape, dtype, seed=1), sample(shape, dtype)
+    for weight in (normal((5,), dtype), normal((5,), np.dtype(np.float32))):
+        expected = reference.forward("prelu", x, weight=weight)
+        assert_same(F.prelu(x, weight), expected)
+        dx, dw = F.prelu_backward(g, x, weight)
+        assert_same(dx, reference.backward("prelu", g, x, weight=weight))
+        assert_weight_gradient(dw, g, x, weight)
+    assert not interpreter.given
+
+
+@pytest.mark.parametrize("enough", range(3))
+def test_no_memory_for_sums(enough, interpreter):
+    """Nothing is lost, nothing is kept, and no output changes."""
+    g = x = cube().astype(np.float16)
+    weight = normal((8,), g.dtype)
+    for axis in (0, -1):
+        F.prelu_backward(g, x, weight[: x.shape[axis]], axis=axis)
+    for axis in (0, -1):
+        out = np.full_like(g, 7)
+        interpreter.left = enough
+        with pytest.raises(MemoryError):
+            F.prelu_backward(g, x, weight[: x.shape[axis]], axis=axis, out=out)
+        assert (out == 7).all()
+        assert not interpreter.given
+    interpreter.left = 0
+    assert (
+        activations._leaky_relu_calls.by_channel.call(x, weight, False, None, -1)
+        is None
+    )
+
+
+def test_no_memory_for_both_gradients(interpreter, monkeypatch, gradients):
+    g, w = cube(), normal((8,), np.dtype(np.float32))
+    empty_like, new_tuple, left = calls._call_empty_like, calls._new_tuple, [0]
+
+    def scarce(function):
+        def call(*arguments):
+            left[0] -= 1
+            if left[0] < 0:
+                interpreter.error = MemoryError()
+                return 0
+            return function(*arguments)
+
+        return call
+
+    monkeypatch.setattr(calls, "_call_empty_like", scarce(empty_like))
+    monkeypatch.setattr(calls, "_new_tuple", scarce(new_tuple))
+    for enough in range(3):
+        left[0], interpreter.error = enough, None
+        with pytest.raises(MemoryError):
+            gradients(g, w, False, None, -1, g)
+        assert not interpreter.given
+
+
+# The pool -----------------------------------------------------------------------------
+
+
+class Books:
+    """A simple model of the pool: sizes, and what the memory behind them amounts to."""
+
+    def __init__(self, limit, left):
+        self.limit, self.left, self.idle = limit, left, []
+
+    def lend(self, size):
+        if size in self.idle:
+            self.idle.reverse()
+            self.idle.remove(size)  # the newest
+            self.idle.reverse()
+            return True
+        if size + pool._MORE > self.left:
+            self.shrink(0)
+        if size + pool._MORE > self.left:
+            return False
+        self.left -= size + pool._MORE
+        return True
+
+    def take_back(self, size):
+        self.idle.append(size)
+        self.shrink(self.limit)
+
+    def shrink(self, limit):
+        while sum(self.idle) > limit:
+            self.left += self.idle.pop(0) + pool._MORE
+
+
+def test_the_pool(monkeypatch):
+    limit, enough, rng = 1 << 16, 1 << 18, random.Random(0)
+    memory = twins.interpret_pool(monkeypatch, enough)
+    tested, books, lent = pool.MemoryPool(limit), Books(limit, enough), {}
+    address = tested.address
+    assert pool.malloc(address, -1) == pool.malloc(address, sys.maxsize) == 0
+
+    def keep(place, nbytes, start):
+        """Mark what was lent, from its start on, as nobody else's."""
+        mark = bytes([rng.randrange(1, 256)])
+        assert place % 64 == 0
+        ctypes.memset(place + start, mark[0], nbytes - start)
+        lent[place] = nbytes, ctypes.string_at(place, nbytes)
+
+    for _ in range(3000):
+        nbytes = rng.choice([0, 1, 4096, 5000, 1 << 14, 1 << 15])
+        size = max(1, -(-nbytes // 4096)) * 4096
+        what = rng.choice(["malloc", "calloc", "realloc", "free", "free"])
+        if what in ("malloc", "calloc") or not lent:
+            place = pool.malloc(address, nbytes)
+            if what == "calloc":
+                if books.lend(size):  # and is full of what calloc must not show
+                    ctypes.memset(place, 0xA5, nbytes)
+                    books.take_back(size)
+                pool.free(address, place, nbytes)
+                place = pool.calloc(address, nbytes, 1)
+                assert not any(ctypes.string_at(place, nbytes) if place else b"")
+            assert bool(place) == books.lend(size)
+            if place:
+                keep(place, nbytes, 0)
+            continue
+        place = rng.choice(list(lent))
+        length, content = lent.pop(place)
+        assert ctypes.string_at(place, length) == content
+        before = max(1, -(-length // 4096)) * 4096
+        if what == "free":
+            pool.free(address, place, length)
+            books.take_back(before)
+        else:
+            new = pool.realloc(address, place, nbytes)
+            assert bool(new) == books.lend(size)
+            if new:
+                start = min(length, nbytes)
+                assert ctypes.string_at(new, start) == content[:start]
+                books.take_back(before)
+                keep(new, nbytes, start)
+            else:
+                lent[place] = length, content
+        assert tested.free_bytes() == sum(books.idle)
+        used = sum(max(1, -(-length // 4096)) * 4096 for length, _ in lent.values())
+        assert tested.used_bytes() == used
+        assert memory.left == books.left
+    assert pool.realloc(address, 0, 10) != 0
+    pool.free(address, 0, 0)
+    pool.shrink(address, 0)
+    assert tested.free_bytes() == 0
+
+
+@pytest.mark.parametrize("fails", [None, "before", "call", "after"])
+def test_a_call_from_the_pool(fails, monkeypatch):
+    """NumPy's handler is the pool's for one call; who holds what is counted."""
+    count = {"own": 0, "before": 0, "result": 0}
+    names = {7: "own", 8: "before", 9: "result"}
+    handlers = [7 if fails != "after" else 0, 8 if fails != "before" else 0]
+
+    def set_handler(where, values):
+        old = handlers.pop()
+        if old:
+            count[names[old]] += 1
+        return old
+
+    def let_go(address):
+        count[names[address]] -= 1
+
+    def call(function, arguments, number, names):
+        count["result"] += fails != "call"
+        return 9 if fails != "call" else 0
+
+    twins.interpret_pool(monkeypatch, 0)
+    for name, twin in {
+        "_set_handler": set_handler,
+        "_let_go": let_go,
+        "_vectorcall": call,
+    }.items():
+        monkeypatch.setattr(pool, name, twin)
+    tested = pool.MemoryPool()
+    given = (ctypes.py_object * 2)(np.empty, 3)
+    result = pool.call(id(tested._words), ctypes.addressof(given), 2)
+    assert result == (9 if fails is None else 0)
+    assert count == {"own": 0, "before": 0, "result": int(fails is None)}
 
 
 def test_every_half_float():

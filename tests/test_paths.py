@@ -230,7 +230,7 @@ def test_other_arguments_are_left_to_python(name, leaky):
 
 def test_a_call_that_gives_no_answer_passes_for_no_result():
     with pytest.raises(RuntimeError, match="a bug of fastrelu"):
-        cpu._answered(None)
+        cpu._call(types.SimpleNamespace(call=lambda: None))
 
 
 def test_the_quick_call_knows_a_dtype_by_what_it_is(leaky):
@@ -301,13 +301,15 @@ def frozen(x):
     return x
 
 
-@pytest.fixture(scope="module")
-def gradients():
-    """The call of PReLU's gradients, ready for float32."""
+def ready_for_gradients():
+    """The call of PReLU's gradients"""
     call = activations._leaky_relu_backward_calls.by_channel
     for block, in_place in product((0, 1), (False, True)):
         call.prepare(float32, 0, in_place=in_place, block=block)
     return call.call
+
+
+gradients = pytest.fixture(ready_for_gradients, scope="module")
 
 
 @pytest.mark.parametrize("name", QUICK_GRADIENTS)

@@ -15,7 +15,8 @@ from numba.core.types import ExternalFunction
 from numba.extending import _Intrinsic
 
 from fastrelu import activations
-from fastrelu.cpu import calls, lanes, loops, threads
+from fastrelu.cpu import calls, lanes, loops, pool, threads
+from fastrelu.cpu.jit import rebuild
 
 CALLS = [
     call
@@ -34,8 +35,9 @@ def carray(place, shape, dtype=None):
         assert shape <= place.size
         return place[:shape]
     dtype = np.dtype(dtype if isinstance(dtype, type) else str(dtype))
-    memory = (ctypes.c_char * (shape * dtype.itemsize)).from_address(place)
-    return np.frombuffer(memory, dtype)
+    length = int(np.prod(shape)) * dtype.itemsize
+    memory = (ctypes.c_char * length).from_address(int(place))
+    return np.frombuffer(memory, dtype).reshape(shape)
 
 
 def buffer(number, element=None):
@@ -48,19 +50,18 @@ def buffer(number, element=None):
     return space
 
 
-def words_of(kind):
+def words_of(kind, size=8):
     class Words:
         def __init__(self, address):
             self.address = int(address)
 
         def __getitem__(self, i):
-            return kind.from_address(self.address + 8 * int(i)).value
+            return kind.from_address(self.address + size * int(i)).value
+
+        def __setitem__(self, i, value):
+            kind.from_address(self.address + size * int(i)).value = int(value)
 
     return Words
-
-
-def raw(a):
-    return a.view(np.uint8)
 
 
 # Lanes --------------------------------------------------------------------------------
@@ -82,11 +83,6 @@ def store_word(target, first, word):
 def stream_word(target, first, word):
     assert target[first:].ctypes.data % 64 == 0
     store_word(target, first, word)
-
-
-def stream(target, source, lines):
-    assert lines == 0 or target.ctypes.data % 64 == 0
-    raw(target)[: 64 * lines] = raw(source)[: 64 * lines]
 
 
 def twin_of(lane):
@@ -113,11 +109,36 @@ def referred(address):
     return ctypes.cast(address, ctypes.py_object).value
 
 
+def of_python(name):
+    """A C function of Python that takes and returns an address or a size"""
+    function = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p)(
+        (name, ctypes.pythonapi)
+    )
+    return lambda value: function(int(value))
+
+
 class Interpreter:
-    """The global lock, and the error that is on its way"""
+    """The global lock, the error that is on its way, and what malloc has given out"""
 
     def __init__(self):
         self.held, self.error = True, None
+        self.given, self.left = set(), 1 << 60
+        self.raw_malloc, self.raw_free = map(
+            of_python, ("PyMem_RawMalloc", "PyMem_RawFree")
+        )
+
+    def malloc(self, nbytes):
+        self.left -= 1
+        if self.left < 0:
+            return 0
+        address = self.raw_malloc(nbytes)
+        self.given.add(address)
+        return address
+
+    def free(self, address):
+        if address != 0:
+            self.given.remove(address)
+            self.raw_free(address)
 
     def let_go(self):
         assert self.held
@@ -170,25 +191,26 @@ def spread(body, arguments, size, grain, moved):
 
 def interpret(monkeypatch):
     """Have NumPy arrays go through Python alone; return the interpreter's twin"""
+    threads.ready()  # which is not for Python
     python, functions = Interpreter(), {}
-    keep = ctypes.pythonapi.Py_IncRef
+    call = lambda address, values: functions[address](*values)
+    memory = {"_malloc": python.malloc, "_free": python.free}
     item = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p)(
         ("PyDict_GetItem", ctypes.pythonapi)
     )
     stack = {
         "word_buffer": buffer(loops.WORD),
         "rest_buffer": buffer(loops.WORD),
-        "tile_buffer": buffer(loops.TILE),
         "flag_buffer": buffer(loops.MASKED + 2 * loops.WORD, np.uint8),
         "sum_buffer": buffer(loops.LANES, np.float64),
         "weight_buffer": buffer(loops.WIDE),
+        "column_buffer": buffer(loops.SEGMENT_COLUMNS, np.float64),
     }
     vectors = {
         "put_word": put_word,
         "unpack": unpack,
         "store_word": store_word,
         "stream_word": stream_word,
-        "stream": stream,
         "fence": lambda: None,
     }
     twins = {
@@ -197,13 +219,26 @@ def interpret(monkeypatch):
             "_bits_float": lambda bits: np.uint32(bits).view(np.float32),
             **vectors,
         },
-        loops: {"at": int, "spread": spread, "carray": carray, **stack, **vectors},
+        loops: {
+            "at": int,
+            "spread": spread,
+            "carray": carray,
+            **memory,
+            **stack,
+            **vectors,
+        },
         calls: {
             "_words": words_of(ctypes.c_int64),
             "_floats": words_of(ctypes.c_double),
-            "_call_loop": lambda address, values: functions[address](*values),
+            "_call_loop": call,
+            "_call_backward": call,
+            "_call_weights": call,
             "_call_empty_like": python.empty_like,
-            "_keep": lambda address: keep(ctypes.c_void_p(int(address))),
+            "_keep": of_python("Py_IncRef"),
+            "_drop": of_python("Py_DecRef"),
+            "_new_tuple": of_python("PyTuple_New"),
+            "carray": carray,
+            **memory,
             "_let_go": python.let_go,
             "_take_back": python.take_back,
             "_as_integer": python.as_integer,
@@ -224,13 +259,18 @@ def interpret(monkeypatch):
             elif isinstance(value, (_Intrinsic, ExternalFunction)):
                 monkeypatch.setattr(module, name, None)  # which cannot be called
 
-    def compiled(driver, block, formula, lane, past_cache=False):
-        loop = loops.bound(driver, block, formula, twin_of(lane), "twin", past_cache)
-        loop.address = id(loop)
+    def kept(loop):
+        loop.ctypes, loop.address = loop, id(loop)
         functions[id(loop)] = loop
         return loop
 
-    def built_in(template, table):
+    def compiled(block, formula, lane, kind=loops.PLAIN):
+        return kept(loops.bound(block, formula, twin_of(lane), kind))
+
+    def compiled_for(lane, template):
+        return kept(rebuild(template, "twin", loops._names(twin_of(lane))))
+
+    def compile_call(template, table):
         def call(*arguments):
             given = (ctypes.py_object * len(arguments))(*arguments)
             result = template(id(table), ctypes.addressof(given), len(arguments))
@@ -246,9 +286,48 @@ def interpret(monkeypatch):
 
     monkeypatch.setattr(loops, "compile_", lambda function, **_: function)
     monkeypatch.setattr(loops, "compiled", compiled)
-    monkeypatch.setattr(calls, "_built_in", built_in)
+    monkeypatch.setattr(loops, "compiled_for", compiled_for)
+    monkeypatch.setattr(calls, "_compile", compile_call)
     for call in CALLS:
         fresh = calls.Call(call.formula, *call.blocks)
         for name in ("call", "table", "rows"):
             monkeypatch.setattr(call, name, getattr(fresh, name))
     return python
+
+
+class Memory:
+    """What NumPy's own handler gives the pool: so many bytes, and then no more"""
+
+    def __init__(self, enough):
+        self.blocks, self.left = {}, enough
+
+    def malloc(self, address, values):
+        _, nbytes = values
+        if nbytes > self.left:
+            return 0
+        block = ctypes.create_string_buffer(nbytes)
+        self.blocks[ctypes.addressof(block)] = block
+        self.left -= nbytes
+        return ctypes.addressof(block)
+
+    def free(self, address, values):
+        _, start, nbytes = values
+        assert len(self.blocks.pop(start)) == nbytes
+        self.left += nbytes
+
+
+def interpret_pool(monkeypatch, enough):
+    """Have the pool's functions be Python; return where they get memory from"""
+    memory = Memory(enough)
+    twins = {
+        "_words": words_of(ctypes.c_int64),
+        "_bytes": words_of(ctypes.c_uint8, 1),
+        "_call_malloc": memory.malloc,
+        "_call_free": memory.free,
+    }
+    for name, value in list(vars(pool).items()):
+        if name in twins:
+            monkeypatch.setattr(pool, name, twins[name])
+        elif hasattr(value, "py_func"):
+            monkeypatch.setattr(pool, name, value.py_func)
+    return memory
