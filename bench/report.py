@@ -83,7 +83,12 @@ GPU = Place(
     "a copy on the device",
     """Times are of the kernels alone. The last column is for the largest
 size; the limit is what the device copies at that size.""",
-    {"cupy": "CuPy's ElementwiseKernel", "torch": "PyTorch", "triton": "Triton"},
+    {
+        "cupy": "CuPy's ElementwiseKernel",
+        "jax": "JAX",
+        "torch": "PyTorch",
+        "triton": "Triton",
+    },
 )
 
 
@@ -533,7 +538,20 @@ def main(arguments: list[str] | None = None) -> None:
     add("--out", type=Path, default=BENCH / "results", help="where the rest goes")
     add("--name", help="of the compact copy (default: from the machine and the date)")
     options = parser.parse_args(arguments)
-    results = load(options.results)
+    for paths in by_place(options.results):
+        publish(load(paths), options)
+
+
+def by_place(paths: list[Path]) -> list[list[Path]]:
+    """Return the files of CPUs and those of GPUs."""
+    groups: dict[bool, list[Path]] = {}
+    for path in paths:
+        about = json.loads(path.read_text(encoding="utf-8")).get("about", {})
+        groups.setdefault("gpu" in about, []).append(path)
+    return list(groups.values())
+
+
+def publish(results: Results, options: argparse.Namespace) -> None:
     if options.check:
         check(results)
     results.about["name"] = options.name or results.about["name"]
