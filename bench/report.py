@@ -5,7 +5,7 @@
 
 writes the table between two markers of the README, two pictures, and a compact copy of
 the figures from which all of it can be made again. `--check` writes nothing and fails
-where a rival is faster.
+where a rival is faster. What bench/gpu.py keeps has markers and pictures of its own.
 """
 
 import argparse
@@ -20,12 +20,10 @@ from textwrap import fill
 from typing import NamedTuple
 
 BENCH = Path(__file__).resolve().parent
-BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 OURS, ROOF = "fastrelu", "c"  # the roof is no rival: it shows what the machine can do
 ALONE = "torch-tcmalloc"  # a rival that also gets a line of its own
 TOLERANCE = 0.95  # a loss below this ratio is more than noise
 NAMED = 5  # so many losses are named in the README; --check names all
-COLUMNS = (1, 1 << 10, 1 << 17, 1 << 20, 1 << 24, 1 << 26)  # sizes in the README
 MODES = {"inplace": "in place"}
 # What is drawn: for each line the first op and mode that match.
 PANELS = ("relu fresh", "relu out", "relu inplace", "relu_backward *")
@@ -33,6 +31,11 @@ PANELS += ("prelu*backward* *",)
 # The grey and the colours have a contrast of 3 or more on white and on GitHub's dark
 # #0d1117, and stay apart for the colour-blind; the markers help.
 GREY = "#768089"
+GPU_PICTURES = """
+
+![Time against size](bench/results/gpu-time.svg)
+
+![Bandwidth against that of a copy](bench/results/gpu-bandwidth.svg)"""
 STYLES = {
     OURS: {"color": "#d55e00", "marker": "o", "linewidth": 2.6, "zorder": 4},
     "numpy": {"color": "#00936b", "marker": "s"},
@@ -40,13 +43,57 @@ STYLES = {
     "torch": {"color": "#2380cc", "marker": "D"},
     ALONE: {"color": "#2380cc", "marker": "x", "linestyle": ":"},
     "onnxruntime": {"color": "#c46a9c", "marker": "^"},
+    "cupy": {"color": "#00936b", "marker": "s"},
+    "cupy.maximum": {"color": "#00936b", "marker": "x", "linestyle": ":"},
+    "triton": {"color": "#9a7d0a", "marker": "v"},
+    "jax": {"color": "#c46a9c", "marker": "^"},
     ROOF: {"color": GREY, "linestyle": "--", "zorder": 1},
 }
 OTHER = {"color": "#8f6fd0", "marker": "P"}
-LIMIT = {"label": "memory's limit", "color": GREY, "linewidth": 2, "zorder": 1}
+LIMIT = {"color": GREY, "linewidth": 2, "zorder": 1}
 LIMIT["linestyle"] = (0, (7, 3))
 GREYED = ("text.color", "axes.labelcolor", "axes.edgecolor", "grid.color")
 GREYED += ("xtick.color", "ytick.color")
+
+
+class Place(NamedTuple):
+    """What differs between the report of a CPU and that of a GPU."""
+
+    marker: str  # of the README's part
+    prefix: str  # of the pictures' names
+    columns: tuple[int, ...]  # sizes in the README
+    limit: str  # what the limit is called
+    about_limit: str
+    names: dict[str, str]  # of peers, in pictures
+
+
+CPU = Place(
+    "bench",
+    "",
+    (1, 1 << 10, 1 << 17, 1 << 20, 1 << 24, 1 << 26),
+    "memory's limit",
+    """The last column is for the largest size of which memory's limit
+is known; it was measured once, so that more than 100% says that memory had become faster.""",
+    {ROOF: "hand-written C"},
+)
+GPU = Place(
+    "gpu",
+    "gpu-",
+    (1 << 10, 1 << 14, 1 << 20, 1 << 24, 1 << 26, 1 << 30),
+    "a copy on the device",
+    """Times are of the kernels alone. The last column is for the largest
+size; the limit is what the device copies at that size.""",
+    {
+        "cupy": "CuPy's ElementwiseKernel",
+        "jax": "JAX",
+        "torch": "PyTorch",
+        "triton": "Triton",
+    },
+)
+
+
+def place(results):
+    return GPU if "gpu" in results.about else CPU
 
 
 class Cell(NamedTuple):
@@ -100,6 +147,7 @@ def load(paths: Iterable[Path]) -> Results:
         if about.setdefault("machine", new["machine"]) != new["machine"]:
             sys.exit(f"{path}: times of another machine cannot be compared")
         about["name"] = about["name"] or new.get("name")
+        about |= {"gpu": new["gpu"]} if "gpu" in new else {}
         about["date"] = max(about["date"], new["date"])
         about["versions"] |= new["versions"]
         about["commands"] += [c for c in new["commands"] if c not in about["commands"]]
@@ -108,9 +156,13 @@ def load(paths: Iterable[Path]) -> Results:
             cells[cell] = outcome._replace(seconds=seconds | outcome.seconds)
     if not cells:
         sys.exit("no benchmark here has an op in its extra_info")
-    words = f"{about['machine'][:40]} {about['date']}".lower()
-    about["name"] = about["name"] or "-".join(re.findall("[a-z0-9]+", words))
+    about["name"] = about["name"] or slug(about["machine"][:40], about["date"])
     return Results(about, cells)
+
+
+def slug(*words):
+    """Return the name of a file with these words."""
+    return "-".join(re.findall("[a-z0-9]+", " ".join(words).lower()))
 
 
 def from_pytest(data, path):
@@ -165,8 +217,8 @@ def in_words(op, mode):
 
 
 def size(n):
-    """Return 1, 64, 1k or 1M: k and M are powers of two, as the sizes are."""
-    for unit, letter in ((1 << 20, "M"), (1 << 10, "k")):
+    """Return 1, 64, 1k, 1M or 1G: the letters are powers of two, as the sizes are."""
+    for unit, letter in ((1 << 30, "G"), (1 << 20, "M"), (1 << 10, "k")):
         if n >= unit:
             return f"{n / unit:.4g}{letter}"
     return str(n)
@@ -233,19 +285,19 @@ def markdown(results: Results, *, every: bool = False) -> str:
     alone = f"\nAgainst {ALONE} alone: {digest(duels(results, ALONE))}\n"
     rest = f"bench/results/{about['name']}.md"
     rest = "" if every else f" Every other way to call: [{rest}]({rest})."
+    pictures = "" if every or place(results) is CPU else GPU_PICTURES
     return f"""\
 {about["machine"]}, {about["date"]}; {versions}. Made by {commands}.{rest}
 
 {float32_table(results, all_series(results) if every else chosen(results))}
 
 A cell has our median time, and how many times as long the fastest rival takes. **Bold:
-the rival is faster.** The last column is for the largest size of which memory's limit
-is known; it was measured once, so that more than 100% says that memory had become faster.
+the rival is faster.** {place(results).about_limit}
 
 All dtypes and sizes against the fastest rival: {digest(duels(results))} 
 Against each rival: {each or "-"}.
 {alone if ALONE in rivals else ""}
-{dtype_table(results, rivals)}"""
+{dtype_table(results, rivals)}{pictures}{gpu_part(about)}"""
 
 
 def table(*rows: list[str]) -> str:
@@ -259,9 +311,48 @@ def chosen(results):
     return series or all_series(results)
 
 
+def gpu_part(about):
+    """Return what only a report of a GPU has, as the last lines."""
+    if "gpu" not in about:
+        return ""
+    gpu = about["gpu"]
+    peers = dict.fromkeys(peer for row in gpu["host"].values() for peer in row)
+    rows = []
+    for way, times_ in gpu["host"].items():
+        medians = (times_[peer][0] if peer in times_ else None for peer in peers)
+        rows.append(
+            [
+                in_words(*way.split()),
+                *("-" if m is None else duration(m) for m in medians),
+            ]
+        )
+    host = table(["a call on the host", *peers], *rows) if rows else ""
+    return "\n\n" + "\n".join(filter(None, [host, *gpu_lines(gpu)]))
+
+
+def gpu_lines(gpu):
+    """Yield what was checked, and all that is missing."""
+    verdicts = [verdict for _, verdict, _ in gpu["checks"]]
+    counts = (f"{verdicts.count(v)} {v}" for v in ("ok", "failed", "skipped"))
+    yield f"\nChecks on the device: {', '.join(counts)}."
+    if first := gpu.get("first"):
+        yield (
+            f"The first call of a process: {duration(first['warm'])}, or "
+            f"{duration(first['empty'])} if the code has to be compiled."
+        )
+    for name, verdict, why in gpu["checks"]:
+        if verdict != "ok":
+            yield f"- {name}: {verdict}, {why.splitlines()[0] if why else ''}"
+    for peer, why in gpu["absent"].items():
+        yield f"- without {peer}: {why}"
+    yield from (f"- {error}" for error in gpu["errors"])
+    if gpu["dropped"]:
+        yield f"- no time was left for {', '.join(gpu['dropped'])}"
+
+
 def float32_table(results, series_of_rows):
     known = {cell.n for cell in results.cells if cell.dtype == "float32"}
-    columns = [n for n in COLUMNS if n in known]
+    columns = [n for n in place(results).columns if n in known]
     rows = []
     for series in series_of_rows:
         cells = [Cell(*series, "float32", n) for n in columns]
@@ -328,13 +419,14 @@ def dtype_table(results, rivals):
     return table([*head, f"below {TOLERANCE}", "worst"], *rows)
 
 
-def insert(path: Path, text: str) -> None:
+def insert(path: Path, text: str, marker: str = CPU.marker) -> None:
     """Replace what is between the markers and nothing else."""
     old = path.read_bytes().decode()  # bytes, so that no line end changes
-    before, begin, rest = old.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not end or (old.count(BEGIN), old.count(END)) != (1, 1):
-        sys.exit(f"{path}: wants {BEGIN} and later {END}, once each")
+    first, last = f"<!-- {marker}:begin -->", f"<!-- {marker}:end -->"
+    before, begin, rest = old.partition(first)
+    _, end, after = rest.partition(last)
+    if not end or (old.count(first), old.count(last)) != (1, 1):
+        sys.exit(f"{path}: wants {first} and later {last}, once each")
     path.write_bytes(f"{before}{begin}\n\n{text}\n\n{end}{after}".encode())
 
 
@@ -350,32 +442,34 @@ def draw(results: Results, folder: Path) -> None:
     with mpl.rc_context(style):
         for name, plot in (("time", plot_time), ("bandwidth", plot_bandwidth)):
             picture = panels(results, plot)
-            path = folder / f"{name}.svg"
+            path = folder / f"{place(results).prefix}{name}.svg"
             picture.savefig(path, transparent=True, metadata={"Date": None})
 
 
-def plot_time(ax, peer, points):
+def plot_time(ax, peer, points, place):
     nanoseconds = [[s * 1e9 / n for s in out.seconds[peer]] for n, out in points]
     median, q1, q3 = zip(*nanoseconds, strict=True)
-    n, style = [n for n, _ in points], look(peer)
+    n, style = [n for n, _ in points], look(peer, place)
     ax.plot(n, median, **style)
     ax.fill_between(n, q1, q3, color=style["color"], alpha=0.2, linewidth=0)
     ax.set_ylabel("ns per element")
 
 
-def plot_bandwidth(ax, peer, points):
+def plot_bandwidth(ax, peer, points, place):
     points = [(n, out) for n, out in points if n >= 1 << 10]  # below: the call's cost
     reached = [out.gb_per_s(peer) for _, out in points]
-    ax.plot([n for n, _ in points], reached, **look(peer))
+    ax.plot([n for n, _ in points], reached, **look(peer, place))
     ax.set_ylabel("GB/s")
     ax.yaxis.get_major_locator().set_params(subs=(1, 2, 5))
-    limits = [out.limit for _, out in points if out.limit]
-    if peer == OURS and limits:
-        ax.axhline(limits[-1], **LIMIT)
+    limits = [(n, out.limit) for n, out in points if out.limit]
+    if peer == OURS and limits and place is CPU:
+        ax.axhline(limits[-1][1], label=place.limit, **LIMIT)
+    elif peer == OURS and limits:
+        ax.plot(*zip(*limits, strict=True), label=place.limit, **LIMIT)
 
 
-def look(peer):
-    label = "hand-written C" if peer == ROOF else peer
+def look(peer, place):
+    label = place.names.get(peer, peer)
     own = STYLES.get(peer, OTHER)
     return {"label": label, "linewidth": 1.4, "markersize": 4} | own
 
@@ -396,7 +490,7 @@ def panels(results, plot):
     for ax, series in zip(axes, shown, strict=False):
         for peer in peers(results):
             if found := points(results, *series, peer):
-                plot(ax, peer, found)
+                plot(ax, peer, found, place(results))
         dress(ax, in_words(*series).replace("`", ""))
         handles, labels = ax.get_legend_handles_labels()
         legend |= dict(zip(labels, handles, strict=True))
@@ -444,11 +538,24 @@ def main(arguments: list[str] | None = None) -> None:
     add("--out", type=Path, default=BENCH / "results", help="where the rest goes")
     add("--name", help="of the compact copy (default: from the machine and the date)")
     options = parser.parse_args(arguments)
-    results = load(options.results)
+    for paths in by_place(options.results):
+        publish(load(paths), options)
+
+
+def by_place(paths: list[Path]) -> list[list[Path]]:
+    """Return the files of CPUs and those of GPUs."""
+    groups: dict[bool, list[Path]] = {}
+    for path in paths:
+        about = json.loads(path.read_text(encoding="utf-8")).get("about", {})
+        groups.setdefault("gpu" in about, []).append(path)
+    return list(groups.values())
+
+
+def publish(results: Results, options: argparse.Namespace) -> None:
     if options.check:
         check(results)
     results.about["name"] = options.name or results.about["name"]
-    insert(options.readme, markdown(results))
+    insert(options.readme, markdown(results), place(results).marker)
     options.out.mkdir(parents=True, exist_ok=True)
     copy = options.out / f"{results.about['name']}.json"
     copy.write_text(to_copy(results), encoding="utf-8", newline="\n")

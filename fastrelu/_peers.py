@@ -36,6 +36,7 @@ TURNS = 5
 SAMPLE = 1e-3  # seconds that a sample should last at least
 TURN = 0.02  # seconds that the samples of a turn should last together
 CHECKED = 1 << 16  # elements on which a peer is checked
+BLOCK = 1 << 20  # random numbers that repeat in a large array
 
 SLOPE = 0.25
 
@@ -92,9 +93,12 @@ COMMON = (
 )
 
 
+UNITS = {"G": 1 << 30, "M": 1 << 20, "k": 1 << 10}
+
+
 def size_name(n: int) -> str:
     """Return how a number of elements is written: 1k is 1024, 1M is 1024k."""
-    for unit, letter in ((1 << 20, "M"), (1 << 10, "k")):
+    for letter, unit in UNITS.items():
         if n % unit == 0:
             return f"{n // unit}{letter}"
     return str(n)
@@ -106,9 +110,9 @@ def size(text: str) -> int:
     Raises
     ------
     ValueError
-        If it is not a positive whole number, with k or M or without.
+        If it is not a positive whole number, with k, M or G or without.
     """
-    unit = {"k": 1 << 10, "M": 1 << 20}.get(text[-1:], 1)
+    unit = UNITS.get(text[-1:], 1)
     digits = text[:-1] if unit > 1 else text
     if not digits.isdecimal() or int(digits) == 0:
         msg = f"expected a size such as 64, 16k or 1M, got {text!r}"
@@ -209,14 +213,15 @@ class Data:
 
     `w` is the weight, None for an activation without, and `slope` what multiplies the
     inactive elements: a number, or the weight in a shape that broadcasts.  `target` is
-    the array that a call must write, None for a fresh one.
+    the array that a call must write, `target_w` the one for the weight's gradient, None
+    for fresh ones.
     """
 
     def __init__(self, case: Case, slope: float) -> None:
         row, shape, dtype = case.row, case.shape, dtype_of(case.dtype)
-        self.x = _normal(shape, dtype, seed=0)
+        self.x = self.normal(shape, dtype, seed=0)
         self.g: Array = (
-            None if row.passes == "forward" else _normal(shape, dtype, seed=1)
+            None if row.passes == "forward" else self.normal(shape, dtype, seed=1)
         )
         self.slope: Any = slope if row.slope is None else row.slope
         self.w: Array = None
@@ -224,15 +229,29 @@ class Data:
         self.others: tuple[int, ...] = tuple(range(len(shape)))
         if row.activation == "prelu":
             channels = 1 if row.layout == "shared" else shape[self.axis]
-            self.w = np.linspace(slope, 1, channels).astype(dtype)
+            self.w = self.put(np.linspace(slope, 1, channels).astype(dtype))
             self.slope = self.w
             if row.layout != "shared":
                 self.others = tuple(np.delete(self.others, self.axis).tolist())
-                self.slope = np.expand_dims(self.w, self.others)
+                axes = range(len(shape))
+                self.slope = self.w.reshape(
+                    [1 if i in self.others else -1 for i in axes]
+                )
         first = self.x if self.g is None else self.g
         self.target: Array = None if case.mode == "fresh" else first
+        self.target_w: Array = None
         if case.mode == "out":
-            self.target = np.empty_like(first)
+            self.target = self.empty_like(first)
+            self.target_w = None if self.w is None else self.empty_like(self.w)
+
+    def normal(self, shape: tuple[int, ...], dtype: np.dtype[Any], seed: int) -> Array:
+        """Return normal numbers; a large array repeats a block."""
+        size = min(math.prod(shape), BLOCK)
+        block = np.random.default_rng(seed).standard_normal(size)
+        return np.resize(block.astype(dtype), shape)
+
+    put = get = staticmethod(np.asarray)
+    empty_like = staticmethod(np.empty_like)
 
     def expected(self, case: Case) -> Iterator[tuple[Array, Any]]:
         """Yield the results and how far off each may be, from obvious definitions."""
@@ -251,12 +270,6 @@ class Data:
                 yield terms.sum(self.others).reshape(self.w.shape), error
         elif case.row.mask:
             yield x > 0, 0
-
-
-def _normal(shape: tuple[int, ...], dtype: np.dtype[Any], seed: int) -> Array:
-    """Return normal numbers; a large array repeats a block, which is quick to make."""
-    block = np.random.default_rng(seed).standard_normal(min(math.prod(shape), 1 << 20))
-    return np.resize(block.astype(dtype), shape)
 
 
 # Peers --------------------------------------------------------------------------------
@@ -320,6 +333,10 @@ class Peer:
         """The version of the library."""
         return importlib.metadata.version(self.modules[0])
 
+    def data(self, case: Case, slope: float) -> Data:
+        """Return the arrays of a case where this library works."""
+        return Data(case, slope)
+
     def call(self, case: Case, data: Data) -> Callable[[], Any]:
         """Return what is timed."""
         raise NotImplementedError
@@ -364,7 +381,7 @@ class FastRelu(Peer):
         if row.mask:
             _, saved = activations.relu(data.x, return_mask=True)
         if data.w is not None and case.mode == "out":
-            more["out"] = data.target, np.empty_like(data.w)
+            more["out"] = data.target, data.target_w
         function = getattr(activations, f"{row.activation}_backward")
         backward = partial(function, data.g, saved, *slopes, **more)
         if row.passes == "backward":
@@ -491,17 +508,14 @@ class Torch(Peer):
         """Return a call of the function, or of what autograd calls for its gradient."""
         import torch
 
-        def tensor(array: Array) -> Any:
+        def seen(array: Array) -> Any:
             if array is None:
                 return None
-            if case.dtype == "bfloat16":
-                result = torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
-            else:
-                result = torch.from_numpy(array)
+            result = self.tensor(case, array)
             # A channels-last tensor still counts its channels as the second axis.
             return result.permute(0, 3, 1, 2) if _is_last(case, result) else result
 
-        x, g, w, target = map(tensor, (data.x, data.g, data.w, data.target))
+        x, g, w, target = map(seen, (data.x, data.g, data.w, data.target))
         slope = data.slope
         functions = torch._C._nn
         if case.row.passes == "forward":
@@ -537,6 +551,14 @@ class Torch(Peer):
         if target is None:
             return partial(function.default, g, x, *more)
         return partial(function.grad_input, g, x, *more, grad_input=target)
+
+    def tensor(self, case: Case, array: Array) -> Any:
+        """Return an array's memory as a tensor."""
+        import torch
+
+        if case.dtype == "bfloat16":
+            return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+        return torch.from_numpy(array)
 
     def array(self, case: Case, result: Any) -> Array:
         """Return a tensor's memory as an array."""
@@ -655,11 +677,11 @@ def check(peer: Peer, case: Case) -> None:
         If they differ by more than rounding.
     """
     case = replace(case, n=min(case.n, CHECKED))
-    data = Data(case, SLOPE)
+    data, given = Data(case, SLOPE), peer.data(case, SLOPE)
     expected = list(data.expected(case))
-    results = peer.arrays(case, peer.call(case, data)())
-    if data.target is not None:
-        results[0] = data.target
+    results = peer.arrays(case, peer.call(case, given)())
+    if given.target is not None:
+        results[0] = given.get(given.target)
     for i, (result, (wanted, error)) in enumerate(zip(results, expected, strict=False)):
         kind = data.x.dtype if wanted.dtype == np.float64 else wanted.dtype
         if (result.dtype, result.shape) != (kind, wanted.shape):
@@ -685,7 +707,7 @@ class Stopwatch:
         # Products in place, again and again, would end in subnormals, which are slow
         # for everybody.
         slope = 1.0 if case.mode == "inplace" else SLOPE
-        self.timer = timeit.Timer(peer.call(case, Data(case, slope)))
+        self.timer = timeit.Timer(peer.call(case, peer.data(case, slope)))
         self.number = 1
         self.timer.timeit(2)
         while (seconds := self.timer.timeit(self.number)) < SAMPLE:

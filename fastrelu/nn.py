@@ -56,20 +56,22 @@ __all__ = [
 Array = Any  # an array of any namespace that follows NumPy's
 
 
-@functools.cache
-def _library(kind: Any) -> str:
-    names = [base.__module__.partition(".")[0] for base in kind.__mro__]
-    return next((name for name in names if name in ("numpy", "cupy")), names[0])
-
-
 def get_array_module(x: Array) -> Any:
     """Return the module of an array's library: numpy or cupy, imported already."""
-    return sys.modules[_library(type(x))]
+    kind: Any = type(x)
+    return sys.modules[_library(kind)]
+
+
+@functools.cache
+def _library(kind: type) -> str:
+    names = [base.__module__.partition(".")[0] for base in kind.__mro__]
+    known = (name for name in names if name in ("numpy", "cupy"))
+    return next(known, names[0])
 
 
 def _together(name: str, x: Array, other_name: str, other: Array) -> None:
     """Refuse arrays of two libraries."""
-    ours, others = _library(type(x)), _library(type(other))
+    ours, others = get_array_module(x).__name__, get_array_module(other).__name__
     if ours != others:
         msg = f"{name} must be an array of {others} as {other_name} is, got {ours}'s"
         raise TypeError(msg)

@@ -124,6 +124,23 @@ def test_a_label_that_names_no_class(label, cupy):
     assert loss.item() == pytest.approx(math.log(3))
 
 
+def test_what_is_made_up_is_no_more_than_cupy_has():
+    cupy = pytest.importorskip("cupy")
+    names = *device.FUNCTIONS, "asarray", "ElementwiseKernel", "get_default_memory_pool"
+    assert [name for name in names if not hasattr(cupy, name)] == []
+    kinds = {
+        device.ndarray: (cupy.ndarray, ["machine", "wrapped"]),
+        device.Stream: (cupy.cuda.Stream, ["handles", "current"]),
+        device.Event: (cupy.cuda.Event, []),
+    }
+    for kind, (real, own) in kinds.items():
+        public = [name for name in vars(kind) if not name.startswith("_")]
+        assert [name for name in public if not hasattr(real, name)] == own
+    assert all(hasattr(cupy.ndarray, name) for name in device.METHODS)
+    for name in ("Device", "get_current_stream", "get_elapsed_time", "runtime"):
+        assert hasattr(cupy.cuda, name)
+
+
 # The command --------------------------------------------------------------------------
 
 

@@ -38,7 +38,7 @@ def test_every_case_comes_back_from_its_name():
         "relu-here-float32-1",
         "relu-fresh-int8-1",
         "relu-fresh-float32-0",
-        "relu-fresh-float32-1G",
+        "relu-fresh-float32-1T",
         "prelu_both-out-float32-1",
     ],
 )

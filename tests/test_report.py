@@ -145,7 +145,7 @@ def test_a_loss_is_never_rounded_up(ratio, text):
 
 @pytest.mark.parametrize(
     ("n", "text"),
-    [(1, "1"), (64, "64"), (KI, "1k"), (1 << 17, "128k"), (1 << 26, "64M")],
+    [(1, "1"), (64, "64"), (KI, "1k"), (1 << 17, "128k"), (1 << 30, "1G")],
 )
 def test_sizes_have_the_letters_of_powers_of_two(n, text):
     assert report.size(n) == text
@@ -195,6 +195,49 @@ def test_the_pictures_name_who_and_what(run, measured):
         svg = (out / f"{name}.svg").read_text(encoding="utf-8")
         words = {unit, "elements", "relu in place", "torch", "hand-written C"}
         assert not [word for word in words if f"<!-- {word} -->" not in svg]
+
+
+def test_a_gpu_has_a_place_of_its_own(tmp_path, measured, results, run):
+    gpu = {
+        "checks": [["relu float32 cupy", "ok", ""], ["graphs", "failed", "7 differ"]]
+    }
+    gpu |= {
+        "absent": {"jax": "jax is not installed"},
+        "dropped": ["relu-out-float32-1G"],
+    }
+    gpu |= {
+        "errors": ["prelu: torch, out of memory"],
+        "first": {"empty": 1, "warm": 0.04},
+    }
+    gpu["host"] = {
+        "relu fresh": {"fastrelu": [3e-6] * 3, "torch": [4e-6] * 3},
+        "a b": {},
+    }
+    path = tmp_path / "gpu.json"
+    path.write_text(
+        report.to_copy(report.Results(results.about | {"gpu": gpu}, results.cells))
+    )
+    readme = tmp_path / "README.md"
+    readme.write_text(readme.read_text() + "<!-- gpu:begin --><!-- gpu:end -->")
+    assert "stale words" in run(path)[0]
+    text, out = run(measured, path)
+    assert "stale words" not in text
+    _, _, part = text.partition("<!-- gpu:begin -->")
+    assert rows(part)["`relu` fresh"][-1] == "21.0, 84% (1M)"
+    assert "| a call on the host | fastrelu | torch |" in part
+    assert "| `relu` fresh | 3.0 µs | 4.0 µs |" in part
+    for line in (
+        "Checks on the device: 1 ok, 1 failed, 0 skipped.",
+        "The first call of a process: 40 ms, or 1.0 s if the code has to be compiled.",
+        "- graphs: failed, 7 differ",
+        "- without jax: jax is not installed",
+        "- prelu: torch, out of memory",
+        "- no time was left for relu-out-float32-1G",
+        "![Time against size](bench/results/gpu-time.svg)",
+    ):
+        assert line in part.splitlines()
+    assert {"gpu-time.svg", "gpu-bandwidth.svg"} < {file.name for file in out.iterdir()}
+    assert "a copy on the device" in (out / "gpu-bandwidth.svg").read_text()
 
 
 def test_the_check_names_the_losses(measured, run, capsys):
