@@ -251,10 +251,11 @@ def test_weight_gradient_onto_an_input(argument, put):
     assert_weight_gradient(target, grad, x, w)
 
 
-def test_weight_within_the_output(put):
+@pytest.mark.parametrize("row", [0, 3])
+def test_weight_within_the_output(row, put):
     x = normal((30, 7), np.dtype("f4"))
-    expected = reference.forward("prelu", x.copy(), weight=x[3].copy())
-    F.prelu(put(x), put(x[3]), inplace=True)
+    expected = reference.forward("prelu", x.copy(), weight=x[row].copy())
+    F.prelu(put(x), put(x[row]), inplace=True)
     assert_same(x, expected)
 
 

@@ -511,6 +511,48 @@ def test_tensors_in_the_hosts_memory(gpu):
     assert len(gpu.launches) == before
 
 
+def test_what_real_tensors_show():
+    torch = pytest.importorskip("torch", reason="needs PyTorch, if without a GPU")
+
+    class Tensor(torch.Tensor):
+        """One in the host's memory that says it is on a GPU"""
+
+        __torch_function__ = torch._C._disabled_torch_function_impl
+        is_cuda = True
+
+        def get_device(self):
+            return 0
+
+    library = arrays.library_of(Tensor)
+    images = torch.ones(2, 3, 4, 5)
+    last = images.contiguous(memory_format=torch.channels_last)
+    for x, plain in (
+        (images, True),
+        (last, True),
+        (images.permute(3, 1, 0, 2), True),
+        (images[:, 1:], False),
+        (images.expand(7, 2, 3, 4, 5), False),
+        (torch.ones(()), True),
+        *((torch.ones(3, dtype=getattr(torch, name)), True) for name in FLOATS),
+        (torch.ones(3, dtype=torch.uint8), True),
+    ):
+        seen = library.describe(x.as_subclass(Tensor))
+        size = x.element_size()
+        assert seen.dtype == str(x.dtype)[6:]
+        assert seen.shape == tuple(x.shape)
+        assert (seen.pointer, seen.itemsize) == (x.data_ptr(), size)
+        assert seen.strides == tuple(size * stride for stride in x.stride())
+        order = () if x.is_contiguous() else x.stride()
+        place = library.look(x.as_subclass(Tensor))
+        assert place == ((x.data_ptr(), 0, order) if plain else None)
+    assert library.look(images) is None  # for it is not on a GPU
+    negative = torch.ones(3, dtype=torch.cfloat).conj().imag  # of what is in its memory
+    for bad in (torch.ones(3, requires_grad=True), negative):
+        assert library.look(bad.as_subclass(Tensor)) is None
+        with pytest.raises(TypeError, match="got a tensor"):
+            library.describe(bad.as_subclass(Tensor))
+
+
 # The cache on the disk ----------------------------------------------------------------
 
 
