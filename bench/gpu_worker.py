@@ -9,9 +9,7 @@ import json
 import os
 import sys
 import traceback
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent))
 import gpu_checks
 import gpu_device
 import gpu_peers
