@@ -23,14 +23,13 @@ from fnmatch import fnmatchcase
 from itertools import product
 from pathlib import Path
 
-BENCH = Path(__file__).resolve().parent
-sys.path.insert(0, str(BENCH))
 import report
 
 from fastrelu import _peers
 from fastrelu.__main__ import INTERRUPTED, countdown
 from fastrelu._peers import COMMON
 
+BENCH = Path(__file__).resolve().parent
 WORKER = [sys.executable, str(BENCH / "gpu_worker.py")]
 PATIENCE = 150  # seconds for one request
 REST = 0.4  # of the time is left to what follows the checks

@@ -117,6 +117,9 @@ class CuPy:
         """Return an array that lies in bytes on the device."""
         return self.module.ndarray(shape, dtype, memory.data + offset, strides)
 
+    def address(self, array):
+        return array.data.ptr
+
     def bits(self, array):
         """Return the elements as integers, which compare whatever the dtype."""
         return array.view(f"i{array.itemsize}")
@@ -182,6 +185,9 @@ class PyTorch:
         typed = memory.view(getattr(self.module, dtype.name))
         steps = [stride // size for stride in strides]
         return typed.as_strided(shape, steps, offset // size)
+
+    def address(self, array):
+        return array.data_ptr()
 
     def bits(self, array):
         return array.view(getattr(self.module, f"int{8 * array.element_size()}"))

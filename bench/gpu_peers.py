@@ -12,7 +12,6 @@ from gpu_device import CuPy, PyTorch, version
 
 from fastrelu import _peers
 from fastrelu._peers import BLOCK, SLOPE, Unsupported
-from fastrelu.cuda import arrays
 
 SAMPLES = 5  # in a turn
 LAUNCHES = 100  # in a sample at most: what queues of drivers hold, with room
@@ -374,10 +373,10 @@ def copy_limit(device, data):
     """Return the bytes that the device copies, in 10^9 a second, at this size."""
     source = data.x
     target = data.empty_like(source)
-    a, b = (arrays.library_of(array).describe(array) for array in (source, target))
-    watch = Stopwatch(device, partial(device.copy, b.pointer, a.pointer, a.nbytes))
+    a, b = map(data.library.address, (source, target))
+    watch = Stopwatch(device, partial(device.copy, b, a, source.nbytes))
     seconds = statistics.median(watch.turn() + watch.turn())
-    return 2 * a.nbytes / seconds / 1e9
+    return 2 * source.nbytes / seconds / 1e9
 
 
 def host_seconds(device, peer, case):

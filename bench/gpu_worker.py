@@ -9,9 +9,7 @@ import json
 import os
 import sys
 import traceback
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent))
 import gpu_checks
 import gpu_device
 import gpu_peers
@@ -153,11 +151,11 @@ def serve(worker, lines=sys.stdin):
 
 def set_threads(number):
     """Make blocks of another size; the folder of compiled code must be a new one."""
-    from fastrelu import cuda
-    from fastrelu.cuda import kernels, launch
+    from fastrelu.cuda import kernels
 
-    for module in (cuda, kernels, launch):
-        module.THREADS = number
+    for name, module in list(sys.modules.items()):
+        if name.startswith("fastrelu.cuda") and hasattr(module, "THREADS"):
+            module.THREADS = number
     kernels.ACROSS = number // kernels.DOWN
 
 

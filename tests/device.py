@@ -36,10 +36,12 @@ class ndarray(gpu.ndarray, np.lib.mixins.NDArrayOperatorsMixin):
         if memptr is not None:
             place = memptr.ptr - memptr.memory.ctypes.data
             host = np.ndarray(shape, dtype, memptr.memory, place, strides)
-        super().__init__(host, 0 if memptr else dtype)
+        device = 0 if memptr else dtype
+        super().__init__(host, device)
         self.size, self.ndim, self.nbytes = host.size, host.ndim, host.nbytes
         memory = root(host)
-        self.data = Pointer(memory, host.ctypes.data)
+        self.data = Pointer(memory, host.ctypes.data, device)
+        self.device = types.SimpleNamespace(id=device)
         self.machine.own(memory)
 
     def __array_ufunc__(self, ufunc, method, *inputs, **options):
@@ -97,11 +99,11 @@ class ndarray(gpu.ndarray, np.lib.mixins.NDArrayOperatorsMixin):
 
 
 class Pointer:
-    def __init__(self, memory, ptr):
-        self.memory, self.ptr = memory, ptr
+    def __init__(self, memory, ptr, device_id):
+        self.memory, self.ptr, self.device_id = memory, ptr, device_id
 
     def __add__(self, distance):
-        return Pointer(self.memory, self.ptr + distance)
+        return Pointer(self.memory, self.ptr + distance, self.device_id)
 
 
 def root(host):
