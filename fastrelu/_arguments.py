@@ -288,6 +288,8 @@ def saved(value: Any, name: str, model: Array, engine: ModuleType) -> Array | Ma
         return like("saved", value, name, model, engine)
     try:
         mask = Mask(value.bits, value.shape)  # both may have been changed since
+    except MemoryError:
+        raise
     except Exception as error:
         msg = f"saved must be a mask that is still as it was made: {_shown(error)}"
         raise (ValueError if _is(error, ValueError) else TypeError)(msg) from error

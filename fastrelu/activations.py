@@ -492,7 +492,11 @@ def _forward(
     if target is None:
         y, target = _fresh(engine, checked)
     bits = engine.forward(formula, checked, slope, target, want_mask=want_mask)
-    return (y, Mask(bits, checked.shape)) if want_mask else y
+    if not want_mask:
+        return y
+    mask = Mask.__new__(Mask)  # without its checks: they could still want memory
+    mask.bits, mask.shape = bits, checked.shape
+    return y, mask
 
 
 def _backward(

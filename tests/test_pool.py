@@ -1,5 +1,8 @@
 """The pool beside all that a host may do: signals, finalizers, no memory, odd owners."""
 
+import contextlib
+import ctypes
+import functools
 import gc
 import signal
 import sys
@@ -11,6 +14,7 @@ from test_threads import run
 
 import fastrelu as F
 from fastrelu.cpu import pool
+from fastrelu.cpu.jit import numpy_api
 
 float32 = np.dtype(np.float32)
 LARGE = pool.SMALLEST // 4 + 3
@@ -167,6 +171,117 @@ def test_idle_memory_makes_room():
     print(pool.total_bytes() == y.nbytes)
     """
     assert run(script) == "True\n"
+
+
+# Memory that ends at any moment -------------------------------------------------------
+
+_pointer, _size = ctypes.c_void_p, ctypes.c_size_t
+_MALLOC = ctypes.CFUNCTYPE(_pointer, _pointer, _size)
+_CALLOC = ctypes.CFUNCTYPE(_pointer, _pointer, _size, _size)
+
+
+class Scarce:
+    """Has NumPy make so many arrays and no more"""
+
+    def __init__(self):
+        default = ctypes.py_object.from_address(numpy_api(pool._DEFAULT_HANDLER)).value
+        place = pool.capsule_pointer(default, pool._CAPSULE)
+        source = pool._Handler.from_address(place)
+        self.left = 0
+        self.made = [
+            kind(functools.partial(self._answer, kind(address)))
+            for kind, address in ((_MALLOC, source.malloc), (_CALLOC, source.calloc))
+        ]
+        malloc, calloc = (ctypes.cast(function, _pointer) for function in self.made)
+        rest = source.realloc, source.free
+        self.handler = pool._Handler(
+            b"scarce", 1, source.context, malloc.value, calloc.value, *rest
+        )
+        self.capsule = pool._new_capsule(self.handler, pool._CAPSULE, None)
+        kind = ctypes.PYFUNCTYPE(ctypes.py_object, ctypes.py_object)
+        self.set_handler = kind(numpy_api(pool._SET))
+
+    def _answer(self, function, *arguments):
+        self.left -= 1
+        return function(*arguments) if self.left >= 0 else None
+
+    @contextlib.contextmanager
+    def allow(self, number):
+        before = self.set_handler(self.capsule)
+        self.left = number
+        try:
+            yield
+        finally:
+            self.set_handler(before)
+
+
+SCARCE = Scarce()
+
+
+def spaced(x):
+    """The same values, one in two places."""
+    wide = np.zeros((*x.shape, 2), x.dtype)
+    wide[..., 0] = x
+    return wide[..., 0]
+
+
+def skewed(x):
+    memory = np.zeros(x.nbytes + 1, np.uint8)[1:].view(x.dtype).reshape(x.shape)
+    memory[...] = x
+    return memory
+
+
+LAYOUTS = {"flat": np.copy, "spaced": spaced, "skewed": skewed, "F": np.asfortranarray}
+SHAPE = 4, 3, 5
+MASK = F.Mask(np.full(8, 0xA5, np.uint8), SHAPE)
+WEIGHTS = {
+    "a channel": np.array([-1, 0.5, 2]),
+    "shared": np.array(0.5),
+    "by two axes": np.linspace(-1, 2, 20).reshape(4, 1, 5),
+}
+FAILING = {
+    "relu": lambda x, g, w, **out: F.relu(x, **out),
+    "mask": lambda x, g, w, **out: F.relu(x, return_mask=True, **out),
+    "prelu": lambda x, g, w, **out: F.prelu(x, w, **out),
+    "relu_backward": lambda x, g, w, **out: F.relu_backward(x, g, **out),
+    "from a mask": lambda x, g, w, **out: F.relu_backward(x, MASK, **out),
+    "prelu_backward": lambda x, g, w, **out: F.prelu_backward(x, g, w, **out),
+}
+
+
+@pytest.mark.parametrize("saved", ["flat", "spaced"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    ("name", "weight", "dtype"),
+    [
+        (name, weight, dtype)
+        for name in FAILING
+        for weight in (WEIGHTS if "prelu" in name else ["shared"])
+        for dtype in (["float32", "float16"] if "prelu_" in name else ["float32"])
+    ],
+)
+def test_memory_that_ends_anywhere(name, weight, dtype, layout, saved):
+    """Whichever array cannot be had: a MemoryError, and what was given is unchanged."""
+    call, dtype = FAILING[name], np.dtype(dtype)
+    x, g = normal(SHAPE, dtype), normal(SHAPE, dtype, seed=1)
+    weight = WEIGHTS[weight].astype(dtype)
+    for where in ("out", "inplace", "fresh"):
+        for number in range(30):
+            arrays = LAYOUTS[layout](x), LAYOUTS[saved](g), weight.copy()
+            out = LAYOUTS[layout](np.full_like(x, 7))
+            more = {"out": {"out": out}, "inplace": {"inplace": True}, "fresh": {}}
+            try:
+                with SCARCE.allow(number):
+                    call(*arrays, **more[where])
+            except MemoryError:
+                assert (out == 7).all()
+                for array, before in zip(arrays, (x, g, weight), strict=True):
+                    assert np.array_equal(array, before)
+            else:
+                break
+        else:
+            pytest.fail("nothing was ever enough")
+        assert number > 0 or where != "fresh"
 
 
 def resident():

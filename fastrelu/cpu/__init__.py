@@ -75,12 +75,14 @@ def _flat(x: Array, order: Sequence[int]) -> Array | None:
 
 
 def _lay_flat(
-    y: Array, inputs: Sequence[Array], *, c_order: bool = False
-) -> tuple[Array, list[int], list[Array]]:
+    y: Array, inputs: Sequence[Array], *, c_order: bool = False, may_wait: bool = True
+) -> tuple[Array, list[int], list[Array], list[tuple[Array, Array]]]:
     """Return where to write, its order of axes, and y and the inputs flat along it.
 
     An input that lies exactly where y does becomes the same object as flat y.  What is
-    laid out otherwise, or overlaps y in part, is worked on in a copy.
+    laid out otherwise, or overlaps y in part, is worked on in a copy.  That of the
+    first input may wait where its result will be: the last value has what to copy,
+    (to, from), when nothing can fail any more, for until then y must not change.
     """
     order = list(range(y.ndim)) if c_order else _memory_order(y)
     flat_y = _flat(y, order)
@@ -94,17 +96,18 @@ def _lay_flat(
         order = list(range(y.ndim)) if c_order else _memory_order(y)
         flat_y = _flat(y, order)
         on_y = [False] * len(inputs)
-    flats = [flat_y]
+    flats, waiting = [flat_y], []
     for x, same in zip(inputs, on_y, strict=True):
         flat = flat_y if same else _flat(x, order)
-        if flat is None:
-            # The first input may wait where its result will be.
-            in_place = x is inputs[0] and not any(on_y)
-            copy = y if in_place else empty_like(y)
+        if flat is None and x is inputs[0] and not any(on_y) and may_wait:
+            flat = flat_y
+            waiting.append((y, x))
+        elif flat is None:
+            copy = empty_like(y)
             np.copyto(copy, x)
-            flat = flat_y if in_place else _flat(copy, order)
+            flat = _flat(copy, order)
         flats.append(flat)
-    return y, order, flats
+    return y, order, flats, waiting
 
 
 def _lies_on(x: Array, y: Array) -> bool:
@@ -120,9 +123,11 @@ def _lies_on(x: Array, y: Array) -> bool:
 # Elementwise --------------------------------------------------------------------------
 
 
-def _run(call: Call, a: Array, slope: float, y: Array, *b: Array) -> None:
+def _run(call: Call, waiting: Any, a: Array, slope: float, y: Array, *b: Array) -> None:
     """Run a call over flat arrays, which leave it no question."""
     call.prepare(a.dtype, a.nbytes, in_place=y is a)
+    for pair in waiting:
+        np.copyto(*pair)
     _answered(call.call(a, slope, False, y, *b))
 
 
@@ -136,13 +141,14 @@ def forward(
     formula: Function, x: Array, slope: float, out: Array, *, want_mask: bool
 ) -> Array | None:
     """Write formula(x, slope) into out; return the mask bits if they are wanted."""
-    y, _, (flat_y, flat_x) = _lay_flat(out, [x], c_order=want_mask)
+    y, _, (flat_y, flat_x), waiting = _lay_flat(out, [x], c_order=want_mask)
     bits = None
     if want_mask:
         bits = empty_bytes(-(-x.size // 8))
-        _run(mask_call(formula, gradient=False), flat_x, slope, flat_y, bits)
+        call = mask_call(formula, gradient=False)
+        _run(call, waiting, flat_x, slope, flat_y, bits)
     else:
-        _run(flat_call(formula, gradient=False), flat_x, slope, flat_y)
+        _run(flat_call(formula, gradient=False), waiting, flat_x, slope, flat_y)
     if y is not out:
         np.copyto(out, y)
     return bits
@@ -152,8 +158,9 @@ def backward(
     gradient: Function, grad: Array, saved: Array, slope: float, out: Array
 ) -> None:
     """Write gradient(grad, saved, slope) into out."""
-    y, _, (flat_y, flat_grad, flat_saved) = _lay_flat(out, [grad, saved])
-    _run(flat_call(gradient, gradient=True), flat_grad, slope, flat_y, flat_saved)
+    y, _, (flat_y, flat_grad, flat_saved), waiting = _lay_flat(out, [grad, saved])
+    call = flat_call(gradient, gradient=True)
+    _run(call, waiting, flat_grad, slope, flat_y, flat_saved)
     if y is not out:
         np.copyto(out, y)
 
@@ -164,9 +171,10 @@ def backward_mask(
     """Write gradient(grad, 1 or 0, slope) into out; the bits are in C order."""
     if np.may_share_memory(bits, out):
         bits = bits.copy()
-    y, _, (flat_y, flat_grad) = _lay_flat(out, [grad], c_order=True)
+    y, _, (flat_y, flat_grad), waiting = _lay_flat(out, [grad], c_order=True)
     bits = np.ascontiguousarray(bits)
-    _run(mask_call(gradient, gradient=True), flat_grad, slope, flat_y, bits)
+    call = mask_call(gradient, gradient=True)
+    _run(call, waiting, flat_grad, slope, flat_y, bits)
     if y is not out:
         np.copyto(out, y)
 
@@ -217,7 +225,7 @@ def prelu(formula: Function, x: Array, weight: Array, out: Array) -> None:
     """Write formula(x, weight of x's channel) into out."""
     if np.may_share_memory(weight, out):
         weight = weight.copy()
-    y, order, (flat_y, flat_x) = _lay_flat(out, [x])
+    y, order, (flat_y, flat_x), waiting = _lay_flat(out, [x])
     if x.size == 0:
         return
     weight = weight.transpose(order)
@@ -229,6 +237,8 @@ def prelu(formula: Function, x: Array, weight: Array, out: Array) -> None:
     call = channel_call(formula, gradient=False)
     call.prepare(x.dtype, x.nbytes, in_place=flat_y is flat_x, block=block)
     shape = -1, slopes.size, inner
+    for pair in waiting:
+        np.copyto(*pair)
     _answered(call.call(flat_x.reshape(shape), slopes, False, flat_y.reshape(shape), 1))
     if y is not out:
         np.copyto(out, y)
@@ -248,12 +258,18 @@ def prelu_backward(
         return
     if np.may_share_memory(weight, out):
         weight = weight.copy()
-    y, order, (flat_y, flat_grad, flat_x) = _lay_flat(out, [grad, x])
+    laid = _lay_flat(out, [grad, x], may_wait=False)
+    y, order, (flat_y, flat_grad, flat_x), _ = laid
     lane = lane_of(x.dtype)
     weight = weight.transpose(order)
     view = _channels(y.transpose(order).shape, weight.shape)
     slopes = _widen(weight, view, lane)
     sums = np.empty((2, view.channels))
+    # Nothing may fail once out is written, so that sums of sums are for another array.
+    finite = None if view.spread else np.empty(view.span, bool)
+    if view.spread and y is out:
+        y = empty_like(y)
+        flat_y = _flat(y, order)
     driver = (
         loops.prelu_backward_columns if view.by_column else loops.prelu_backward_rows
     )
@@ -266,26 +282,26 @@ def prelu_backward(
         *[a.ctypes.data for a in operands], x.size, view.channels, view.inner, moved
     ):
         raise MemoryError
-    if y is not out:
-        np.copyto(out, y)
-    total = _total(sums.reshape(2, *view.span), view.spread)
-    total = total.reshape(weight.shape).transpose(np.argsort(order))
-    with np.errstate(all="ignore"):  # a sum beyond a half float is an infinity
-        out_weight[...] = total.reshape(out_weight.shape)
-
-
-def _total(sums: Array, spread: Sequence[int]) -> Array:
-    """Return compensated sums, (2, ...), and added up along the axes in `spread`."""
+    axes = sorted(range(x.ndim), key=order.__getitem__)
     with np.errstate(all="ignore"):
-        for axis in sorted(spread, reverse=True):
-            parts = np.moveaxis(sums, 1 + axis, 0)
-            total, errors = parts[0]
-            for more, error in parts[1:]:
-                before, total = total, total + more
-                shadow = total - before
-                errors = errors + (
-                    (before - (total - shadow)) + (more - shadow) + error
-                )
-            sums = np.stack([total, errors])
+        sums = _added_up(sums.reshape(2, *view.span), view.spread)
         # Past an infinity or a NaN the errors are NaN and say nothing.
-        return np.where(np.isfinite(sums[0]), sums[0] + sums[1], sums[0])
+        total, errors = sums[0, ...], sums[1, ...]
+        np.add(total, errors, out=total, where=np.isfinite(total, out=finite))
+        total = total.reshape(weight.shape).transpose(axes).reshape(out_weight.shape)
+        if y is not out:
+            np.copyto(out, y)
+        out_weight[...] = total  # beyond a half float it is an infinity
+
+
+def _added_up(sums: Array, spread: Sequence[int]) -> Array:
+    """Return compensated sums, (2, ...), added up along the axes in `spread`."""
+    for axis in sorted(spread, reverse=True):
+        parts = np.moveaxis(sums, 1 + axis, 0)
+        total, errors = parts[0]
+        for more, error in parts[1:]:
+            before, total = total, total + more
+            shadow = total - before
+            errors = errors + ((before - (total - shadow)) + (more - shadow) + error)
+        sums = np.stack([total, errors])
+    return sums

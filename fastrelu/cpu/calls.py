@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 from numba import carray, njit, types
-from numba.core.compiler_lock import global_compiler_lock
 
 from fastrelu.cpu import loops, pool, threads
 from fastrelu.cpu.jit import (
@@ -27,6 +26,7 @@ from fastrelu.cpu.jit import (
     numpy_api,
     pointer_to,
     rebuild,
+    shielded,
 )
 from fastrelu.cpu.lanes import lane_of
 from fastrelu.cpu.pool import SMALLEST
@@ -291,6 +291,12 @@ def _fits(table, row, weight):
 
 
 @_inline
+def _weight_bytes(table, row, weight):
+    """Return how long a weight is that fits."""
+    return _size(weight) * (table[row + _ITEM] if _kind(weight) == table[row] else 4)
+
+
+@_inline
 def _widen(table, row, weight):
     """Return the address of a copy in the type of the products, 0 if none is needed.
 
@@ -338,7 +344,7 @@ def call_channels(self, arguments, number):
     kind = _COLUMNS if inner < loops.NARROW and channels > 1 else 0
     if kind == _COLUMNS and inner > 1 and channels * inner > loops.WIDE:
         return _none(table)
-    nbytes, length = size * table[row + _ITEM], channels * 8  # or less
+    nbytes, length = size * table[row + _ITEM], _weight_bytes(table, row, weight)
     result = _target(table, x, _C_ORDER, nbytes, inplace, out)
     if result == -1:
         return _none(table)
@@ -382,7 +388,7 @@ def call_channels_backward(self, arguments, number):
             first, second = _words(out)[_ITEMS], _words(out)[_ITEMS + 1]
         else:
             return _none(table)
-    nbytes, length = size * table[row + _ITEM], channels * 8  # or less
+    nbytes, length = size * table[row + _ITEM], _weight_bytes(table, row, weight)
     result = _target(table, grad, _C_ORDER, nbytes, inplace, first)
     total = _target(table, weight, _C_ORDER, length, table[_FALSE], second)
     if result == -1 or total == -1:
@@ -404,14 +410,16 @@ def call_channels_backward(self, arguments, number):
     memory, wide = _malloc(2 * channels * 8), _widen(table, row, weight)
     if memory == 0 or wide == -1:
         _free(memory)
+        _free(max(wide, 0))
         return _none(table)
     if wide != 0:
         slopes = wide
+    # Each only if there is no MemoryError on its way already.
     result = _own(table, grad, result, nbytes)
-    total = _own(table, weight, total, length)
-    pair = _new_tuple(2)
+    total = _own(table, weight, total, length) if result != 0 else 0
+    pair = _new_tuple(2) if total != 0 else 0
     failed = 1
-    if result != 0 and total != 0 and pair != 0:
+    if pair != 0:
         target = _words(result)[DATA]
         operands = start, saved, slopes, target, memory, size, channels, inner, moved
         if moved < _BRIEF:
@@ -496,30 +504,30 @@ class Call:
         if nbytes >= SMALLEST and not in_place:
             pool.ready()
 
+    @shielded
     def _add(self, dtype: np.dtype[Any]) -> int:
         """Add the row of a dtype; with the first, make the call."""
         kind = _kind_of(dtype)
-        with global_compiler_lock:  # a fork waits for it
-            if kind in self.rows:
-                return self.rows[kind]
-            table, row = self.table, _ROWS + _ROW * len(self.rows)
-            lane = lane_of(dtype)
-            table[row : row + _WIDEN] = kind, dtype.itemsize, _kind_of(lane.product)
-            if len(self.blocks) > 1 and lane.product != lane.storage:
-                for word, template in _OF_HALVES.items():
-                    table[row + word] = loops.compiled_for(lane, template).address
-            if not self.rows:
-                for word, value in _known.items():
-                    table[word] = value
-                table[_BESIDE] = _BESIDES.get(self.blocks[0], _NOTHING)
-                table[_CACHE] = threads.CACHE
-                template = call_channels if len(self.blocks) > 1 else call_flat
-                if self.sums:
-                    template = call_channels_backward
-                self.call = _compile(template, table)
-            self.rows[kind] = row
-            table[_KNOWN] = len(self.rows)
-            return row
+        if kind in self.rows:
+            return self.rows[kind]
+        table, row = self.table, _ROWS + _ROW * len(self.rows)
+        lane = lane_of(dtype)
+        table[row : row + _WIDEN] = kind, dtype.itemsize, _kind_of(lane.product)
+        if len(self.blocks) > 1 and lane.product != lane.storage:
+            for word, template in _OF_HALVES.items():
+                table[row + word] = loops.compiled_for(lane, template).address
+        if not self.rows:
+            for word, value in _known.items():
+                table[word] = value
+            table[_BESIDE] = _BESIDES.get(self.blocks[0], _NOTHING)
+            table[_CACHE] = threads.CACHE
+            template = call_channels if len(self.blocks) > 1 else call_flat
+            if self.sums:
+                template = call_channels_backward
+            self.call = _compile(template, table)
+        table[_KNOWN] = len(self.rows) + 1
+        self.rows[kind] = row  # from here on nobody asks again
+        return row
 
 
 _BESIDES = {

@@ -2,8 +2,11 @@
 
 import contextlib
 import ctypes
+import functools
 import hashlib
 import pickle
+import sys
+import threading
 import types as python_types
 import uuid
 from collections.abc import Callable
@@ -13,14 +16,63 @@ from typing import Any, TypeVar
 import numba
 from llvmlite import ir
 from numba import njit, types
-from numba.core import cgutils, serialize, sigutils
+from numba.core import cgutils, entrypoints, serialize, sigutils
 from numba.core.caching import FunctionCache
 from numba.core.ccallback import CFunc
+from numba.core.compiler_lock import global_compiler_lock
 from numba.extending import intrinsic
 from numpy._core import _multiarray_umath  # type: ignore[attr-defined]
 
 Function = Callable[..., Any]
 T = TypeVar("T")
+
+
+def shielded(function: Function) -> Function:
+    """Make a function one that compiles: one at a time, and never stopped midway.
+
+    A signal's handler that raises, as Ctrl-C's does, would break Numba for the rest of
+    the process: what it had taken from its lists and not used yet would be lost.  Only
+    the main thread runs handlers, so another one compiles, and the main thread waits.
+    An interruption ends the waiting; the work goes on, and the next call finds it done.
+    """
+
+    @functools.wraps(function)
+    def run(*arguments: Any) -> Any:
+        if (
+            threading.get_ident() != threading.main_thread().ident
+            or global_compiler_lock.is_locked()  # by this very thread
+            or sys.is_finalizing()  # no other thread runs any more
+        ):
+            with global_compiler_lock:  # a fork waits for it
+                return function(*arguments)
+        # What extends Numba is imported here: this thread may be importing it already.
+        entrypoints.init_all()
+        result: list[Any] = []
+        errors: list[BaseException] = []
+        done = threading.Lock()
+        done.acquire()
+
+        def work() -> None:
+            with global_compiler_lock:
+                try:
+                    result.append(function(*arguments))
+                except BaseException as error:  # noqa: BLE001
+                    errors.append(error)
+                done.release()
+
+        worker = threading.Thread(target=work, name="fastrelu", daemon=False)
+        try:
+            worker.start()
+        except RuntimeError:  # the system grants no thread
+            work()
+        while not done.acquire(timeout=1):
+            if not worker.is_alive():  # a handler forked, and this is the child
+                return run(*arguments)
+        if errors:
+            raise errors[0]
+        return result[0]
+
+    return run
 
 
 def compile_(function: Function, **options: Any) -> Any:

@@ -26,7 +26,14 @@ import numpy as np
 from numba import carray, njit, types
 
 from fastrelu.cpu import threads
-from fastrelu.cpu.jit import Function, compile_, compile_and_keep, pointer_to, rebuild
+from fastrelu.cpu.jit import (
+    Function,
+    compile_,
+    compile_and_keep,
+    pointer_to,
+    rebuild,
+    shielded,
+)
 from fastrelu.cpu.lanes import (
     WORD,
     Lane,
@@ -658,6 +665,10 @@ def bound(block: Function, formula: Function, lane: Lane, kind: str) -> Function
     return rebuild(driver, "_".join(name), names)
 
 
+# The outer cache answers at once.  The inner one knows what came of a call that was
+# interrupted, and hands what two threads want at once to both.
+@functools.cache
+@shielded
 @functools.cache
 def compiled(block: Function, formula: Function, lane: Lane, kind: str = PLAIN) -> Any:
     """Return one compiled loop, a C function."""

@@ -20,7 +20,6 @@ from typing import Any, Literal
 
 import numpy as np
 from numba import njit, types
-from numba.core.compiler_lock import global_compiler_lock
 
 from fastrelu.cpu.jit import (
     DATA,
@@ -31,6 +30,7 @@ from fastrelu.cpu.jit import (
     keep_for_ever,
     numpy_api,
     pointer_to,
+    shielded,
 )
 
 SMALLEST = 1 << 20  # bytes; what is smaller, malloc recycles by itself
@@ -259,28 +259,30 @@ class MemoryPool:
 
     def ready(self) -> None:
         """Have all compiled that NumPy calls: before the first large result."""
+        if not self._words[HANDLER]:
+            self._make()
+
+    @shielded
+    def _make(self) -> None:
         if self._words[HANDLER]:
             return
-        with global_compiler_lock:
-            if self._words[HANDLER]:
-                return
-            functions = _compiled()
-            default = ctypes.py_object.from_address(numpy_api(_DEFAULT_HANDLER)).value
-            source = _Handler.from_address(capsule_pointer(default, _CAPSULE))
-            words = {
-                _CONTEXT: source.context or 0,
-                _MALLOC: source.malloc,
-                _FREE: source.free,
-                _SET_HANDLER: numpy_api(_SET),
-            }
-            for word, value in words.items():
-                self._words[word] = value
-            answers = [functions[f].address for f in (malloc, calloc, realloc, free)]
-            handler = _Handler(b"fastrelu", 1, self.address, *answers)
-            capsule = _new_capsule(handler, _CAPSULE, None)
-            keep_for_ever((default, handler, capsule))
-            self._call = built_in(functions[call], self._words)
-            self._words[HANDLER] = id(capsule)
+        functions = _compiled()
+        default = ctypes.py_object.from_address(numpy_api(_DEFAULT_HANDLER)).value
+        source = _Handler.from_address(capsule_pointer(default, _CAPSULE))
+        words = {
+            _CONTEXT: source.context or 0,
+            _MALLOC: source.malloc,
+            _FREE: source.free,
+            _SET_HANDLER: numpy_api(_SET),
+        }
+        for word, value in words.items():
+            self._words[word] = value
+        answers = [functions[f].address for f in (malloc, calloc, realloc, free)]
+        handler = _Handler(b"fastrelu", 1, self.address, *answers)
+        capsule = _new_capsule(handler, _CAPSULE, None)
+        keep_for_ever((default, handler, capsule))
+        self._call = built_in(functions[call], self._words)
+        self._words[HANDLER] = id(capsule)
 
     def _borrow(self, function: Callable[..., Any], *arguments: Any) -> Any:
         self.ready()

@@ -34,7 +34,7 @@ from numba.core.compiler_lock import global_compiler_lock
 from numba.extending import intrinsic
 from numba.np.ufunc import parallel
 
-from fastrelu.cpu.jit import calling, compile_and_keep, keep_for_ever
+from fastrelu.cpu.jit import calling, compile_and_keep, keep_for_ever, shielded
 
 
 def _cache_size(level: int, default: int) -> int:
@@ -402,14 +402,13 @@ _new_thread.restype = ctypes.c_ulong
 _NONE = ctypes.c_ulong(-1).value
 
 
+@shielded
 def link() -> None:
     """Make sure that compiled loops find `_share`: before the first is loaded."""
     if not _functions:
-        with global_compiler_lock:
-            if not _functions:
-                share = compile_and_keep(_share, types.void(*[_word] * 5))
-                llvm.add_symbol("fastrelu_share", share.address)
-                _functions.append(share)
+        share = compile_and_keep(_share, types.void(*[_word] * 5))
+        llvm.add_symbol("fastrelu_share", share.address)
+        _functions.append(share)
 
 
 def ready() -> None:
@@ -425,36 +424,36 @@ def ready() -> None:
 _launched = sys.intern("_is_initialized")
 
 
+@shielded
 def _start() -> None:
     link()  # takes what is in _functions as a sign that it is done
-    with global_compiler_lock:
-        if _memory[_STARTED]:
-            return
-        member = compile_and_keep(_member, types.void(_word))
-        if _memory[_STARTED]:  # by a signal's handler, while that was compiled
-            return
-        _functions.append(member)
-        if sys.platform == "linux":
-            library = ctypes.CDLL(None)
-            with contextlib.suppress(AttributeError):  # one that lacks a function
-                for word, name in _LINUX.items():
-                    function = ctypes.cast(getattr(library, name), ctypes.c_void_p)
-                    _memory[word] = function.value or 0
-        for me in range(min(config.NUMBA_NUM_THREADS, _MOST)):
-            words = _MEMBER + me * _MEMBER_SIZE
-            lock = _new_lock()
-            if lock is None:
-                break
-            _take_lock(lock, 0)
-            _memory[words + _LOCK], _memory[words + _FORBIDDEN] = lock, -1
-            if me > 0:
-                with _signals_elsewhere():
-                    if _new_thread(member.address, me) == _NONE:
-                        break
-                _memory[_WORKERS] = me
-        _memory[_NUMBA], _memory[_LAUNCHED] = id(vars(parallel)), id(_launched)
-        _memory[_TRUE] = id(True)
-        _memory[_STARTED] = 1
+    if _memory[_STARTED]:
+        return
+    member = compile_and_keep(_member, types.void(_word))
+    if _memory[_STARTED]:  # by a signal's handler, while that was compiled
+        return
+    _functions.append(member)
+    if sys.platform == "linux":
+        library = ctypes.CDLL(None)
+        with contextlib.suppress(AttributeError):  # one that lacks a function
+            for word, name in _LINUX.items():
+                function = ctypes.cast(getattr(library, name), ctypes.c_void_p)
+                _memory[word] = function.value or 0
+    for me in range(min(config.NUMBA_NUM_THREADS, _MOST)):
+        words = _MEMBER + me * _MEMBER_SIZE
+        lock = _new_lock()
+        if lock is None:
+            break
+        _take_lock(lock, 0)
+        _memory[words + _LOCK], _memory[words + _FORBIDDEN] = lock, -1
+        if me > 0:
+            with _signals_elsewhere():
+                if _new_thread(member.address, me) == _NONE:
+                    break
+            _memory[_WORKERS] = me
+    _memory[_NUMBA], _memory[_LAUNCHED] = id(vars(parallel)), id(_launched)
+    _memory[_TRUE] = id(True)
+    _memory[_STARTED] = 1
 
 
 @contextlib.contextmanager
