@@ -1,6 +1,9 @@
 """ReLU, Leaky ReLU and PReLU for NumPy arrays, compiled by Numba."""
 
-from fastrelu import activations
+from fastrelu import (
+    _interpreter,  # noqa: F401 - before anything is imported
+    activations,
+)
 from fastrelu.activations import *
 from fastrelu.cpu.pool import get_default_memory_pool as get_default_memory_pool
 from fastrelu.mask import Mask as Mask

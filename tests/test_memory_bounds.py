@@ -3,12 +3,13 @@
 Every array lies in pages of its own between two that nobody may read or write, as near
 to one of them as its alignment allows, and the bytes between are canaries.  A violation
 kills the process, so this runs in one of its own, which keeps note of where it is:
-``python tests/test_memory_bounds.py STEP NOTE``.
+``python tests/test_memory_bounds.py STEP NOTE [DTYPE...]``.
 """
 
 import ctypes
 import itertools
 import json
+import math
 import mmap
 import os
 import subprocess
@@ -18,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import reference
-from conftest import dtype_of, floats_here, run_loop, sample
+from conftest import dtype_of, floats_here, normal, run_loop, sample
 from reference import assert_same
 
 from fastrelu import activations
@@ -147,6 +148,73 @@ def walk_loops(dtype, step, note):
                 assert b is a or fences[1].holds(kept)
 
 
+COLUMNS = 2, loops.BLOCK_ROWS + 1  # rows: of one block, and of more than one
+
+
+def walk_gradients(dtype, step, note):
+    """PReLU's backward loops; their sums must have the bits that one thread gave"""
+    lane, formula = lane_of(dtype), activations._leaky_relu_gradient
+    most = max(6 * MOST, COLUMNS[1] * 2 * TAILS)
+    x, g = normal((most,), dtype), normal((most,), dtype, seed=1)
+    weights = np.linspace(-1, 2, TAILS).astype(lane.product)
+    fences = [Fenced(most * dtype.itemsize) for _ in range(5)]
+
+    def run(kind, grad, saved, w, y, sums, inner, moved):
+        loop = loops.compiled(driver, formula, lane, kind)
+        places = [a.ctypes.data for a in (grad, saved, w, y, sums)]
+        assert loop.ctypes(*places, grad.size, w.size, inner, moved) == 0
+
+    for driver in loops.PARTS:
+        right = {}  # by shape
+        for in_place, moved in itertools.product((False, True), (0, threads.MUCH)):
+            kind = loops.IN_PLACE if in_place else loops.PLAIN
+            for tail, alignment, at_end in places(step, dtype, True):
+                if driver is loops.prelu_backward_rows:
+                    shape = 2, 3, tail + (loops.TILE if moved else 0)
+                else:
+                    shape = COLUMNS[moved > 0], tail, 1 + tail % 2
+                size, (_, channels, inner) = math.prod(shape), shape
+                if size == 0:
+                    continue
+                grad, saved = (a[:size].view(lane.storage) for a in (g, x))
+                w = weights[:channels]
+                if shape not in right:
+                    y, sums = np.zeros_like(grad), np.zeros((2, channels))
+                    run(loops.PLAIN, grad, saved, w, y, sums, inner, 0)
+                    check_gradient(shape, y.view(dtype), sums, x, g, w)
+                    right[shape] = y, sums
+                y, sums = right[shape]
+                note(dtype.name, driver.__name__, in_place, moved, *shape)
+                note.place(alignment, at_end)
+                put = [
+                    fence.put(a, start, at_end)
+                    for fence, a, start in (
+                        (fences[0], grad, alignment),
+                        (fences[1], saved, alignment),
+                        (fences[2], w, alignment // 8 * 8),
+                        (fences[3], np.zeros_like(y), alignment),
+                        (fences[4], np.zeros(sums.size), 0),
+                    )
+                ]
+                if in_place:
+                    put[3] = put[0]
+                run(kind, *put, inner, moved)
+                assert fences[0 if in_place else 3].holds(y)
+                assert in_place or fences[0].holds(grad)
+                assert fences[1].holds(saved)
+                assert fences[2].holds(w)
+                assert fences[4].holds(sums.ravel())
+
+
+def check_gradient(shape, got, sums, x, g, w):
+    """Against the definition, and NumPy's sum in as many places as a float has"""
+    x, g = (a[: got.size].reshape(shape) for a in (x, g))
+    more = {"weight": w, "axis": 1}
+    assert_same(got.reshape(shape), reference.backward("prelu", g, x, **more))
+    products = np.where(x > 0, 0, x.astype(np.float64) * g.astype(np.float64))
+    assert np.allclose(sums.sum(0), products.sum((0, 2)), rtol=1e-12, atol=1e-12)
+
+
 def check(name, dtype, x, other, b, got):
     """Against the definition, once for all the prefixes that follow"""
     if name == "forward_mask":
@@ -247,11 +315,13 @@ class Note:
         self.map[: len(text) + 1] = text + b"\0"
 
 
-def main(step, path):
+def main(step, path, dtypes):
     note = Note(path)
     threads.ready()
-    for dtype in map(dtype_of, [*floats_here(), "int8"]):
+    for dtype in map(dtype_of, dtypes or [*floats_here(), "int8"]):
         walk_loops(dtype, step, note)
+        if dtype.kind != "i":
+            walk_gradients(dtype, step, note)
         walk_functions(dtype, step, note)
 
 
@@ -266,4 +336,4 @@ def test_beside_guarded_pages(step, tmp_path):
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), Path(sys.argv[2]))
+    main(int(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:])

@@ -1,12 +1,13 @@
 """Processes: fork and spawn, signals, the interpreter's end, and the cache on disk."""
 
 import os
+import signal
 import subprocess
 import sys
 import textwrap
 
 import pytest
-from test_threads import PRELUDE, needs_fork, run
+from test_threads import EVERYTHING, PRELUDE, needs_fork, run
 
 COLD = """
     import numpy as np
@@ -158,6 +159,44 @@ def test_a_fork_in_the_midst_of_first_calls(tmp_path):
     assert output == "True\n"
 
 
+TORCH = """
+    import torch
+    ramp = torch.linspace(-1, 1, 1 << 20)
+    clipped = torch.relu(ramp)  # on threads of its own, which live on
+"""
+
+
+@needs_fork
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_pytorch_imported(when):
+    """It brings an OpenMP of its own, which after a fork is of no more use to itself."""
+    pytest.importorskip("torch")
+    start = TORCH + EVERYTHING if when == "before" else EVERYTHING + TORCH
+    script = """
+    import os, warnings
+    warnings.simplefilter("ignore")
+    def others():
+        while not storm.ended.is_set():
+            if not torch.equal(torch.relu(ramp), clipped):
+                storm.wrong.append("torch")
+    storm = everything.Storm(calls, 4)
+    storm.team.append(threading.Thread(target=others))
+    statuses = []
+    with storm:
+        for k in range(4):
+            child = os.fork()
+            if child == 0:
+                status = 1
+                try:
+                    status = not all(call() for _, call in calls[k :: len(calls) // 8])
+                finally:
+                    os._exit(status)
+            statuses.append(os.waitpid(child, 0)[1])
+    print(storm.wrong[:3], statuses)
+    """
+    assert run(start + script, timeout=120) == "[] [0, 0, 0, 0]\n"
+
+
 # Signals ------------------------------------------------------------------------------
 
 
@@ -189,6 +228,126 @@ def test_an_interrupt_from_outside():
     assert process.communicate(timeout=60) == ("True\n", "")
 
 
+FIRST_CALL = """
+    import os, signal, sys, threading, time, warnings
+    import numpy as np
+    import fastrelu as F
+    from fastrelu.cpu import jit
+    def no_folder(_):
+        raise RuntimeError
+    jit._Cache = no_folder
+    x = np.random.default_rng(0).standard_normal((60, 70)).astype(np.float32)
+    weight = np.full(70, 0.5, np.float32)
+    halved = np.where(x > 0, x, x / 2)
+    def use():
+        assert np.array_equal(F.relu(x), np.maximum(x, 0))
+        assert np.array_equal(F.prelu_backward(x, x, weight)[0], halved)
+    signal.signal(signal.SIGALRM, signal.default_int_handler)
+"""
+needs_timer = pytest.mark.skipif(
+    not hasattr(signal, "setitimer"), reason="needs a timer"
+)
+
+
+@needs_timer
+def test_interruptions_while_numba_compiles():
+    """Each ends the call at once and none the work: twenty a second do not stop it."""
+    script = """
+    signal.setitimer(signal.ITIMER_REAL, 0.05, 0.05)
+    number, last = 0, 0.0
+    while True:
+        start = time.perf_counter()
+        try:
+            use()
+            break
+        except KeyboardInterrupt:
+            number += 1
+            last = max(last, time.perf_counter() - start)
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    use()
+    print(number > 5, last < 1)
+    """
+    assert run(FIRST_CALL + script) == "True True\n"
+
+
+@needs_fork
+@needs_timer
+@pytest.mark.long
+def test_a_handler_forks_while_numba_compiles():
+    """The child goes on with a call whose compiling thread it does not have."""
+    script = """
+    warnings.simplefilter("ignore")
+    forked = []
+    signal.signal(signal.SIGALRM, lambda *_: forked.append(os.fork()))
+    signal.setitimer(signal.ITIMER_REAL, 0.3)
+    use()
+    if forked == [0]:
+        os._exit(0)
+    print(os.waitpid(forked[0], 0)[1])
+    """
+    assert run(FIRST_CALL + script) == "0\n"
+
+
+@needs_fork
+@pytest.mark.long
+def test_an_interruption_at_any_moment_of_the_first_call():
+    script = """
+    warnings.simplefilter("ignore")
+    statuses = []
+    for moment in np.random.default_rng(0).uniform(0.001, 3, 120):
+        child = os.fork()
+        if child == 0:
+            status = 2
+            try:
+                signal.setitimer(signal.ITIMER_REAL, moment)
+                try:
+                    use()
+                    status = 0
+                except KeyboardInterrupt:
+                    status = 1
+                signal.setitimer(signal.ITIMER_REAL, 0)
+                use()
+            except BaseException as error:
+                print(moment, repr(error), flush=True)
+                status = 3
+            finally:
+                os._exit(status)
+        statuses.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+    print(set(statuses) <= {0, 1}, statuses.count(1) > 60)
+    """
+    assert run(FIRST_CALL + script, timeout=1200) == "True True\n"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a signal from outside")
+@pytest.mark.parametrize(
+    "size", [1 << 26, pytest.param(1 << 29, marks=pytest.mark.long)]
+)
+def test_an_interruption_of_one_long_call(size):
+    """It comes as soon as the call is over, and the result is whole."""
+    script = f"""
+    import numba, os, signal, threading, time
+    import numpy as np
+    import fastrelu as F
+    numba.set_num_threads(1)
+    F.leaky_relu(-np.ones((1 << 22)), 0.5, inplace=True)
+    x = np.full({size}, -1.0)
+    start = time.perf_counter()
+    F.leaky_relu(x, 0.5, inplace=True)
+    usual = time.perf_counter() - start
+    timer = threading.Timer(usual / 4, lambda: os.kill(os.getpid(), signal.SIGINT))
+    timer.start()
+    start = time.perf_counter()
+    try:
+        F.leaky_relu(x, 0.5, inplace=True)
+        time.sleep(60)
+    except KeyboardInterrupt:
+        print(time.perf_counter() - start < 2 * usual + 0.5)
+    timer.join()
+    print(x.min() == x.max() == -0.25, F.relu(x[:9]).max() == 0)
+    """
+    assert run(script) == "True\nTrue True\n"
+
+
 # The interpreter's end ----------------------------------------------------------------
 
 ENDS = {
@@ -213,7 +372,63 @@ ENDS = {
     time.sleep(0.05)
     """,
     "a cycle": "y = [F.relu(x)]; y.append(y)",
+    "a first call": """
+    class Last:
+        def __init__(self): self.relu, self.prelu, self.x = F.relu, F.prelu, x[:9]
+        def __del__(self):
+            assert self.relu(self.x.astype("i2")).max() > 0
+            assert self.prelu(self.x, self.x[:1]).size == 9
+    last = Last()
+    """,
+    "an unfinished first call": """
+    import signal
+    signal.signal(signal.SIGALRM, signal.default_int_handler)
+    signal.setitimer(signal.ITIMER_REAL, 0.001)
+    try:
+        F.prelu_backward(x, x, x[:1])
+        time.sleep(1)
+    except KeyboardInterrupt:
+        pass
+    """,
 }
+
+
+IMPORT = f"""
+import sys
+sys.path[:] = {sys.path!r}
+try:
+    import fastrelu
+except ImportError as error:
+    print(error, flush=True)
+"""
+
+
+@pytest.mark.parametrize("first", ["main", "other"])
+def test_sub_interpreters(first):
+    """They get an ImportError, and do the main interpreter no harm."""
+    script = f"""
+    try:
+        import _xxsubinterpreters as interpreters
+    except ImportError:
+        import _interpreters as interpreters
+    def use():
+        import numpy as np
+        import fastrelu as F
+        x = np.linspace(-1, 1, 1 << 20).astype(np.float32)
+        assert np.array_equal(F.relu(x), np.maximum(x, 0))
+        F.prelu_backward(x, x, x[:1].copy())
+    if "{first}" == "main":
+        use()
+    for _ in range(2):
+        other = interpreters.create()
+        interpreters.run_string(other, {IMPORT!r})
+        interpreters.destroy(other)
+    use()
+    """
+    refused = (
+        "fastrelu works in the main interpreter only: its threads outlive any other\n"
+    )
+    assert run(script) == 2 * refused
 
 
 @pytest.mark.parametrize("end", ENDS)

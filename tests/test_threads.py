@@ -5,6 +5,7 @@ import subprocess
 import sys
 import textwrap
 import threading
+from pathlib import Path
 
 import numba
 import numpy as np
@@ -16,6 +17,10 @@ from fastrelu.cpu.jit import compile_
 float32 = np.dtype(np.float32)
 several_threads = pytest.mark.skipif(
     numba.config.NUMBA_NUM_THREADS < 2, reason="needs two threads"
+)
+NUMBAS_LAYERS = pytest.mark.parametrize(
+    ("layer", "module"),
+    [("tbb", "tbbpool"), ("omp", "omppool"), ("workqueue", "workqueue")],
 )
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 
@@ -85,13 +90,13 @@ def test_wakings_that_do_not_pay_become_rare(count):
     assert sum(shared[100:]) < 50
 
 
-def run(script, **environment):
+def run(script, timeout=60, **environment):
     """What a script prints, in a process of its own that must end well."""
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", textwrap.dedent(script)],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=timeout,
         check=False,
         env={**os.environ, **environment},
     )
@@ -113,6 +118,15 @@ PRELUDE = """
         before = loops()
         fine = np.array_equal(F.relu(x), expected)
         return fine and (loops() > before) == (numba.config.NUMBA_NUM_THREADS > 1)
+"""
+
+EVERYTHING = f"""
+    import random, sys, threading, time
+    sys.path.insert(0, {str(Path(__file__).parent)!r})
+    import numba, numpy as np
+    import everything
+    everything.lower_the_last_threshold()
+    calls = everything.calls()
 """
 
 
@@ -138,26 +152,34 @@ def test_a_child_has_a_team_of_its_own():
 
 
 @needs_fork
-def test_a_fork_in_the_midst_of_other_threads_loops():
-    script = """
-    import warnings
+@pytest.mark.parametrize("forks", [6, pytest.param(300, marks=pytest.mark.long)])
+def test_forks_in_the_midst_of_every_function(forks):
+    """From three threads, beside eight that call: children and parents go on."""
+    script = f"""
+    import os, warnings
     warnings.simplefilter("ignore")
-    stop = threading.Event()
-    def call():
-        while not stop.is_set():
-            F.relu(x)
-    team = [threading.Thread(target=call) for _ in range(3)]
-    for thread in team: thread.start()
-    for _ in range(20):
-        child = os.fork()
-        if child == 0:
-            os._exit(not works())
-        assert os.waitpid(child, 0)[1] == 0
-    stop.set()
-    for thread in team: thread.join()
-    print(works())
+    def fork(seed):
+        rng = random.Random(seed)
+        for _ in range({forks} // 3):
+            mine = rng.sample(calls, 8)
+            child = os.fork()
+            if child == 0:
+                status = 1
+                try:
+                    status = not all(call() for _, call in mine)
+                finally:
+                    os._exit(status)
+            statuses.append(os.waitpid(child, 0)[1])
+    statuses = []
+    with everything.Storm(calls, 8) as storm:
+        team = [threading.Thread(target=fork, args=(k,)) for k in range(3)]
+        for thread in team: thread.start()
+        for thread in team: thread.join()
+        after = storm.number
+        while storm.number < after + 16: time.sleep(0.01)
+    print(storm.wrong[:3], statuses == [0] * {forks})
     """
-    assert run(PRELUDE + script) == "True\n"
+    assert run(EVERYTHING + script, timeout=300) == "[] True\n"
 
 
 def test_the_interpreter_ends_in_the_midst_of_daemon_threads_loops():
@@ -211,10 +233,7 @@ def test_members_keep_off_the_callers_processor():
     assert run(PRELUDE + script) == "False 1\n"
 
 
-@pytest.mark.parametrize(
-    ("layer", "module"),
-    [("tbb", "tbbpool"), ("omp", "omppool"), ("workqueue", "workqueue")],
-)
+@NUMBAS_LAYERS
 def test_beside_numbas_own_threads(layer, module):
     """Whatever layer another library's kernels run on, ours do not meet it."""
     pytest.importorskip(f"numba.np.ufunc.{module}", exc_type=ImportError)
@@ -242,3 +261,77 @@ def test_beside_numbas_own_threads(layer, module):
     """
     output = run(PRELUDE + script, NUMBA_THREADING_LAYER=layer)
     assert output == f"{layer} [] 0\n"
+
+
+@several_threads
+@NUMBAS_LAYERS
+@pytest.mark.parametrize("seconds", [1.5, pytest.param(60, marks=pytest.mark.long)])
+def test_every_function_from_many_threads(seconds, layer, module):
+    """Beside kernels of another library, on as many threads as their layer bears."""
+    pytest.importorskip(f"numba.np.ufunc.{module}", exc_type=ImportError)
+    script = f"""
+    @numba.njit(parallel=True)
+    def double(a):
+        for i in numba.prange(a.size):
+            a[i] *= 2
+    ones = np.ones(1 << 20)
+    def others():
+        while not storm.ended.is_set():
+            a = ones.copy()
+            double(a)
+            if a.min() != 2 or a.max() != 2:
+                storm.wrong.append("double")
+    double(ones.copy())  # compiled before anything is timed
+    storm = everything.Storm(calls)
+    for _ in range(1 if "{layer}" == "workqueue" else 3):
+        storm.team.append(threading.Thread(target=others))
+    with storm:
+        time.sleep({seconds})
+    print(numba.threading_layer(), storm.wrong[:3], storm.number > 100 * {seconds})
+    """
+    output = run(EVERYTHING + script, timeout=300, NUMBA_THREADING_LAYER=layer)
+    assert output == f"{layer} [] True\n"
+
+
+POOLS = {
+    "executor": """
+    from concurrent.futures import ThreadPoolExecutor
+    with ThreadPoolExecutor(16) as pool:
+        fine = list(pool.map(lambda row: row[1](), work))
+    """,
+    "dask": """
+    import dask
+    tasks = [dask.delayed(call, pure=False)() for _, call in work]
+    fine = dask.compute(*tasks, scheduler="threads", num_workers=16)
+    """,
+}
+
+
+@pytest.mark.parametrize("rounds", [1, pytest.param(20, marks=pytest.mark.long)])
+@pytest.mark.parametrize("pool", POOLS)
+def test_every_function_from_a_pool_of_threads(pool, rounds):
+    if pool == "dask":
+        pytest.importorskip("dask")
+    script = f"""
+    work = calls * {rounds}
+    random.Random(0).shuffle(work)
+    {POOLS[pool]}
+    print([what for (what, _), right in zip(work, fine, strict=True) if not right])
+    """
+    assert run(EVERYTHING + script, timeout=300) == "[]\n"
+
+
+def test_numba_starts_its_threads_in_the_midst_of_a_call():
+    """Which from then on may be asked to be fewer: there is something to make ready."""
+    script = """
+    from numba.np.ufunc import parallel
+    F.relu(x[::2])
+    copyto = np.copyto
+    def copy_and_launch(*arguments, **more):
+        copyto(*arguments, **more)
+        parallel._launch_threads()
+    np.copyto = copy_and_launch
+    assert not parallel._is_initialized
+    print(np.array_equal(F.relu(x[::2]), expected[::2]), parallel._is_initialized)
+    """
+    assert run(PRELUDE + script) == "True True\n"

@@ -128,13 +128,15 @@ def _run(call: Call, waiting: Any, a: Array, slope: float, y: Array, *b: Array) 
     call.prepare(a.dtype, a.nbytes, in_place=y is a)
     for pair in waiting:
         np.copyto(*pair)
-    _answered(call.call(a, slope, False, y, *b))
+    _call(call, a, slope, False, y, *b)
 
 
-def _answered(result: Array | None) -> None:
-    if result is None:  # an answer that is left out must not pass for a result
-        msg = "a quick call left flat arrays to Python: this is a bug of fastrelu"
-        raise RuntimeError(msg)
+def _call(call: Call, *arguments: Any) -> None:
+    if call.call(*arguments) is None:
+        threads.ready()  # no more: Numba may have started its own threads just now
+        if call.call(*arguments) is None:  # an answer left out is no result
+            msg = "a quick call left flat arrays to Python: this is a bug of fastrelu"
+            raise RuntimeError(msg)
 
 
 def forward(
@@ -239,7 +241,7 @@ def prelu(formula: Function, x: Array, weight: Array, out: Array) -> None:
     shape = -1, slopes.size, inner
     for pair in waiting:
         np.copyto(*pair)
-    _answered(call.call(flat_x.reshape(shape), slopes, False, flat_y.reshape(shape), 1))
+    _call(call, flat_x.reshape(shape), slopes, False, flat_y.reshape(shape), 1)
     if y is not out:
         np.copyto(out, y)
 
