@@ -130,7 +130,7 @@ def unpickled(x):
 def with_weight_before_out(f, x):
     memory = np.ones(8 + x.size, float32)
     out = memory[8:].reshape(x.shape)
-    return f.by_channel.call(x, memory[:8], -1, False, out)
+    return f.by_channel.call(x, memory[:8], False, out, -1)
 
 
 # What a call takes, and the same with something that it leaves to Python.
