@@ -291,6 +291,12 @@ def _fits(table, row, weight):
 
 
 @_inline
+def _weight_bytes(table, row, weight):
+    """Return how long a weight is that fits."""
+    return _size(weight) * (table[row + _ITEM] if _kind(weight) == table[row] else 4)
+
+
+@_inline
 def _widen(table, row, weight):
     """Return the address of a copy in the type of the products, 0 if none is needed.
 
@@ -338,8 +344,7 @@ def call_channels(self, arguments, number):
     kind = _COLUMNS if inner < loops.NARROW and channels > 1 else 0
     if kind == _COLUMNS and inner > 1 and channels * inner > loops.WIDE:
         return _none(table)
-    item = table[row + _ITEM]
-    nbytes, length = size * item, channels * max(item, 4)  # a product's bytes
+    nbytes, length = size * table[row + _ITEM], _weight_bytes(table, row, weight)
     result = _target(table, x, _C_ORDER, nbytes, inplace, out)
     if result == -1:
         return _none(table)
@@ -383,8 +388,7 @@ def call_channels_backward(self, arguments, number):
             first, second = _words(out)[_ITEMS], _words(out)[_ITEMS + 1]
         else:
             return _none(table)
-    item = table[row + _ITEM]
-    nbytes, length = size * item, channels * max(item, 4)  # or less
+    nbytes, length = size * table[row + _ITEM], _weight_bytes(table, row, weight)
     result = _target(table, grad, _C_ORDER, nbytes, inplace, first)
     total = _target(table, weight, _C_ORDER, length, table[_FALSE], second)
     if result == -1 or total == -1:
