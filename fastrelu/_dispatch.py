@@ -60,11 +60,10 @@ class PlainCalls:
 
     def _elsewhere(self, x: Any) -> Any:
         """Return the calls for a type of arrays on a GPU, from its second array on."""
-        calls = self.on_gpu.get(type(x))
-        if calls is None and type(x) in _ON_GPU:
-            calls = _cuda().Calls(type(x), self.formula, integers=self.integers)
-            self.on_gpu[type(x)] = calls
-        return calls
+        if type(x) not in _ON_GPU:
+            return None
+        calls = _cuda().Calls(type(x), self.formula, integers=self.integers)
+        return self.on_gpu.setdefault(type(x), calls)
 
     def forward(
         self, x: Any, slope: Any, inplace: Any, out: Any, return_mask: Any
@@ -74,7 +73,7 @@ class PlainCalls:
             if y is not None:
                 return y
         if type(x) is not ndarray:
-            calls = self._elsewhere(x)
+            calls = self.on_gpu.get(type(x)) or self._elsewhere(x)
             return calls and calls.forward(x, slope, inplace, out, return_mask)
         if return_mask is False:
             return self._again(self.flat, x, slope, inplace, out)
@@ -94,7 +93,7 @@ class PlainCalls:
         self, grad: Any, saved: Any, slope: Any, inplace: Any, out: Any
     ) -> Any:
         if type(grad) is not ndarray:
-            calls = self._elsewhere(grad)
+            calls = self.on_gpu.get(type(grad)) or self._elsewhere(grad)
             return calls and calls.backward(grad, saved, slope, inplace, out)
         call = self.flat
         if type(saved) is Mask:
@@ -140,7 +139,7 @@ class PlainCalls:
         if y is not None:
             return y
         if type(a) is not ndarray:
-            calls = self._elsewhere(a)
+            calls = self.on_gpu.get(type(a)) or self._elsewhere(a)
             return calls and calls.channels(a, weight, axis, inplace, out, *x)
         if not self._takes(a.dtype):
             return None

@@ -108,9 +108,8 @@ class Calls:
             return None
         if target != beside and _meet(target, nbytes, other, length):
             return None
-        where = device, self.library.stream(a, device)
-        pointers = start, other, target
-        run_flat(code, *where, itemsize, size, head, *pointers, compute(slope))
+        s, stream = compute(slope), self.library.stream(a, device)
+        run_flat(code, device, stream, itemsize, size, head, start, other, target, s)
         return y
 
     def channels(

@@ -66,13 +66,15 @@ def run_flat(
     itemsize: int,
     size: int,
     head: int,
-    *arguments: Any,
+    a: int,
+    b: int,
+    y: int,
+    *last: Any,
 ) -> None:
     """Queue a kernel `flat`: a thread does two vectors.
 
-    The arguments are three pointers, and the slope or (inner, channels).
+    Last comes the slope, or the inner size and the number of channels.
     """
-    a, b, y, *last = arguments
     vectors = (size - head) // (BYTES // itemsize)
     blocks = -(-vectors // (2 * THREADS)) or 1
     launch.launch(kernel, device, stream, blocks, a, b, y, head, vectors, size, *last)
@@ -84,10 +86,12 @@ def run_mask(
     stream: int,
     itemsize: int,
     size: int,
-    *arguments: Any,
+    x: int,
+    y: int,
+    bits: int,
+    slope: Any,
 ) -> None:
     """Queue a kernel `flat_mask`: a thread does a vector."""
-    x, y, bits, slope = arguments
     vectors = size // (BYTES // itemsize)
     blocks = vectors // THREADS + 1
     launch.launch(kernel, device, stream, blocks, x, y, bits, vectors, size, slope)
