@@ -100,7 +100,7 @@ def test_whatever_a_signal_interrupts(empty_pool, monkeypatch):
         for _ in range(5000):
             try:
                 signal.setitimer(signal.ITIMER_REAL, rng.uniform(1e-6, 1e-4))
-                for _ in range(100_000):  # it must not come after the last
+                for _ in range(100):  # one that a finalizer met is gone
                     held.append(empty_pool.empty_like(x))
                     del held[:-3]
             except Raised:
