@@ -5,7 +5,6 @@ For tests that call from many threads, after a fork, or beside another library.
 
 import random
 import threading
-import time
 
 import numpy as np
 import reference
@@ -158,10 +157,3 @@ class Storm:
     @property
     def number(self):
         return sum(self.counts)
-
-
-def storm(calls, seconds):
-    """Run calls from 16 threads for so long; return the storm."""
-    with Storm(calls) as storm:
-        time.sleep(seconds)
-    return storm

@@ -287,10 +287,12 @@ def test_every_function_from_many_threads(seconds, layer, module):
         storm.team.append(threading.Thread(target=others))
     with storm:
         time.sleep({seconds})
-    print(numba.threading_layer(), storm.wrong[:3], storm.number > 16)
+        while min(storm.counts) < 1:  # on a busy machine; for ever, if one waits so
+            time.sleep(0.1)
+    print(numba.threading_layer(), storm.wrong[:3])
     """
     output = run(EVERYTHING + script, timeout=300, NUMBA_THREADING_LAYER=layer)
-    assert output == f"{layer} [] True\n"
+    assert output == f"{layer} []\n"
 
 
 POOLS = {
