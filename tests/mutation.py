@@ -761,9 +761,9 @@ FAULTS = {
             "test_team_model.py",
         ),
         Fault(
-            "if _load(team, _LOOPS) == seen or not",
-            "if True or not",
-            "a member sleeps while a loop waits for it",
+            "_store(team, words + _ASLEEP, 1)",
+            "_store(team, words + _ASLEEP, 0)",
+            "a member sleeps for ever",
             "test_team_model.py",
         ),
         Fault(

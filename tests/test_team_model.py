@@ -110,7 +110,7 @@ class Model:
             Task(self, lambda me=me: threads._member(me)) for me in range(1, members)
         ]
         self.tasks, self.owners, self.choose = [*self.members], [], choose
-        self.limit = members
+        self.limit, self.workers = members, set()
         self.over, self.error = threading.Event(), None
 
     # The steps ------------------------------------------------------------------------
@@ -226,6 +226,7 @@ class Model:
         arguments, start, stop = values
         assert arguments == -function
         loop = self.loops[function - 1]
+        self.workers.add(self.running)
         self.step()
         for i in range(start, stop):
             assert loop.runs, "a loop is touched whose owner went on"
@@ -423,3 +424,18 @@ def test_a_piece_that_two_take_is_found(team, monkeypatch):
 
     with pytest.raises(AssertionError):
         every_schedule(make)
+
+
+@pytest.mark.parametrize("limit", [1, 2, 3, 4])
+def test_only_so_many_have_a_part(team, limit):
+    """The others leave the loop alone, though they see it."""
+    rng, workers = random.Random(limit), set()
+    for _ in range(50):
+        model = team(4, lambda model, ready: rng.choice(ready))
+        model.words.poke(threads._LIMIT, 1)
+        model.limit = limit
+        for _ in range(2):
+            model.owner((12, 1, MUCH), (12, 1, MUCH))
+        model.run()
+        workers |= {model.members.index(t) for t in model.workers - {*model.owners}}
+    assert workers == set(range(limit - 1))
