@@ -1,5 +1,7 @@
 """What other machines and systems do, which none at hand does by itself."""
 
+import ctypes
+import importlib
 import os
 import sys
 import threading
@@ -13,7 +15,7 @@ from numba.core import config
 from numba.core.compiler_lock import global_compiler_lock
 from test_threads import PRELUDE, run, several_threads
 
-from fastrelu import activations
+from fastrelu import _interpreter, activations
 from fastrelu.cpu import calls, lanes, loops, pool, threads
 from fastrelu.cpu.calls import Call
 
@@ -73,6 +75,13 @@ def test_half_floats_on_the_simplest_processor():
     """
     simplest = {"NUMBA_CPU_NAME": "generic", "NUMBA_CPU_FEATURES": ""}
     assert run(script, **simplest) == "True\n"
+
+
+def test_another_interpreter_is_refused(monkeypatch):
+    """Whoever comes from the main one has passed; here one is told that it is another."""
+    monkeypatch.setattr(ctypes.pythonapi, "PyInterpreterState_Get", lambda: -1)
+    with pytest.raises(ImportError, match="main interpreter only"):
+        importlib.reload(_interpreter)
 
 
 # Threads and signals ------------------------------------------------------------------
