@@ -86,6 +86,7 @@ def test_whatever_a_signal_interrupts(empty_pool, monkeypatch):
     """A handler that uses the pool and raises, at thousands of moments."""
     monkeypatch.setattr(sys, "unraisablehook", lambda _: None)  # of finalizers
     x, rng = np.empty(LARGE, float32), np.random.default_rng(0)
+    empty_pool.ready()  # compiled while nobody interrupts
 
     class Raised(Exception):
         pass
