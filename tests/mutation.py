@@ -596,8 +596,9 @@ FAULTS = {
         Fault(
             "row = (start + first) // slope",
             "row = first // slope",
-            "every thread begins with the first weight",
+            "every thread begins with the first weight, and comes back to it",
             "test_interpreted.py::test_parts",
+            "hangs",
         ),
         Fault(
             "column = (start + first) % b.size",

@@ -31,7 +31,7 @@ from fastrelu.activations import ACTIVATIONS
 from fastrelu.cpu import calls, lanes, loops, pool, threads
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered:RuntimeWarning")
-SIZES = 0, 1, 8, 64, 77, 1200  # the last one is past the cache
+SIZES = 0, 1, 8, 64, 77, 1158  # the last one is past the cache
 
 
 @pytest.fixture(autouse=True)
@@ -66,24 +66,39 @@ def test_masks(name, dtype, size):
     row = ACTIVATIONS[name]
     x, g = sample((size,), dtype), sample((size,), dtype, seed=1)
     slopes = slopes_for(name, x)
-    for skew in (0, 5):  # a cache line ends elsewhere
-        given = np.concatenate([x[:0], np.zeros(skew, dtype), x])[skew:]
-        y, mask = row.forward(given, return_mask=True, **slopes)
-        assert_same(y, reference.forward(name, x, **slopes))
+    y, dx = (
+        reference.forward(name, x, **slopes),
+        reference.backward(name, g, x, **slopes),
+    )
+    for skew in (0, 1):
+        out = off_line(g, skew)
+        _, mask = row.forward(x, out=out, return_mask=True, **slopes)
+        assert_same(out, y)
         assert_same(mask.bits, reference.mask_bits(x))
+        given = off_line(x, skew)
         _, mask = row.forward(given, inplace=True, return_mask=True, **slopes)
         assert_same(given, y)
         assert_same(mask.bits, reference.mask_bits(x))
-        dx = reference.backward(name, g, x, **slopes)
-        assert_same(row.backward(g, mask, **slopes), dx)
+        assert_same(row.backward(g, mask, out=given, **slopes), dx)
         given[...] = g
         row.backward(given, mask, inplace=True, **slopes)
         assert_same(given, dx)
 
 
+def off_line(values, skew):
+    """A copy that starts so many elements after a cache line does"""
+    memory = np.zeros(values.nbytes + 128, np.uint8)
+    start = -memory.ctypes.data % 64 + skew * values.itemsize
+    a = memory[start:][: values.nbytes].view(values.dtype)
+    a[...] = values
+    return a
+
+
+@pytest.mark.parametrize("cache", [1 << 11, 1 << 30])
 @each("float32")
-def test_parts(name, dtype):
+def test_parts(name, dtype, cache, monkeypatch):
     """What the team shares: all but the first parts start somewhere else."""
+    monkeypatch.setattr(threads, "CACHE", cache)
     row, n = ACTIVATIONS[name], 3 * loops.TILE + 77
     x, g = sample((n,), dtype), sample((n,), dtype, seed=1)
     if row.parameter == "weight":
@@ -96,7 +111,7 @@ def test_parts(name, dtype):
         return
     slopes = slopes_for(name, x)
     expected, bits = reference.forward(name, x, **slopes), reference.mask_bits(x)
-    for given, more in ((x, {}), (x.copy(), {"inplace": True})):
+    for given, more in (x, {"out": off_line(g, 1)}), (x.copy(), {"inplace": True}):
         y, mask = row.forward(given, return_mask=True, **more, **slopes)
         assert_same(y, expected)
         assert_same(mask.bits, bits)
@@ -104,6 +119,10 @@ def test_parts(name, dtype):
     assert_same(row.backward(g, x, **slopes), expected)
     assert_same(row.backward(g, mask, **slopes), expected)
     assert_same(row.backward(g.copy(), mask, inplace=True, **slopes), expected)
+    for saved in (x, mask):
+        assert_same(row.backward(g, saved, out=off_line(x, 1), **slopes), expected)
+        given = off_line(g, 1)
+        assert_same(row.backward(given, saved, inplace=True, **slopes), expected)
 
 
 # x's shape, the weight's, and which loop they need.
