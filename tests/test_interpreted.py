@@ -211,23 +211,6 @@ def test_when_the_team_is_ready(monkeypatch):
     assert not threads.is_ready()
 
 
-def test_a_large_result_comes_from_the_pool(monkeypatch, leaky):
-    default, x = pool.get_default_memory_pool(), cube()
-    monkeypatch.setattr(calls, "SMALLEST", x.nbytes)
-    before = default.used_bytes()
-    y = leaky.flat.call(x, 0.5, False, None)
-    assert_same(y, reference.forward("leaky_relu", x, negative_slope=0.5))
-    assert default.used_bytes() > before
-    leaky.flat.call(x[1:], 0.5, False, None)
-    del y
-    assert default.used_bytes() == before
-    monkeypatch.setattr(pool, "borrow", lambda _: 0)
-    with pytest.raises(TypeError):  # there is no error on its way
-        leaky.flat.call(x, 0.5, False, None)
-    monkeypatch.setattr(calls, "_is_pool_ready", lambda _: False)
-    assert leaky.flat.call(x, 0.5, False, None) is None
-
-
 def test_no_memory_for_a_result(interpreter, monkeypatch, leaky):
     def none(*_):
         interpreter.error = MemoryError()
