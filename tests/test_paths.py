@@ -164,6 +164,8 @@ LEFT_CALLS = {
     "misaligned": lambda f, x: f.flat.call(place(x, "misaligned")[0], 0.5, False, None),
     "order": lambda f, x: f.flat.call(x, 0.5, False, cube("F")),
     "overlap": lambda f, x: f.flat.call(x[1:], 0.5, False, x[:-1]),
+    "overlap ahead": lambda f, x: f.flat.call(x[:-1], 0.5, False, x[1:]),
+    "dimensions": lambda f, x: f.flat.call(x, 0.5, False, np.empty((4, 6), float32)),
     "bits": lambda f, x: f.masked.call(x, 0.5, False, None, np.zeros(25, np.uint8)),
     "bits' dtype": lambda f, x: f.masked.call(x, 0.5, False, None, np.zeros(24, "i1")),
     "bits in F": lambda f, x: f.masked.call(

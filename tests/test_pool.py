@@ -69,6 +69,17 @@ def test_numpy_has_its_own_memory_again(empty_pool):
     assert handler(np.empty(1 << 22)) == before
 
 
+def test_a_loop_may_be_ready_before_the_pool():
+    script = """
+    import numpy as np
+    import fastrelu as F
+    x = np.ones(1 << 20, np.float32)
+    F.relu(x.copy(), inplace=True)
+    print(np._core.multiarray.get_handler_name(F.relu(x)))
+    """
+    assert run(script) == "fastrelu\n"
+
+
 def test_the_stalest_blocks_go_first(empty_pool):
     sizes = [(i + 1) << 20 for i in range(4)]
     held = [empty_pool.empty_bytes(size) for size in sizes]
