@@ -80,20 +80,13 @@ def compile_(function: Function, **options: Any) -> Any:
     return njit(nogil=True, error_model="numpy", **options)(function)
 
 
-def compile_and_keep(function: Function, signature: Any = None) -> Any:
-    """Compile an entry point, and keep its code in Numba's cache on the disk.
-
-    With a signature it is one that C code calls.
-    """
-    if signature is None:
-        result = compile_(function)
-    else:
-        signature = sigutils.normalize_signature(signature)
-        result = CFunc(function, signature, {}, {"error_model": "numpy"})
+def compile_and_keep(function: Function, signature: Any) -> Any:
+    """Compile what C code calls, and keep its code in Numba's cache on the disk."""
+    signature = sigutils.normalize_signature(signature)
+    result: Any = CFunc(function, signature, {}, {"error_model": "numpy"})
     with contextlib.suppress(RuntimeError):  # there is no folder that can be written
         result._cache = _Cache(function)
-    if signature is not None:
-        result.compile()
+    result.compile()
     return result
 
 
