@@ -232,7 +232,7 @@ def test_other_arguments_are_left_to_python(name, leaky):
 
 def test_a_call_that_gives_no_answer_passes_for_no_result():
     with pytest.raises(RuntimeError, match="a bug of fastrelu"):
-        cpu._call(types.SimpleNamespace(call=lambda: None))
+        cpu._call(types.SimpleNamespace(call=lambda: None), [])
 
 
 def test_the_quick_call_knows_a_dtype_by_what_it_is(leaky):

@@ -155,12 +155,13 @@ def _lies_on(x: Array, y: Array) -> bool:
 def _run(call: Call, waiting: Any, a: Array, slope: float, y: Array, *b: Array) -> None:
     """Run a call over flat arrays, which leave it no question."""
     call.prepare(a.dtype, a.nbytes, in_place=y is a)
+    _call(call, waiting, a, slope, False, y, *b)
+
+
+def _call(call: Call, waiting: Any, *arguments: Any) -> None:
+    """Copy what waited until nothing can fail any more, and call."""
     for pair in waiting:
         np.copyto(*pair)
-    _call(call, a, slope, False, y, *b)
-
-
-def _call(call: Call, *arguments: Any) -> None:
     if call.call(*arguments) is None:
         threads.ready()  # no more: Numba may have started its own threads just now
         if call.call(*arguments) is None:  # an answer left out is no result
@@ -268,9 +269,8 @@ def prelu(formula: Function, x: Array, weight: Array, out: Array) -> None:
     call = channel_call(formula, gradient=False)
     call.prepare(x.dtype, x.nbytes, in_place=flat_y is flat_x, block=block)
     shape = -1, slopes.size, inner
-    for pair in waiting:
-        np.copyto(*pair)
-    _call(call, flat_x.reshape(shape), slopes, False, flat_y.reshape(shape), 1)
+    flat_x, flat_y = flat_x.reshape(shape), flat_y.reshape(shape)
+    _call(call, waiting, flat_x, slopes, False, flat_y, 1)
     if y is not out:
         np.copyto(out, y)
 
