@@ -12,6 +12,7 @@ import sys
 import numpy as np
 import pytest
 import reference
+import test_paths
 import twins
 from conftest import FLOATS, each, gradient_of, normal, place, sample, slopes_for
 from reference import assert_same, assert_weight_gradient
@@ -165,17 +166,12 @@ def leaky(monkeypatch):
 
 @pytest.mark.parametrize("name", QUICK_CALLS)
 def test_quick_calls(name, leaky):
-    x = cube()
-    y = QUICK_CALLS[name](leaky, x)
-    assert (type(y), y.size) == (np.ndarray, x.size)
+    test_paths.test_plain_arrays_take_the_quick_call(name, leaky)
 
 
 @pytest.mark.parametrize("name", LEFT_CALLS)
 def test_what_is_left_to_python(name, leaky):
-    x = cube()
-    before = x.copy()
-    assert LEFT_CALLS[name](leaky, x) is None
-    assert np.array_equal(x, before)
+    test_paths.test_other_arguments_are_left_to_python(name, leaky)
 
 
 def test_a_second_dtype(leaky):
@@ -228,19 +224,13 @@ def gradients():
 
 @pytest.mark.parametrize("name", QUICK_GRADIENTS)
 def test_quick_calls_of_gradients(name, gradients, interpreter):
-    g, w = cube(), normal((8,), np.dtype(np.float32), seed=1)
-    dx, _ = QUICK_GRADIENTS[name](gradients, g, w)
-    assert dx.shape == g.shape
+    test_paths.test_plain_arrays_take_the_quick_call_of_gradients(name, gradients)
     assert not interpreter.given
 
 
 @pytest.mark.parametrize("name", LEFT_GRADIENTS)
 def test_gradients_that_are_left_to_python(name, gradients, interpreter):
-    g, w = cube(), normal((8,), np.dtype(np.float32), seed=1)
-    before = g.copy(), w.copy()
-    assert LEFT_GRADIENTS[name](gradients, g, w) is None
-    assert np.array_equal(g, before[0])
-    assert np.array_equal(w, before[1])
+    test_paths.test_other_gradients_are_left_to_python(name, gradients)
     assert not interpreter.given
 
 
