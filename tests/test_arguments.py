@@ -699,6 +699,17 @@ def test_weight_and_its_gradient_may_overlap_in_part():
         assert_same(dw, expected[1])
 
 
+@each_first_array
+@pytest.mark.parametrize("how", ["inplace", "out"])
+def test_empty_arrays_in_one_place(function, argument, how):
+    given = sound(function, (3, 0, 7))
+    x = given[argument]
+    out = x[:, :0]
+    more = {"inplace": True} if how == "inplace" else {"out": out}
+    result = several(call(function, given | more))[0]
+    assert result is (x if how == "inplace" else out)
+
+
 # What looks wrong and is not
 
 

@@ -80,14 +80,7 @@ RELU = {
     activations._leaky_relu: activations._relu,
     activations._leaky_relu_gradient: activations._relu_gradient,
 }
-WAYS = [  # in place, bytes that the loop believes to move, past the cache
-    (False, 0, False),
-    (False, threads.MUCH, False),
-    (False, 0, True),
-    (False, threads.MUCH, True),
-    (True, 0, False),
-    (True, threads.MUCH, False),
-]
+BELIEVED = 0, threads.MUCH  # bytes that a loop is told it will move
 ROW = 50  # elements that share a weight
 
 
@@ -123,12 +116,11 @@ def walk_loops(dtype, step, note):
         whole = np.zeros_like(a)
         run_loop(loops.compiled(block, formula, lane), a, b, whole, slope)
         check(name, dtype, x, other, b, whole.view(dtype))
-        for in_place, moved, past_cache in WAYS:
-            kind = loops.PAST_CACHE if past_cache else loops.PLAIN
+        for kind, moved in itertools.product(loops.KINDS, BELIEVED):
             loop = loops.compiled(block, formula, lane, kind)
             for tail, alignment, at_end in places(step, dtype, True):
                 n = tail + (loops.TILE if moved else 0)
-                note(dtype.name, name, in_place, moved, past_cache, n)
+                note(dtype.name, name, kind, moved, n)
                 note.place(alignment, at_end)
                 size = -(-n // 8) if "mask" in name else b.size if b is not a else n
                 size = n if name == "backward" else size
@@ -137,7 +129,7 @@ def walk_loops(dtype, step, note):
                     kept[-1] &= (1 << n % 8) - 1
                 first = fences[0].put(a[:n], alignment, at_end)
                 second = first if b is a else fences[1].put(b[:size], alignment, at_end)
-                if in_place:
+                if kind == loops.IN_PLACE:
                     run_loop(loop, first, second, first, slope, moved)
                     assert fences[0].holds(whole[:n])
                 else:
@@ -166,8 +158,8 @@ def walk_gradients(dtype, step, note):
 
     for driver in loops.PARTS:
         right = {}  # by shape
-        for in_place, moved in itertools.product((False, True), (0, threads.MUCH)):
-            kind = loops.IN_PLACE if in_place else loops.PLAIN
+        for kind, moved in itertools.product(loops.WRITERS, BELIEVED):
+            in_place = kind == loops.IN_PLACE
             for tail, alignment, at_end in places(step, dtype, True):
                 if driver is loops.prelu_backward_rows:
                     shape = 2, 3, tail + (loops.TILE if moved else 0)
@@ -184,7 +176,7 @@ def walk_gradients(dtype, step, note):
                     check_gradient(shape, y.view(dtype), sums, x, g, w)
                     right[shape] = y, sums
                 y, sums = right[shape]
-                note(dtype.name, driver.__name__, in_place, moved, *shape)
+                note(dtype.name, driver.__name__, kind, moved, *shape)
                 note.place(alignment, at_end)
                 put = [
                     fence.put(a, start, at_end)

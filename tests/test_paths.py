@@ -21,7 +21,6 @@ from reference import assert_same
 import fastrelu as F
 from fastrelu import activations, cpu
 from fastrelu.cpu import calls, loops, pool, threads
-from fastrelu.cpu.jit import compile_
 from fastrelu.cpu.lanes import lane_of
 
 float32 = np.dtype(np.float32)
@@ -47,7 +46,7 @@ LOOP = ctypes.CFUNCTYPE(
 
 @pytest.fixture
 def taken(monkeypatch):
-    """The loops that were run: their block, and whether past the cache."""
+    """The loops that were run: block and kind"""
     runs, kept, compiled = [], [], loops.compiled
 
     def record(block, formula, lane, kind=loops.PLAIN):
@@ -56,7 +55,7 @@ def taken(monkeypatch):
             return loop
 
         def run(*arguments):
-            runs.append((block.__name__, kind == loops.PAST_CACHE))
+            runs.append((block.__name__, kind))
             loop.ctypes(*arguments)
 
         kept.append(LOOP(run))
@@ -104,18 +103,20 @@ def test_which_loop_runs(taken):
     F.prelu(large.reshape(-1, 16), weight)
     F.prelu(middle.reshape(16, 16, -1), weight)
     F.prelu(large.reshape(16, 16, -1), weight)
+    F.prelu(middle.reshape(-1, 16), weight, out=middle.reshape(-1, 16))
     assert taken == [
-        ("forward", False),
-        ("forward", False),
-        ("forward", True),
-        ("forward_mask", True),
-        ("backward", False),
-        ("backward", True),
-        ("forward", True),
-        ("columns", False),
-        ("columns", True),
-        ("rows", False),
-        ("rows", True),
+        ("forward", "plain"),
+        ("forward", "in_place"),
+        ("forward", "past_cache"),
+        ("forward_mask", "past_cache"),
+        ("backward", "plain"),
+        ("backward", "past_cache"),
+        ("forward", "past_cache"),
+        ("columns", "plain"),
+        ("columns", "past_cache"),
+        ("rows", "plain"),
+        ("rows", "past_cache"),
+        ("columns", "in_place"),
     ]
 
 
@@ -208,7 +209,8 @@ def ready_for_float32():
     }
     for call in calls.values():
         for block in range(len(call.blocks)):
-            call.prepare(float32, 0, in_place=False, block=block)
+            for in_place in (False, True):
+                call.prepare(float32, 4, in_place=in_place, block=block)
     return types.SimpleNamespace(**calls)
 
 
@@ -307,7 +309,7 @@ def ready_for_gradients():
     """The call of PReLU's gradients"""
     call = activations._leaky_relu_backward_calls.by_channel
     for block, in_place in product((0, 1), (False, True)):
-        call.prepare(float32, 0, in_place=in_place, block=block)
+        call.prepare(float32, 4, in_place=in_place, block=block)
     return call.call
 
 
@@ -352,6 +354,7 @@ def test_other_threads_go_on():
     """While a loop runs, and here at no other time, the interpreter is another's."""
     x, gate, log = normal(1 << 22, float32), threading.Lock(), []
     out = np.empty_like(x)
+    F.relu(x, out=out)  # compiled and started: that would let others go on, too
     gate.acquire()
     other = threading.Thread(target=lambda: (gate.acquire(), log.append("gone on")))
     other.start()
@@ -425,16 +428,15 @@ def test_other_layouts_of_dense_arrays_are_not_copied(order, taken, fresh_pool):
 
 
 def assembly(block, formula, dtype, kind=loops.PLAIN):
-    """The parts of a loop: that for another array, and that for working in place."""
+    """The part of a loop that the team shares"""
     lane = lane_of(np.dtype(dtype))
     python = loops.bound(block, formula, lane, kind)
-    loop = compile_(python)
-    a = np.zeros(1 << 12, lane.storage)
-    run_loop(loop, a, np.zeros(1 << 15, np.uint8), a.copy(), 0.5)
+    loop = numba.njit(error_model="numpy")(python)
+    a, b, slope = arguments(block.__name__, np.dtype(dtype), 1 << 12)
+    run_loop(loop, a, b, a if kind == loops.IN_PLACE else a.copy(), slope)
     (text,) = loop.inspect_asm().values()
-    parts = re.split(r"^fastrelu_part[.\d]*:$", text, flags=re.MULTILINE)[1:]
-    assert len(parts) == 2
-    return parts
+    (part,) = re.split(r"^fastrelu_part[.\d]*:$", text, flags=re.MULTILINE)[1:]
+    return part
 
 
 @pytest.mark.skipif(not X86, reason="reads the assembly language of x86")
@@ -444,19 +446,21 @@ def test_stores_past_the_cache(block, dtype):
     formula = activations._relu_gradient if block == "backward" else activations._relu
     block = getattr(loops, block)
     stores = r"v?movnt(ps|pd|dq)"
-    past_cache = assembly(block, formula, dtype, loops.PAST_CACHE)
-    assert any(re.search(stores, part) for part in past_cache)
-    assert not any(re.search(stores, part) for part in assembly(block, formula, dtype))
+    assert re.search(stores, assembly(block, formula, dtype, loops.PAST_CACHE))
+    for kind in (loops.PLAIN, loops.IN_PLACE):
+        assert not re.search(stores, assembly(block, formula, dtype, kind))
 
 
 @pytest.mark.skipif(not X86, reason="reads the assembly language of x86")
-@pytest.mark.parametrize("block", ["forward", "backward"])
-def test_vector_code(block):
+@pytest.mark.parametrize("kind", loops.KINDS)
+@pytest.mark.parametrize("block", BLOCKS)
+def test_vector_code(block, kind):
     formula = activations._leaky_relu
-    if block == "backward":
+    if "backward" in block:
         formula = activations._leaky_relu_gradient
-    for part in assembly(getattr(loops, block), formula, np.float32):
-        assert re.search(r"v?mulps", part)
+    assert re.search(
+        r"v?mulps", assembly(getattr(loops, block), formula, np.float32, kind)
+    )
 
 
 # That they give the same bits ---------------------------------------------------------
@@ -504,7 +508,7 @@ def test_every_path_gives_the_same_bits(block, dtype, n):
             assert block != "forward_mask" or np.array_equal(b, mask)
             assert (memory[:offset] == 0xA5).all()
             assert (memory[offset + a.nbytes :] == 0xA5).all()
-    loop = loops.compiled(function, formula, lane)
+    loop = loops.compiled(function, formula, lane, loops.IN_PLACE)
     for moved in (0, threads.MUCH):
         y = a.copy()
         run_loop(loop, y, y if b is a else b, y, slope, moved)

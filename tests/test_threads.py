@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from fastrelu.cpu import threads
-from fastrelu.cpu.jit import compile_
+from fastrelu.cpu.jit import inlined
 
 float32 = np.dtype(np.float32)
 several_threads = pytest.mark.skipif(
@@ -32,12 +32,12 @@ def count():
     threads.ready()
     spread = threads.spread
 
-    @compile_
+    @inlined
     def add(hits, step, start, stop):
         for i in range(start, stop):
             hits[i] += step
 
-    @compile_
+    @numba.njit(nogil=True)
     def count(hits, size, grain, moved):
         spread(add, (hits, 1), size, grain, moved)
 

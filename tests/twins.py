@@ -284,7 +284,7 @@ def interpret(monkeypatch):
 
         return call
 
-    monkeypatch.setattr(loops, "compile_", lambda function, **_: function)
+    monkeypatch.setattr(loops, "inlined", lambda function, **_: function)
     monkeypatch.setattr(loops, "compiled", compiled)
     monkeypatch.setattr(loops, "compiled_for", compiled_for)
     monkeypatch.setattr(calls, "_compile", compile_call)

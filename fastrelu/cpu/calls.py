@@ -14,7 +14,7 @@ import ctypes
 from typing import Any
 
 import numpy as np
-from numba import carray, njit, types
+from numba import carray, types
 
 from fastrelu.cpu import loops, pool, threads
 from fastrelu.cpu.jit import (
@@ -23,6 +23,7 @@ from fastrelu.cpu.jit import (
     built_in,
     calling,
     compile_and_keep,
+    inlined,
     numpy_api,
     pointer_to,
     rebuild,
@@ -46,10 +47,11 @@ _LENGTH, _ITEMS = DATA, DATA + 1  # a tuple's
 _NONE, _FALSE, _TRUE, _ARRAY, _FLOAT, _INT, _TUPLE, _BYTE, _EMPTY_LIKE = range(9)
 _POOL, _BESIDE, _CACHE, _KNOWN, _ROWS = range(9, 14)
 _ITEM, _WEIGHT, _WIDEN, _ROUND, _LOOP = range(1, 6)  # the dtype comes first
-_ROW = _LOOP + 4
-_PAST_CACHE = _IN_PLACE = 1  # added to _LOOP, as is
-_COLUMNS = 2
+_PLAIN, _PAST_CACHE, _IN_PLACE = range(len(loops.KINDS))  # added to _LOOP, as is
+_COLUMNS = len(loops.KINDS)
+_ROW = _LOOP + 2 * _COLUMNS
 _MOST = 32  # rows: there are fewer dtypes
+_NEVER = (1 << 63) - 1
 
 _NOTHING, _SAVED, _BITS = range(3)  # what lies beside the first array
 
@@ -70,23 +72,22 @@ _drop = types.ExternalFunction("Py_DecRef", types.void(_address))
 _new_tuple = types.ExternalFunction("PyTuple_New", _address(types.intp))
 _malloc = types.ExternalFunction("PyMem_RawMalloc", _address(types.intp))
 _free = types.ExternalFunction("PyMem_RawFree", types.void(_address))
-_inline = njit(nogil=True, error_model="numpy", forceinline=True)
 
 
 # Questions ----------------------------------------------------------------------------
 
 
-@_inline
+@inlined
 def _ndim(x):
     return _words(x)[_NDIM] & 0xFFFFFFFF
 
 
-@_inline
+@inlined
 def _kind(x):
     return _words(_words(x)[_DTYPE])[_KIND]
 
 
-@_inline
+@inlined
 def _order(table, x):
     """Return the flags of the orders in which a plain array lies flat, if any."""
     if _words(x)[_TYPE] != table[_ARRAY] or not _words(x)[_FLAGS] & _ALIGNED:
@@ -94,7 +95,7 @@ def _order(table, x):
     return _words(x)[_FLAGS] & _ANY_ORDER
 
 
-@_inline
+@inlined
 def _size(x):
     size, shape = 1, _words(_words(x)[_SHAPE])
     for axis in range(_ndim(x)):
@@ -102,7 +103,7 @@ def _size(x):
     return size
 
 
-@_inline
+@inlined
 def _is_like(x, y):
     """Say whether two arrays have one dtype and one shape."""
     if _kind(x) != _kind(y) or _ndim(x) != _ndim(y):
@@ -114,7 +115,7 @@ def _is_like(x, y):
     return True
 
 
-@_inline
+@inlined
 def _row(table, x):
     """Return where the row of an array's dtype starts, or 0."""
     kind = _kind(x)
@@ -124,13 +125,13 @@ def _row(table, x):
     return 0
 
 
-@_inline
+@inlined
 def _meet(start, length, other, other_length):
     """Say whether two pieces of memory have a byte in common."""
     return start < other + other_length and other < start + length
 
 
-@_inline
+@inlined
 def _target(table, x, order, nbytes, inplace, out):
     """Return the array to write to, 0 for a fresh one, or -1 to leave it to Python."""
     if out != table[_NONE]:
@@ -147,28 +148,29 @@ def _target(table, x, order, nbytes, inplace, out):
     return 0
 
 
-@_inline
+@inlined
 def _is_pool_ready(table):
     return _words(table[_POOL])[pool.HANDLER] != 0
 
 
-@_inline
-def _loop(table, row, kind, moved, past_cache):
+@inlined
+def _loop(table, row, block, moved, in_place):
     """Return the address of a loop, or 0 if Python must make something ready first."""
     if moved >= 2 * threads.SHARE and not threads.is_ready():
         return 0
-    if past_cache and moved > table[_CACHE]:
-        kind += _PAST_CACHE
-    return table[row + _LOOP + kind]
+    kind = _PAST_CACHE if moved > table[_CACHE] else _PLAIN
+    if in_place and moved > 0:  # of nothing, any two lie at one place
+        kind = _IN_PLACE
+    return table[row + _LOOP + block + kind]
 
 
-@_inline
+@inlined
 def _none(table):
     _keep(table[_NONE])
     return table[_NONE]
 
 
-@_inline
+@inlined
 def _empty_like(table, x, nbytes):
     """Return a new array, or 0."""
     arguments = x, _KEEP_ORDER, 0, 0
@@ -181,7 +183,7 @@ def _empty_like(table, x, nbytes):
     return pool.restore(table[_POOL], before, result)
 
 
-@_inline
+@inlined
 def _own(table, x, result, nbytes):
     """Return a new reference to the result, or to an array like x if it is to be made.
 
@@ -193,7 +195,7 @@ def _own(table, x, result, nbytes):
     return result
 
 
-@_inline
+@inlined
 def _run(table, loop, x, other, result, size, channels, inner, slope, nbytes, moved):
     """Run a loop; return a new reference to its result, or 0."""
     result = _own(table, x, result, nbytes)
@@ -250,13 +252,13 @@ def call_flat(self, arguments, number):
     target = _words(result)[DATA] if result != 0 else 0
     if target != other and _meet(target, nbytes, other, length):
         return _none(table)
-    loop = _loop(table, row, 0, moved, target != start)
+    loop = _loop(table, row, 0, moved, target == start)
     if loop == 0:
         return _none(table)
     return _run(table, loop, a, other, result, size, 1, size, factor, nbytes, moved)
 
 
-@_inline
+@inlined
 def _inner(table, x, weight, axis):
     """Return how many elements of x in a row have one weight, or 0 to leave it."""
     if _words(axis)[_TYPE] != table[_INT] or _ndim(weight) != 1:
@@ -281,7 +283,7 @@ def _inner(table, x, weight, axis):
     return inner
 
 
-@_inline
+@inlined
 def _fits(table, row, weight):
     """Say whether a weight has the type of the products, or that of half floats."""
     kind = _kind(weight)
@@ -290,13 +292,13 @@ def _fits(table, row, weight):
     return kind == table[row + _WEIGHT]
 
 
-@_inline
+@inlined
 def _weight_bytes(table, row, weight):
     """Return how long a weight is that fits."""
     return _size(weight) * (table[row + _ITEM] if _kind(weight) == table[row] else 4)
 
 
-@_inline
+@inlined
 def _widen(table, row, weight):
     """Return the address of a copy in the type of the products, 0 if none is needed.
 
@@ -312,7 +314,7 @@ def _widen(table, row, weight):
     return wide
 
 
-@_inline
+@inlined
 def _round(table, row, total, result, channels, half):
     """Round sums to the weight's type."""
     sums = carray(loops.at(total), (2, channels), np.float64)
@@ -341,8 +343,8 @@ def call_channels(self, arguments, number):
     if inner == 0:
         return _none(table)
     size, channels = _size(x), _size(weight)
-    kind = _COLUMNS if inner < loops.NARROW and channels > 1 else 0
-    if kind == _COLUMNS and inner > 1 and channels * inner > loops.WIDE:
+    block = _COLUMNS if inner < loops.NARROW and channels > 1 else 0
+    if block == _COLUMNS and inner > 1 and channels * inner > loops.WIDE:
         return _none(table)
     nbytes, length = size * table[row + _ITEM], _weight_bytes(table, row, weight)
     result = _target(table, x, _C_ORDER, nbytes, inplace, out)
@@ -353,7 +355,7 @@ def call_channels(self, arguments, number):
     if _meet(target, nbytes, other, length):
         return _none(table)
     moved = 2 * nbytes
-    loop = _loop(table, row, kind, moved, target != start)
+    loop = _loop(table, row, block, moved, target == start)
     if loop == 0:
         return _none(table)
     wide = _widen(table, row, weight)
@@ -402,8 +404,8 @@ def call_channels_backward(self, arguments, number):
     if total != 0 and _meet(target, nbytes, _words(total)[DATA], length):
         return _none(table)
     moved = 3 * nbytes
-    kind = _COLUMNS if inner < loops.NARROW and channels > 1 else 0
-    loop = _loop(table, row, kind + _IN_PLACE * (target == start), moved, False)
+    block = _COLUMNS if inner < loops.NARROW and channels > 1 else 0
+    loop = _loop(table, row, block, moved, target == start)
     if loop == 0:
         return _none(table)
 
@@ -490,14 +492,14 @@ class Call:
         """Make ready what a call needs for plain arrays of so many bytes."""
         row = self.rows.get(_kind_of(dtype)) or self._add(dtype)
         moved = self.streams * nbytes
-        function, kind = self.blocks[block], loops.PLAIN
-        if self.sums and in_place:
-            kind = loops.IN_PLACE
-        elif moved > threads.CACHE and not self.sums and not in_place:
-            kind = loops.PAST_CACHE
-        place = row + _LOOP + _COLUMNS * block + (kind != loops.PLAIN)
+        kind = _PAST_CACHE if moved > self.table[_CACHE] else _PLAIN
+        if in_place and moved > 0:
+            kind = _IN_PLACE
+        place = row + _LOOP + _COLUMNS * block + kind
         if not self.table[place]:
-            loop = loops.compiled(function, self.formula, lane_of(dtype), kind)
+            loop = loops.compiled(
+                self.blocks[block], self.formula, lane_of(dtype), loops.KINDS[kind]
+            )
             self.table[place] = loop.address
         if moved >= 2 * threads.SHARE:
             threads.ready()
@@ -520,7 +522,7 @@ class Call:
             for word, value in _known.items():
                 table[word] = value
             table[_BESIDE] = _BESIDES.get(self.blocks[0], _NOTHING)
-            table[_CACHE] = threads.CACHE
+            table[_CACHE] = _NEVER if self.sums else threads.CACHE
             template = call_channels if len(self.blocks) > 1 else call_flat
             if self.sums:
                 template = call_channels_backward

@@ -75,9 +75,14 @@ def shielded(function: Function) -> Function:
     return run
 
 
-def compile_(function: Function, **options: Any) -> Any:
-    """Compile what other compiled functions call, or what is not worth keeping."""
-    return njit(nogil=True, error_model="numpy", **options)(function)
+def inlined(function: Function, **options: Any) -> Any:
+    """Compile what other compiled functions take in: by LLVM, unless told otherwise.
+
+    Nobody else calls it, so that it needs no wrappers, which take time to compile.
+    """
+    options = options or {"forceinline": True}
+    wrappers = {"no_cpython_wrapper": True, "no_cfunc_wrapper": True}
+    return njit(nogil=True, error_model="numpy", **wrappers, **options)(function)
 
 
 def compile_and_keep(function: Function, signature: Any) -> Any:

@@ -11,8 +11,8 @@ All blocks have one signature, so that one set of drivers serves them all:
 `a` is the part from `start` on of the array whose shape the result has (x, or the
 gradient), `b` all of what goes with it (the saved array, mask bits, channel weights, or
 `a` again), and `y` receives the results.  Blocks are inlined before they are optimised:
-where a driver names one array twice, for in place, the compiler sees that it is one and
-still makes vector code.
+where one array is named twice, for in place, the compiler sees that it is one and still
+makes vector code.
 """
 
 import contextlib
@@ -23,13 +23,13 @@ from typing import Any
 
 import numba
 import numpy as np
-from numba import carray, njit, types
+from numba import carray, types
 
 from fastrelu.cpu import threads
 from fastrelu.cpu.jit import (
     Function,
-    compile_,
     compile_and_keep,
+    inlined,
     pointer_to,
     rebuild,
     shielded,
@@ -58,8 +58,8 @@ NARROW = 64  # rows of a weight shorter than this are better treated as columns;
 WIDE = 1024  # columns up to which narrow rows are taken together,
 TOGETHER = 256  # and where something is summed
 
-# Where a loop writes.  Calls by address tell by the addresses whether they are in place.
-PLAIN, IN_PLACE, PAST_CACHE = "plain", "in_place", "past_cache"
+# Where a loop writes.
+KINDS = PLAIN, PAST_CACHE, IN_PLACE = "plain", "past_cache", "in_place"
 
 at = pointer_to(types.voidptr)
 _malloc = types.ExternalFunction("PyMem_RawMalloc", types.int64(types.intp))
@@ -74,8 +74,6 @@ weight_buffer = buffer(WIDE)
 formula: Any
 block: Any
 part: Any
-inplace_block: Any
-inplace_part: Any
 beside: Any
 load: Any
 store: Any
@@ -156,6 +154,9 @@ def fill_in_place(y, x, b, s):
         y[first + j] = rest[j]
 
 
+FILLING = {PLAIN: fill, PAST_CACHE: fill_past_cache, IN_PLACE: fill_in_place}
+
+
 # Blocks -------------------------------------------------------------------------------
 
 
@@ -167,7 +168,7 @@ def backward(grad, b, y, slope, start):
     fill(y, grad, b[start : start + grad.size], compute(slope))
 
 
-@njit(nogil=True, error_model="numpy", forceinline=True)
+@inlined
 def _end_of_line(y, stop):
     """Return the last place, not after stop, at which a cache line of y ends."""
     if stop >= y.size:
@@ -276,7 +277,7 @@ ELEMENTS = {
 }
 
 
-@njit(nogil=True, error_model="numpy", forceinline=True)
+@inlined
 def widen(w, inner, wide):
     """Repeat each weight `inner` times, and all of them until `wide` is full."""
     if inner == 1:
@@ -292,34 +293,26 @@ def widen(w, inner, wide):
 
 # Drivers ------------------------------------------------------------------------------
 #
-# C functions: they take the addresses of their arrays, or of one array twice to work in
-# place, and spread their part over the team.  `moved` says how many bytes they will read
-# and write in all.  A part allocates nothing, so that nothing in it can fail.
+# C functions: they take the addresses of their arrays and spread their part over the
+# team.  `moved` says how many bytes they will read and write in all.  A part allocates
+# nothing, so that nothing in it can fail.
 
 
-@njit(inline="always")
+@inlined
 def _nothing():
     pass
 
 
 def flat(a, b, y, size, channels, inner, slope, moved):
-    x = carray(at(a), size, storage)
-    if y == a:
-        spread(inplace_part, (x, beside(b, x), slope), size, TILE, moved)
-    else:
-        result = carray(at(y), size, storage)
-        spread(part, (x, beside(b, x), result, slope), size, TILE, moved)
+    x, result = carray(at(a), size, storage), carray(at(y), size, storage)
+    spread(part, (x, beside(b, x), result, slope), size, TILE, moved)
 
 
 def by_row(a, w, y, size, channels, inner, slope, moved):
     """One weight for each row of `inner` elements."""
-    x = carray(at(a), size, storage)
+    x, result = carray(at(a), size, storage), carray(at(y), size, storage)
     weights = carray(at(w), channels, compute)
-    if y == a:
-        spread(inplace_part, (x, weights, inner), size, TILE, moved)
-    else:
-        result = carray(at(y), size, storage)
-        spread(part, (x, weights, result, inner), size, TILE, moved)
+    spread(part, (x, weights, result, inner), size, TILE, moved)
 
 
 def by_column(a, w, y, size, channels, inner, slope, moved):
@@ -327,7 +320,7 @@ def by_column(a, w, y, size, channels, inner, slope, moved):
 
     Short ones are taken together until a loop over them is worth starting.
     """
-    x = carray(at(a), size, storage)
+    x, result = carray(at(a), size, storage), carray(at(y), size, storage)
     weights = carray(at(w), channels, compute)
     width = channels * inner
     repeats = max(1, min(WIDE, size // 8) // width)
@@ -335,21 +328,17 @@ def by_column(a, w, y, size, channels, inner, slope, moved):
         wide = carray(weight_buffer(weights), repeats * width)
         widen(weights, inner, wide)
         weights = wide
-    if y == a:
-        spread(inplace_part, (x, weights, inner), size, TILE, moved)
-    else:
-        result = carray(at(y), size, storage)
-        spread(part, (x, weights, result, inner), size, TILE, moved)
+    spread(part, (x, weights, result, inner), size, TILE, moved)
 
 
-def _straight(a, b, y, slope, start, stop):
+def _out_of_place(a, b, y, slope, start, stop):
     block(a[start:stop], b, y[start:stop], slope, start)
     finished()
 
 
-def _inplace(a, b, slope, start, stop):
+def _in_place(a, b, y, slope, start, stop):
     x = a[start:stop]
-    inplace_block(x, b, x, slope, start)
+    block(x, b, x, slope, start)
 
 
 def _itself(b, x):
@@ -364,8 +353,8 @@ def _bits(b, x):
     return carray(at(b), (x.size + 7) >> 3, np.uint8)
 
 
-# What lies at `b`; and the blocks that do not cut their arrays up: where they take one
-# array twice, the compiler sees that it is one.
+# What lies at `b`; and the blocks that do not cut their arrays up: in place, they can
+# be filled as others are.
 BESIDE: dict[Any, Function] = {
     backward: _saved,
     forward_mask: _bits,
@@ -394,14 +383,14 @@ DRIVERS = {rows: by_row, columns: by_column}  # flat for the others
 # save: stores past the cache took as long at best, and twice as long on short rows.
 
 
-@njit(nogil=True, error_model="numpy", forceinline=True)
+@inlined
 def _error(a, b, total):
     """Return what was lost in total = a + b."""
     shadow = total - a
     return (a - (total - shadow)) + (b - shadow)
 
 
-@njit(nogil=True, error_model="numpy", forceinline=True)
+@inlined
 def _add(sums, errors, i, value, error):
     """Add a sum and its error to sum i."""
     total = sums[i] + value
@@ -441,11 +430,11 @@ def _own_weights(g, x, weights, y, sums, errors):
 # Where the other gradient goes; `each` is one of the two above.
 
 
-def _plain(g, x, w, y, sums, errors):
+def _write_y(g, x, w, y, sums, errors):
     each(g, x, w, y, sums, errors)
 
 
-def _in_place(g, x, w, y, sums, errors):
+def _write_g(g, x, w, y, sums, errors):
     each(g, x, w, g, sums, errors)
 
 
@@ -559,10 +548,10 @@ PARTS: dict[Function, tuple[Function, Function]] = {
     prelu_backward_rows: (_prelu_backward_rows, _one_weight),
     prelu_backward_columns: (_prelu_backward_columns, _own_weights),
 }
-WRITERS = {PLAIN: _plain, IN_PLACE: _in_place}
+WRITERS = {PLAIN: _write_y, IN_PLACE: _write_g}
 
 
-@njit(nogil=True, error_model="numpy", forceinline=True)
+@inlined
 def total_of(sums, channel):
     """Return a sum of (2, channels) with what it has lost."""
     total = sums[0, channel]
@@ -628,7 +617,7 @@ def bound(block: Function, formula: Function, lane: Lane, kind: str) -> Function
     names = {
         **_names(lane),
         "finished": fence if kind == PAST_CACHE else _nothing,
-        "formula": compile_(formula, forceinline=True),
+        "formula": inlined(formula),
     }
     code, digest = formula.__code__, SOURCES.copy()
     digest.update(repr((code.co_code, code.co_consts, code.co_names)).encode())
@@ -639,29 +628,26 @@ def bound(block: Function, formula: Function, lane: Lane, kind: str) -> Function
         digest.hexdigest()[:12],
     ]
 
-    def inlined(name: str, template: Any, **options: Any) -> None:
+    def bind(name: str, template: Any, **options: Any) -> None:
         """Bind one more name; the template may use those before it."""
-        names[name] = compile_(rebuild(template, name, names), **options)
+        names[name] = inlined(rebuild(template, name, names), **options)
 
     if driver is block:
         template, loop = PARTS[driver]
-        inlined("step", _step, forceinline=True)
-        inlined("each", loop, inline="always")
-        inlined("write", WRITERS[kind], forceinline=True)
-        inlined("part", template, forceinline=True)
+        bind("step", _step)
+        bind("each", loop, inline="always")
+        bind("write", WRITERS[kind])
+        bind("part", template)
     else:
-        past_cache, whole = kind == PAST_CACHE, block in WHOLE
-        inlined("beside", BESIDE.get(block, _itself), forceinline=True)
-        if past_cache:
+        filling = FILLING[PLAIN if block in WHOLE and kind == IN_PLACE else kind]
+        bind("beside", BESIDE.get(block, _itself))
+        if kind == PAST_CACHE:
             block = _OTHERS_PAST_CACHE.get(block, block)
-        inlined("element", ELEMENTS[block], forceinline=True)
-        inlined("fill", fill_past_cache if past_cache else fill, inline="always")
-        inlined("block", block, inline="always")
-        if not whole:
-            inlined("fill", fill_in_place, inline="always")
-        inlined("inplace_block", block, inline="always")
-        inlined("part", _straight, forceinline=True)
-        inlined("inplace_part", _inplace, forceinline=True)
+        bind("element", ELEMENTS[block])
+        bind("fill", filling, inline="always")
+        bind("block", block, inline="always")
+        part = _in_place if kind == IN_PLACE else _out_of_place
+        bind("part", part)
     return rebuild(driver, "_".join(name), names)
 
 

@@ -19,7 +19,7 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 import numpy as np
-from numba import njit, types
+from numba import types
 
 from fastrelu.cpu.jit import (
     DATA,
@@ -27,6 +27,7 @@ from fastrelu.cpu.jit import (
     calling,
     capsule_pointer,
     compile_and_keep,
+    inlined,
     keep_for_ever,
     numpy_api,
     pointer_to,
@@ -57,13 +58,12 @@ _vectorcall = types.ExternalFunction(
     "PyObject_Vectorcall", _word(_word, _word, types.intp, _word)
 )
 _let_go = types.ExternalFunction("Py_DecRef", types.void(_word))
-_inline = njit(nogil=True, error_model="numpy", forceinline=True)
 
 
 # Blocks -------------------------------------------------------------------------------
 
 
-@_inline
+@inlined
 def _take_out(pool, block):
     """Take a block out of the ring."""
     older, newer = _words(block)[_OLDER], _words(block)[_NEWER]
@@ -71,7 +71,7 @@ def _take_out(pool, block):
     _words(pool)[_IDLE] -= _words(block)[_SIZE]
 
 
-@_inline
+@inlined
 def _shrink(pool, limit):
     """Free the stalest blocks until no more bytes than that are idle."""
     words = _words(pool)
@@ -82,7 +82,7 @@ def _shrink(pool, limit):
         _call_free(words[_FREE], (words[_CONTEXT], start, size + _MORE))
 
 
-@_inline
+@inlined
 def _lend(pool, nbytes):
     """Return the address of at least so many bytes, or 0."""
     words = _words(pool)
@@ -108,7 +108,7 @@ def _lend(pool, nbytes):
     return block + _LINE
 
 
-@_inline
+@inlined
 def _take_back(pool, address):
     if address != 0:
         words, block = _words(pool), address - _LINE
@@ -156,13 +156,13 @@ def shrink(pool, limit):
     _shrink(pool, limit)
 
 
-@_inline
+@inlined
 def borrow(pool):
     """Let NumPy take memory from the pool; return where it did before, or 0."""
     return _set_handler(_words(pool)[_SET_HANDLER], (_words(pool)[HANDLER],))
 
 
-@_inline
+@inlined
 def restore(pool, before, result):
     """Let NumPy take memory where it did before; return the result, or 0."""
     own = _set_handler(_words(pool)[_SET_HANDLER], (before,))

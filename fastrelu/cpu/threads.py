@@ -28,13 +28,13 @@ import llvmlite.binding as llvm
 import numpy as np
 from llvmlite import ir
 from llvmlite.binding import ffi
-from numba import njit, types
+from numba import types
 from numba.core import cgutils, config
 from numba.core.compiler_lock import global_compiler_lock
 from numba.extending import intrinsic
 from numba.np.ufunc import parallel
 
-from fastrelu.cpu.jit import calling, compile_and_keep, keep_for_ever, shielded
+from fastrelu.cpu.jit import calling, compile_and_keep, inlined, keep_for_ever, shielded
 
 
 def _cache_size(level: int, default: int) -> int:
@@ -185,7 +185,7 @@ _dict_item = types.ExternalFunction("PyDict_GetItem", _word(_word, _word))
 # The loop -----------------------------------------------------------------------------
 
 
-@njit(nogil=True, error_model="numpy", forceinline=True)
+@inlined
 def _work(team, me):
     """Do pieces of the loop until none is left."""
     members = _load(team, _MEMBERS)
@@ -210,7 +210,7 @@ def _work(team, me):
                     _wake(team[_MEMBER + _LOCK])
 
 
-@njit(nogil=True, error_model="numpy", forceinline=True)
+@inlined
 def _may_wake(team, asleep):
     """Say whether to wake members for a loop that alone would not be worth it.
 
@@ -229,7 +229,7 @@ def _may_wake(team, asleep):
     return True
 
 
-@njit(nogil=True, error_model="numpy", forceinline=True)
+@inlined
 def _keep_away(team, member):
     """Before a member is woken, forbid it the processor that the loop comes from.
 
@@ -367,7 +367,7 @@ def spread(typingctx, body, arguments, size, grain, moved):
     return types.void(body, arguments, types.intp, types.intp, types.intp), codegen
 
 
-@njit(nogil=True, error_model="numpy", forceinline=True)
+@inlined
 def is_ready():
     """Say whether a large array may be shared, or `ready` has something to do first.
 
