@@ -538,40 +538,56 @@ FAULTS = {
             "test_interpreted.py::test_masks",
         ),
         Fault(
-            "        stream_word(y, first, buffer)\n    for i in",
-            "        stream_word(y, first - lead, buffer)\n    for i in",
+            "        write_word(y, first, buffer)\n    for i in",
+            "        write_word(y, first - lead, buffer)\n    for i in",
             "past the cache, words are written where no line starts",
             "test_interpreted.py::test_forward_and_backward",
             "crashes",
         ),
         Fault(
-            "bits = b[(start + first) // 8 :]",
-            "bits = b[first // 8 :]",
+            "    bits = b[start // 8 :]\n",
+            "    bits = b\n",
             "every thread writes the first bits",
             "test_interpreted.py::test_parts",
         ),
         Fault(
-            "    bits = b[start // 8 :]\n",
-            "    bits = b\n",
-            "past the cache, every thread writes the first bits",
-            "test_interpreted.py::test_parts",
+            "        carry |= np.uint64(load(x[i]) > 0) << np.uint64(i)\n"
+            "        y[i] = element(x, b, rounded, i)\n",
+            "        y[i] = element(x, b, rounded, i)\n"
+            "        carry |= np.uint64(load(x[i]) > 0) << np.uint64(i)\n",
+            "in place, the first bits are those of the results",
+            "test_interpreted.py::test_masks",
         ),
         Fault(
-            "for j in range(min(8, tile.size - i)):",
-            "for j in range(min(7, tile.size - i)):",
-            "the last bit of a byte is not set",
+            "        flags |= np.uint64(load(x[i]) > 0) << np.uint64(i - first)\n"
+            "        y[i] = element(x, b, rounded, i)\n",
+            "        y[i] = element(x, b, rounded, i)\n"
+            "        flags |= np.uint64(load(x[i]) > 0) << np.uint64(i - first)\n",
+            "in place, the last bits are those of the results",
+            "test_interpreted.py::test_masks",
+        ),
+        Fault(
+            "        flags = active(x, first)\n"
+            "        put_word(bits, word, carry | flags << shift)\n"
+            "        carry = flags >> rest if lead > 0 else np.uint64(0)\n"
+            "        write_word(y, first, buffer)\n",
+            "        write_word(y, first, buffer)\n"
+            "        flags = active(x, first)\n"
+            "        put_word(bits, word, carry | flags << shift)\n"
+            "        carry = flags >> rest if lead > 0 else np.uint64(0)\n",
+            "in place, the bits are those of the results",
             "test_interpreted.py::test_masks",
         ),
         Fault(
             "carry = flags >> rest if lead > 0 else np.uint64(0)",
             "carry = np.uint64(0)",
-            "past the cache, bits that cross a word are lost",
+            "bits that cross a word are lost",
             "test_interpreted.py::test_masks",
         ),
         Fault(
             "if place < 8 else flags >> rest",
             "if place < 9 else flags >> rest",
-            "past the cache, bits that cross the last word are lost",
+            "bits that cross the last word are lost",
             "test_interpreted.py::test_masks",
         ),
         Fault(

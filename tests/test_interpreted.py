@@ -8,6 +8,7 @@ hand compiles is run too: half floats converted bit by bit.
 import ctypes
 import random
 import sys
+from itertools import product
 
 import numpy as np
 import pytest
@@ -66,12 +67,10 @@ def test_forward_and_backward(name, dtype, size):
 def test_masks(name, dtype, size):
     row = ACTIVATIONS[name]
     x, g = sample((size,), dtype), sample((size,), dtype, seed=1)
-    slopes = slopes_for(name, x)
-    y, dx = (
-        reference.forward(name, x, **slopes),
-        reference.backward(name, g, x, **slopes),
-    )
-    for skew in (0, 1):
+    for skew, slope in product((0, 1), (0.2, -0.3)):
+        slopes = slopes_for(name, x, slope)
+        y = reference.forward(name, x, **slopes)
+        dx = reference.backward(name, g, x, **slopes)
         out = off_line(g, skew)
         _, mask = row.forward(x, out=out, return_mask=True, **slopes)
         assert_same(out, y)

@@ -85,6 +85,7 @@ finished: Any
 step: Any
 each: Any
 write: Any
+write_word: Any
 
 
 # Elements -----------------------------------------------------------------------------
@@ -132,7 +133,7 @@ def fill_past_cache(y, x, b, s):
         first = np.uintp(lead) + word * np.uintp(WORD)
         for j in range(np.uintp(WORD)):
             buffer[j] = element(x, b, s, first + j)
-        stream_word(y, first, buffer)
+        write_word(y, first, buffer)
     for i in range(lead + words * WORD, x.size):
         y[i] = element(x, b, s, i)
 
@@ -145,7 +146,7 @@ def fill_in_place(y, x, b, s):
         first = word * np.uintp(WORD)
         for j in range(np.uintp(WORD)):
             buffer[j] = element(x, b, s, first + j)
-        store_word(y, first, buffer)
+        write_word(y, first, buffer)
     rest = carray(rest_buffer(y), WORD)
     first = words * WORD
     for j in range(x.size - first):
@@ -177,36 +178,18 @@ def _end_of_line(y, stop):
 
 
 def forward_mask(x, b, y, slope, start):
-    rounded = compute(slope)
-    done = 0
-    for first in range(0, x.size, MASKED):
-        tile = x[first : first + MASKED]
-        words = tile.size // WORD
-        bits = b[(start + first) // 8 :]
-        # Before the results are written: they may go where x is.
-        for word in range(np.uintp(words)):
-            put_word(bits, word, active(tile, word * np.uintp(WORD)))
-        for i in range(words * WORD, tile.size, 8):
-            byte = np.uint8(0)
-            for j in range(min(8, tile.size - i)):
-                byte |= np.uint8(load(tile[i + j]) > 0) << np.uint8(j)
-            bits[i // 8] = byte
-        stop = _end_of_line(y, first + MASKED)
-        fill(y[done:stop], x[done:stop], b, rounded)
-        done = stop
+    """Make the bits in the same breath, before the results: they may go where x is.
 
-
-def forward_mask_past_cache(x, b, y, slope, start):
-    """Make the bits in the same breath, while other words are under way."""
+    The lines of y start `lead` elements after the words of the mask.
+    """
     rounded = compute(slope)
     lead = min(-y.ctypes.data % 64 // y.itemsize, x.size)
     bits = b[start // 8 :]
-    # The words of y start `lead` elements after those of the mask.
     shift, rest = np.uint64(lead), np.uint64(WORD - lead)
     carry = np.uint64(0)
     for i in range(lead):
-        y[i] = element(x, b, rounded, i)
         carry |= np.uint64(load(x[i]) > 0) << np.uint64(i)
+        y[i] = element(x, b, rounded, i)
     buffer = carray(word_buffer(y), WORD)
     words = (x.size - lead) // WORD
     for word in range(np.uintp(words)):
@@ -216,12 +199,12 @@ def forward_mask_past_cache(x, b, y, slope, start):
         flags = active(x, first)
         put_word(bits, word, carry | flags << shift)
         carry = flags >> rest if lead > 0 else np.uint64(0)
-        stream_word(y, first, buffer)
+        write_word(y, first, buffer)
     first = lead + words * WORD
     flags = np.uint64(0)
     for i in range(first, x.size):
-        y[i] = element(x, b, rounded, i)
         flags |= np.uint64(load(x[i]) > 0) << np.uint64(i - first)
+        y[i] = element(x, b, rounded, i)
     for place in range(-(-(x.size - words * WORD) // 8)):
         word = carry | flags << shift if place < 8 else flags >> rest
         bits[words * 8 + place] = np.uint8(word >> np.uint64(place % 8 * 8))
@@ -264,13 +247,10 @@ def columns(x, b, y, slope, start):
         first = last
 
 
-_OTHERS_PAST_CACHE = {forward_mask: forward_mask_past_cache}
-
 ELEMENTS = {
     forward: of_input,
     backward: of_gradient,
     forward_mask: of_input,
-    forward_mask_past_cache: of_input,
     backward_mask: of_flag,
     rows: of_input,
     columns: of_weight,
@@ -617,6 +597,7 @@ def bound(block: Function, formula: Function, lane: Lane, kind: str) -> Function
     names = {
         **_names(lane),
         "finished": fence if kind == PAST_CACHE else _nothing,
+        "write_word": stream_word if kind == PAST_CACHE else store_word,
         "formula": inlined(formula),
     }
     code, digest = formula.__code__, SOURCES.copy()
@@ -641,8 +622,6 @@ def bound(block: Function, formula: Function, lane: Lane, kind: str) -> Function
     else:
         filling = FILLING[PLAIN if block in WHOLE and kind == IN_PLACE else kind]
         bind("beside", BESIDE.get(block, _itself))
-        if kind == PAST_CACHE:
-            block = _OTHERS_PAST_CACHE.get(block, block)
         bind("element", ELEMENTS[block])
         bind("fill", filling, inline="always")
         bind("block", block, inline="always")
