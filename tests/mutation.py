@@ -721,16 +721,11 @@ FAULTS = {
             "test_arguments.py::test_bits_within_the_output",
         ),
         Fault(
-            "        weight = weight.copy()\n    y, order, (flat_y, flat_x), waiting",
-            "        pass\n    y, order, (flat_y, flat_x), waiting",
-            "a weight within prelu's output is overwritten before it is read",
-            "test_arguments.py::test_weight_within_the_output_of_an_input_that_is_copied",
-        ),
-        Fault(
-            "        weight = weight.copy()\n    laid =",
-            "        pass\n    laid =",
-            "a weight within the gradient is overwritten before it is read",
-            "test_arguments.py::test_weight_within_the_output_of_an_input_that_is_copied",
+            "return np.array(weight, lane.product,",
+            "return np.asarray(weight, lane.product,",
+            "a weight within the output is overwritten before it is read",
+            "test_arguments.py::test_weight_within_the_output_of_an_input_that_is_copied "
+            "test_arguments.py::test_weight_within_the_output",
         ),
         Fault(
             "if weight[axis] == 1 and shape[axis] > 1",
@@ -793,7 +788,6 @@ FAULTS = {
             "    _after_fork()",
             "a child waits for threads that it does not have",
             "test_threads.py::test_a_child_has_a_team_of_its_own",
-            "hangs",
         ),
         Fault(
             "&= ~(1 << (here & 63))",
@@ -825,8 +819,7 @@ FAULTS = {
             "if digest == self._digest(data) else None",
             "if True else None",
             "a damaged file is believed",
-            "test_processes.py::test_a_damaged_file_is_compiled_anew",
-            "crashes",
+            "test_processes.py::test_a_damaged_file_is_not_believed",
         ),
         Fault(
             "repr((numba.__version__, stamp))",

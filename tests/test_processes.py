@@ -9,6 +9,8 @@ import textwrap
 import pytest
 from test_threads import EVERYTHING, PRELUDE, needs_fork, run
 
+from fastrelu.cpu import jit
+
 COLD = """
     import numpy as np
     import fastrelu as F
@@ -54,6 +56,20 @@ def test_a_damaged_file_is_compiled_anew(damage, tmp_path):
     before = [path.stat().st_mtime_ns for path in kept]
     assert run(COLD, **cache) == "True\n"  # and that is kept
     assert [path.stat().st_mtime_ns for path in kept] == before
+
+
+def test_a_damaged_file_is_not_believed(tmp_path):
+    files = jit._Files(tmp_path / "loop", "stamp")
+    files.save("key", list(range(50)))
+    assert files.load("key") == list(range(50))
+    (file,) = tmp_path.iterdir()
+    whole = file.read_bytes()
+    for place, byte in enumerate(whole):
+        file.write_bytes(whole[:place] + bytes([byte ^ 1]) + whole[place + 1 :])
+        assert files.load("key") is None
+    for length in range(len(whole)):
+        file.write_bytes(whole[:length])
+        assert files.load("key") is None
 
 
 def test_a_cache_of_another_version(tmp_path):

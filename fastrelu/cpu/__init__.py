@@ -255,8 +255,6 @@ def _widen(weight: Array, view: _Channels, lane: Lane) -> Array:
 
 def prelu(formula: Function, x: Array, weight: Array, out: Array) -> None:
     """Write formula(x, weight of x's channel) into out."""
-    if np.may_share_memory(weight, out):
-        weight = weight.copy()
     y, order, (flat_y, flat_x), waiting = _lay_flat(out, [x])
     if x.size == 0:
         return
@@ -287,8 +285,6 @@ def prelu_backward(
     if x.size == 0:
         out_weight[...] = 0
         return
-    if np.may_share_memory(weight, out):
-        weight = weight.copy()
     laid = _lay_flat(out, [grad, x], may_wait=False)
     y, order, (flat_y, flat_grad, flat_x), _ = laid
     lane = lane_of(x.dtype)
