@@ -135,8 +135,8 @@ def places(library):
         yield (1000,), head, head
         yield (1000,), head, 0
     for layout in LAYOUTS:
-        can = layout != "negative" or library.negative_strides
-        if can and layout not in ("misaligned", "swapped"):  # which GPUs do not read
+        can = layout not in ("negative", "misaligned") or library.any_layout
+        if can and layout != "swapped":  # which no GPU reads
             yield SHAPE, layout, "step" if layout == "broadcast" else layout
 
 
@@ -354,18 +354,6 @@ for n in (1, 7, 1001):
 """
 
 
-def check_suite(device, library):
-    """The tests that want a device."""
-    suite = TESTS / "test_device.py"
-    if not suite.exists():
-        raise Skip("there is no tests/test_device.py")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", suite]
-    done = subprocess.run(
-        command, capture_output=True, text=True, check=False, cwd=TESTS.parent
-    )
-    assert done.returncode == 0, done.stdout[-2000:]
-
-
 def checks(libraries):
     """Return every check by its name, the short ones first."""
     found = {}
@@ -384,7 +372,6 @@ def checks(libraries):
             found[f"{name} {dtype} {library}"] = function, library
         for name, function in each.items():
             found[f"{name} {library}"] = function, library
-    found["test suite"] = check_suite, next(iter(libraries))
     return found
 
 

@@ -102,7 +102,7 @@ def version(package):
 
 class CuPy:
     name = "cupy"
-    negative_strides = True
+    any_layout = True
 
     def __init__(self):
         import cupy
@@ -169,7 +169,7 @@ class CuPy:
 
 class PyTorch:
     name = "torch"
-    negative_strides = False
+    any_layout = False  # no negative strides, no elements at odd addresses
     device = "cuda"
 
     def __init__(self):
@@ -252,15 +252,18 @@ class Twin:
         # A GPU has no addresses for nothing.
         whole = self.memory if self.memory.size else np.zeros(16, np.uint8)
         self.bytes = library.upload(whole)
-        offset = host.ctypes.data - self.memory.ctypes.data if host.size else 0
+        self.offset = host.ctypes.data - self.memory.ctypes.data if host.size else 0
         self.array = library.view(
-            self.bytes, offset, host.shape, host.strides, host.dtype
+            self.bytes, self.offset, host.shape, host.strides, host.dtype
         )
 
     def memories(self):
         """Return all of the memory, on the device and on the host."""
-        theirs = self.library.get(self.bytes)[: self.memory.size]
-        return theirs.view(self.host.dtype), self.memory.view(self.host.dtype)
+        theirs, dtype = self.library.get(self.bytes), self.host.dtype
+        first = self.offset % dtype.itemsize
+        count = (self.memory.size - first) // dtype.itemsize
+        whole = slice(first, first + count * dtype.itemsize)
+        return theirs[whole].view(dtype), self.memory[whole].view(dtype)
 
 
 def memory_of(a):

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import subprocess
 import sys
 import types
 from pathlib import Path
@@ -90,15 +91,13 @@ def test_everything_that_is_checked(run):
     patterns += ["leaky_relu float64 cupy", "weight gradient cupy"]
     patterns += [f"{name} *" for name in ("streams", "graphs", "threads")]
     patterns += ["beyond *", "sanitizer *"]
-    status, _, kept, printed = run(
-        "--only", *patterns, "test suite", without="triton jax"
-    )
+    status, _, kept, printed = run("--only", *patterns, without="triton jax")
     assert status == 0, printed.err
     found = verdicts(kept)
     skipped = [name for name, verdict in found.items() if verdict != "ok"]
-    may = "beyond", "sanitizer", "test suite"
+    may = "beyond", "sanitizer"
     assert all(name.startswith(may) for name in skipped), printed.out
-    assert len(found) == 6 * LIBRARIES + 5
+    assert len(found) == 6 * LIBRARIES + 4
     assert all(f"- {name}: skipped" in printed.out for name in skipped)
 
 
@@ -250,3 +249,35 @@ def test_blocks_of_other_sizes(run, monkeypatch):
 def test_no_gpu_is_one_line(run):
     with pytest.raises(SystemExit, match="no GPU to work on"):
         run(before="import gpu_worker\ngpu_worker.libraries = lambda: ({}, {})")
+
+
+ON_DEVICE = """
+import types
+import pytest
+from cuda import core
+made = gpu_on_cpu.install()
+core.Device = lambda number: types.SimpleNamespace(set_current=lambda: None)
+import gpu_checks, gpu_device
+gpu_device.Device = gpu_on_cpu.Device
+gpu_checks.SIZES, gpu_checks.CHANNELS = [0, 17], {}
+{spoil}
+names = "relu and uint8 and cupy or streams and cupy or beyond"
+options = ["-q", "-rs", "-p", "no:cacheprovider", "-k", names]
+sys.exit(pytest.main([*options, f"{HERE}/test_device.py"]))
+"""
+
+
+@pytest.mark.parametrize("right", [True, False])
+def test_the_suite_has_the_same_checks(right):
+    spoil = "" if right else "gpu_checks.assert_same = lambda *_: 1 / 0"
+    script = ON_DEVICE.replace("{spoil}", spoil).replace("{HERE}", HERE)
+    start, _, _ = worker(without="torch triton jax")[-1].rpartition("\n")
+    done = subprocess.run(
+        [sys.executable, "-c", start + script],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == (0 if right else 1), done.stdout + done.stderr
+    assert "2 passed" in done.stdout or not right
+    assert "SKIPPED" in done.stdout

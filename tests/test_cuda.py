@@ -41,7 +41,7 @@ emulated = pytest.mark.skipif(
 ALL = (*FLOATS, "int8", "uint8", "int16", "int32", "uint64")
 SIZES = {"float16": 8, "bfloat16": 8, "float32": 4, "float64": 2}
 FEW = (0, 1, 5, 17, 70) if launch.SIMULATED else (0, 1, 5, 8, 17, 1051)
-STRIDED = [name for name in LAYOUTS if name not in ("misaligned", "swapped")]
+NATIVE = [name for name in LAYOUTS if name != "swapped"]
 
 
 def on_device(put, slopes):
@@ -97,7 +97,7 @@ def test_pointers_that_differ_within_16_bytes(name, dtype, gpu, put):
     assert used(gpu) == ["strided"]
 
 
-@pytest.mark.parametrize("layout", STRIDED)
+@pytest.mark.parametrize("layout", NATIVE)
 @each("float16", "float32")
 def test_layouts(name, dtype, layout, put):
     x, x_memory = place(sample((3, 4, 5), dtype), layout)
@@ -112,7 +112,7 @@ def test_layouts(name, dtype, layout, put):
     assert_same(x_memory, before)
 
 
-@pytest.mark.parametrize("layout", OUT_LAYOUTS[:-1])
+@pytest.mark.parametrize("layout", OUT_LAYOUTS)
 @each("float32")
 def test_out(name, dtype, layout, put):
     x, g = sample((3, 4, 5), dtype), sample((3, 4, 5), dtype, 1)
@@ -144,8 +144,6 @@ def test_masks(name, dtype, size, layout, put):
 
 @pytest.mark.parametrize("how", OVERLAPS)
 def test_overlap(how, gpu, put):
-    if how == "one byte":
-        pytest.skip("GPUs do not read across the size of an element")
     memory = normal(400, np.dtype(np.float32), 5)
     x, out = OVERLAPS[how](memory)
     expected = reference.forward("leaky_relu", x.copy(), negative_slope=0.5)
@@ -211,6 +209,22 @@ def test_weights_in_every_layout(layout, shape, put):
     float32 = np.dtype(np.float32)
     x, g = (place(normal(shape, float32, k), layout)[0] for k in (0, 1))
     check_prelu(put, x, g, normal(size, float32, 2))
+
+
+@pytest.mark.parametrize("shape", ["rows of vectors", "columns", "shared", "one row"])
+@pytest.mark.parametrize("dtype", ["float16", "float32"], indirect=True)
+def test_sums_do_not_depend_on_where_arrays_lie(dtype, shape, put):
+    shape, size = SHAPES[shape]
+    x, g, w = sample(shape, dtype), sample(shape, dtype, 1), normal(size, dtype, 2)
+    dx, dw = (a.host for a in F.prelu_backward(put(g), put(x), put(w)))
+    for skew in (1, 3):
+        memory = np.zeros((3, skew + x.size), dtype)
+        moved = [row[skew:].reshape(shape) for row in memory]
+        moved[0][...], moved[1][...] = g, x
+        given = [put(a) for a in moved]
+        _, again = F.prelu_backward(*given[:2], put(w), out=given[2])
+        assert_same(moved[2], dx)
+        assert again.host.tobytes() == dw.tobytes()
 
 
 @pytest.mark.parametrize("case", WEIGHTS)
@@ -372,7 +386,8 @@ def kernels():
         yield "flat_mask", {"formula": relu, "lane": dtype}
         both = {"gradient": gradient, "lane": dtype, "weight": dtype, "wide": False}
         for template in ("prelu_rows", "prelu_columns"):
-            yield template, {**both, "vectors": True}
+            yield template, {**both, "vectors": True, "aligned": True}
+            yield template, {**both, "vectors": True, "aligned": False}
         yield "strided_gradient", {**both, "rank": 2}
         yield "strided_mask", {"formula": relu, "lane": dtype, "rank": 2, "wide": True}
         yield "strided_sum", {"lane": dtype, "kept": 1, "summed": 2}
@@ -383,6 +398,11 @@ def kernels():
         yield "flat_mask", {"formula": relu, "lane": dtype}
 
 
+def has_vectors(template, options):
+    whole = template.startswith(("flat", "prelu"))
+    return whole and options.get("aligned", True)
+
+
 @emulated
 @pytest.mark.parametrize("capability", CAPABILITIES)
 def test_code(capability):
@@ -390,9 +410,8 @@ def test_code(capability):
         text, entry = compiled(launch.kernel(template, **options), capability)
         code = text[text.index(entry) :]
         assert ".local" not in code, (template, options)
-        if not template.startswith("strided") and template != "finish":
-            assert "ld.global.v" in code, (template, options)
-            assert "st.global.v" in code, (template, options)
+        for access in ("ld.global.v", "st.global.v"):
+            assert (access in code) == has_vectors(template, options)
         if options["lane"] != "float64":
             assert ".f64" not in code, (template, options)
         assert "fma.rn" not in code, (template, options)
@@ -416,9 +435,8 @@ def test_machine_code(capability, tmp_path):
         registers = max(map(int, re.findall(r"\bR(\d+)\b", text)), default=0) + 1
         summing = template in ("prelu_rows", "prelu_columns", "strided_sum", "finish")
         assert registers <= (80 if summing else 48), (template, options, registers)
-        if not template.startswith("strided") and template != "finish":
-            assert "LDG.E.128" in text, (template, options)
-            assert "STG.E.128" in text, (template, options)
+        for access in ("LDG.E.128", "STG.E.128"):
+            assert (access in text) == has_vectors(template, options)
 
 
 def disassemble(program, kernel, capability, file):

@@ -258,23 +258,19 @@ def test_dtypes(dtype, put):
 
 
 @pytest.mark.parametrize("argument", ["x", "g", "y", "w", "dw"])
-def test_memory_that_no_gpu_can_read(argument, gpu, put):
+def test_elements_that_no_gpu_can_read(argument, gpu, put):
+    """Arrays that start between multiples of an element's size go by way of a copy."""
     plain, gpu.only = Plain(put), lambda blocks: ()
     for call in ALL_CALLS.values():
         call(plain)
     gpu.launches.clear()
     odd, _ = place(getattr(plain, argument).host, "misaligned")
     setattr(plain, argument, put(odd))
-    errors = []
     for call in ALL_CALLS.values():
-        try:
-            call(plain)
-        except ValueError as error:
-            errors.append(str(error))
-    assert {error.partition(" must ")[2] for error in errors} == {
-        "be an array on a GPU, and start and step at multiples of 4 bytes"
-    }
-    assert not [launched for launched in gpu.launches if odd.ctypes.data in launched]
+        call(plain)
+    touched = [k for k, *rest in gpu.launches if odd.ctypes.data in rest]
+    assert touched
+    assert {kernel.options["lane"] for kernel in touched} == {"uint8"}
 
 
 def test_outputs(gpu, put):

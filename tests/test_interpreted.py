@@ -373,6 +373,8 @@ def test_the_pool(monkeypatch):
         used = sum(max(1, -(-length // 4096)) * 4096 for length, _ in lent.values())
         assert tested.used_bytes() == used
         assert memory.left == books.left
+    for place, (length, _) in lent.items():
+        pool.free(address, place, length)
     assert pool.realloc(address, 0, 10) != 0
     pool.free(address, 0, 0)
     pool.shrink(address, 0)

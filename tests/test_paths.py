@@ -72,7 +72,8 @@ def taken(monkeypatch):
 
 def ask_for_loops_again():
     for call in QUICK:
-        call.table[calls._CACHE] = threads.CACHE
+        if not call.sums:
+            call.table[calls._CACHE] = threads.CACHE
         for row in call.rows.values():
             call.table[row + calls._LOOP : row + calls._ROW] = 0
 

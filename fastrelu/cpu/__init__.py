@@ -303,8 +303,7 @@ def prelu_backward(
     kind = loops.IN_PLACE if flat_y is flat_grad else loops.PLAIN
     loop = loops.compiled(driver, gradient, lane, kind)
     moved = 3 * x.nbytes
-    if moved >= 2 * threads.SHARE:
-        threads.ready()
+    threads.ready(moved)
     operands = flat_grad, flat_x, slopes, flat_y, sums
     if loop.ctypes(
         *[a.ctypes.data for a in operands], x.size, view.channels, view.inner, moved

@@ -196,19 +196,27 @@ def _own(table, x, result, nbytes):
 
 
 @inlined
+def _let_others(moved):
+    """Let the interpreter go for a loop, unless that is brief; `_go_on` takes it back."""
+    return _let_go() if moved >= _BRIEF else 0
+
+
+@inlined
+def _go_on(thread):
+    if thread != 0:
+        _take_back(thread)
+
+
+@inlined
 def _run(table, loop, x, other, result, size, channels, inner, slope, nbytes, moved):
     """Run a loop; return a new reference to its result, or 0."""
     result = _own(table, x, result, nbytes)
     if result == 0:
         return 0
     start, target = _words(x)[DATA], _words(result)[DATA]
-    operands = start, other, target, size, channels, inner, slope, moved
-    if moved < _BRIEF:
-        _call_loop(loop, operands)
-    else:
-        thread = _let_go()
-        _call_loop(loop, operands)
-        _take_back(thread)
+    thread = _let_others(moved)
+    _call_loop(loop, (start, other, target, size, channels, inner, slope, moved))
+    _go_on(thread)
     return result
 
 
@@ -424,12 +432,9 @@ def call_channels_backward(self, arguments, number):
     if pair != 0:
         target = _words(result)[DATA]
         operands = start, saved, slopes, target, memory, size, channels, inner, moved
-        if moved < _BRIEF:
-            failed = _call_backward(loop, operands)
-        else:
-            thread = _let_go()
-            failed = _call_backward(loop, operands)
-            _take_back(thread)
+        thread = _let_others(moved)
+        failed = _call_backward(loop, operands)
+        _go_on(thread)
     if failed == 0:
         _round(table, row, memory, _words(total)[DATA], channels, wide != 0)
         _words(pair)[_ITEMS], _words(pair)[_ITEMS + 1] = result, total
@@ -501,8 +506,7 @@ class Call:
                 self.blocks[block], self.formula, lane_of(dtype), loops.KINDS[kind]
             )
             self.table[place] = loop.address
-        if moved >= 2 * threads.SHARE:
-            threads.ready()
+        threads.ready(moved)
         if nbytes >= SMALLEST and not in_place:
             pool.ready()
 

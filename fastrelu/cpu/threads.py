@@ -411,8 +411,10 @@ def link() -> None:
         _functions.append(share)
 
 
-def ready() -> None:
-    """Start the team, if it is not: before a large array."""
+def ready(moved: int = 2 * SHARE) -> None:
+    """Start the team, if it is not, before a loop that it may share."""
+    if moved < 2 * SHARE:
+        return
     if not _memory[_STARTED]:
         _start()
     if not _memory[_LIMIT] and parallel._is_initialized:

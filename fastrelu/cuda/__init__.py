@@ -55,11 +55,7 @@ def as_array(value: Any, *, convert: bool = True) -> Array:
     if not is_on_gpu(value):
         msg = f"as the others are, got {kind_of(value)} in the host's memory"
         raise TypeError(msg)
-    x = arrays.library_of(type(value)).describe(value)
-    if not x.is_aligned:
-        msg = f"and start and step at multiples of {x.itemsize} bytes"
-        raise ValueError(msg)
-    return x
+    return arrays.library_of(type(value)).describe(value)
 
 
 def empty_like(x: Array) -> Any:
@@ -97,12 +93,18 @@ def _empty(work: Work, shape: tuple[int, ...], dtype: str, itemsize: int) -> Arr
 def _copy(work: Work, x: Array, y: Array | None = None) -> Array:
     """Write x to y, or to a dense array for the duration of the call."""
     y = _empty(work, x.shape, x.dtype, x.itemsize) if y is None else y
-    _elementwise(work, "input", _itself, x, x, y, 0.0)
+    a, b = (x, y) if x.is_aligned and y.is_aligned else (x.in_bytes(), y.in_bytes())
+    _elementwise(work, "input", _itself, a, a, b, 0.0)
     return y
 
 
 def _itself(x: Any, slope: Any) -> Any:
     return x
+
+
+def _aligned(work: Work, *inputs: Array) -> list[Array]:
+    """Return arrays that a GPU can read: copies of those whose elements it cannot."""
+    return [x if x.is_aligned else _copy(work, x) for x in inputs]
 
 
 # Layout -------------------------------------------------------------------------------
@@ -206,8 +208,11 @@ def _elementwise(
 
 
 def _target(work: Work, out: Array, *inputs: Array) -> Array:
-    """Return where to write: another array if an input overlaps `out` in part."""
-    if any(_overlaps(x, out) for x in inputs):
+    """Return where to write: another array if an input overlaps `out` in part.
+
+    Or if a GPU cannot write to its elements.
+    """
+    if not out.is_aligned or any(_overlaps(x, out) for x in inputs):
         return _empty(work, out.shape, out.dtype, out.itemsize)
     return out
 
@@ -217,6 +222,7 @@ def forward(
 ) -> Any:
     """Write formula(x, slope) into out; return the mask bits if they are wanted."""
     with _work(x, out) as work:
+        (x,) = _aligned(work, x)
         y = _target(work, out, x)
         bits = None
         if want_mask:
@@ -253,6 +259,7 @@ def backward(
 ) -> None:
     """Write gradient(grad, saved, slope) into out."""
     with _work(grad, saved, out) as work:
+        grad, saved = _aligned(work, grad, saved)
         y = _target(work, out, grad, saved)
         _elementwise(work, "gradient", gradient, grad, saved, y, slope)
         if y is not out:
@@ -264,6 +271,7 @@ def backward_mask(
 ) -> None:
     """Write gradient(grad, 1 or 0, slope) into out; the bits are in C order."""
     with _work(grad, bits, out) as work:
+        (grad,) = _aligned(work, grad)
         if not _is_flat(bits, [0]) or bits.meets(out):
             bits = _copy(work, bits)
         y = _target(work, out, grad)
@@ -294,6 +302,7 @@ def _view(
 def prelu(formula: Function, x: Array, weight: Array, out: Array) -> None:
     """Write formula(x, weight of x's channel) into out."""
     with _work(x, weight, out) as work:
+        x, weight = _aligned(work, x, weight)
         y = _target(work, out, x)
         if weight.meets(y):
             weight = _copy(work, weight)
@@ -331,11 +340,12 @@ def prelu_backward(
 ) -> None:
     """Write the gradient towards x into out and that towards weight into out_weight."""
     with _work(grad, x, weight, out, out_weight) as work:
+        grad, x, weight = _aligned(work, grad, x, weight)
         y = _target(work, out, grad, x)
         if weight.meets(y):
             weight = _copy(work, weight)
         total = out_weight
-        if not _is_flat(total, range(total.ndim)):
+        if not total.is_aligned or not _is_flat(total, range(total.ndim)):
             total = _empty(work, total.shape, total.dtype, total.itemsize)
         order = _memory_order(y)
         vary = [axis for axis, size in enumerate(weight.shape) if size > 1]

@@ -71,6 +71,12 @@ class Array:
         steps = [s for s, n in zip(self.strides, self.shape, strict=True) if n > 1]
         return all(n % self.itemsize == 0 for n in (self.pointer, *steps))
 
+    def in_bytes(self) -> "Array":
+        """Return a view of the elements' bytes, along one more axis."""
+        shape, strides = (*self.shape, self.itemsize), (*self.strides, 1)
+        lies = self.device, self.pointer, shape, strides, 1
+        return Array(self.library, self.given, "uint8", *lies)
+
     def meets(self, other: "Array") -> bool:
         """Say whether the memory of two arrays may have a byte in common."""
         (low, high), (other_low, other_high) = self.bounds, other.bounds

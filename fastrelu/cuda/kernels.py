@@ -267,7 +267,7 @@ def strided_mask(formula: Function, lane: Lane, *, rank: int, wide: bool) -> Ker
 #
 # Each sum is a pair, the plain sum and what its roundings lost, so that its error does
 # not grow with the number of terms.  Which terms meet in which order follows from the
-# shape alone.  Blocks leave their pairs in `sums`, one after another as (split,
+# shape alone: arrays that are not aligned are cut into the same vectors.  Blocks leave their pairs in `sums`, one after another as (split,
 # channel, place within the channel), and `finish` adds them up.
 
 
@@ -342,16 +342,22 @@ def _sum_lane(lane: Lane) -> Lane:
 
 
 def prelu_rows(
-    gradient: Function, lane: Lane, weight: Lane, *, vectors: bool, wide: bool
+    gradient: Function,
+    lane: Lane,
+    weight: Lane,
+    *,
+    vectors: bool,
+    aligned: bool,
+    wide: bool,
 ) -> Kernel:
     """Both gradients for the view (outer, channel, inner): a block has one channel.
 
-    With vectors, rows start at 16 bytes; only a single one may end between.
+    With vectors, rows are whole ones; only a single row may end between.
     """
     width = lane.width if vectors else 1
     index = np.int64 if wide else np.uint32
-    get, get_part = load(lane, width), load(lane, width, part=True)
-    put, put_part = store(lane, width), store(lane, width, part=True)
+    get, get_part = load(lane, width, aligned=aligned), load(lane, width, part=True)
+    put, put_part = store(lane, width, aligned=aligned), store(lane, width, part=True)
     get_weight = load(weight, 1)
     apply = each(gradient, lane.compute, width)
     add, reduce = _adder(lane, width), _reducer(lane, THREADS * width)
@@ -393,15 +399,22 @@ def prelu_rows(
 
 
 def prelu_columns(
-    gradient: Function, lane: Lane, weight: Lane, *, vectors: bool, wide: bool
+    gradient: Function,
+    lane: Lane,
+    weight: Lane,
+    *,
+    vectors: bool,
+    aligned: bool,
+    wide: bool,
 ) -> Kernel:
     """The same where rows are short: a thread keeps to its columns of (outer, columns).
 
-    With vectors, the rows of all channels together start at 16 bytes.
+    With vectors, the rows of all channels together are whole ones.
     """
     width = lane.width if vectors else 1
     index = np.int64 if wide else np.uint32
-    get, put, get_weight = load(lane, width), store(lane, width), load(weight, 1)
+    get, put = load(lane, width, aligned=aligned), store(lane, width, aligned=aligned)
+    get_weight = load(weight, 1)
     apply = each(gradient, lane.compute, width)
     add, reduce = _adder(lane, width), _reducer(lane, THREADS * width)
     put_vector, put_pair = spill(lane, width), _store_pair(_sum_lane(lane))

@@ -155,8 +155,11 @@ if not SIMULATED:
         phi.add_incoming(value, inside)
         return phi
 
-    def load(lane, width, *, part=False):
-        """Return `get(p, i, end)`: the vector at p[i]; zeros from `end` on, in part."""
+    def load(lane, width, *, part=False, aligned=True):
+        """Return `get(p, i, end)`: the vector at p[i]; zeros from `end` on, in part.
+
+        What is not aligned is read element by element.
+        """
         vector = types.UniTuple(lane.compute, width)
 
         @intrinsic
@@ -181,8 +184,8 @@ if not SIMULATED:
                         )
                         for k in range(width)
                     ]
-                elif width == 1:
-                    values = [one(0)]
+                elif width == 1 or not aligned:
+                    values = [one(k) for k in range(width)]
                 else:
                     values = _read_vector(lane, context, builder, start)
                 return context.make_tuple(builder, signature.return_type, values)
@@ -191,7 +194,7 @@ if not SIMULATED:
 
         return get
 
-    def store(lane, width, *, part=False):
+    def store(lane, width, *, part=False, aligned=True):
         """Return `put(p, i, end, values)`: write them to p[i:], in part up to `end`."""
         vector = types.UniTuple(lane.compute, width)
 
@@ -210,8 +213,9 @@ if not SIMULATED:
                         at = builder.add(args[1], _I64(k))
                         with builder.if_then(builder.icmp_signed("<", at, args[2])):
                             one(k)
-                elif width == 1:
-                    one(0)
+                elif width == 1 or not aligned:
+                    for k in range(width):
+                        one(k)
                 else:
                     _write_vector(lane, context, builder, start, numbers)
                 return context.get_dummy_value()
@@ -453,7 +457,7 @@ else:  # the same in Python
         buffer = (ctypes.c_ubyte * (count * dtype.itemsize)).from_address(place)
         return np.frombuffer(buffer, dtype)
 
-    def load(lane, width, *, part=False):
+    def load(lane, width, *, part=False, aligned=True):
         def get(p, i, end):
             count = int(min(width, end - i)) if part else width
             values = _memory(lane.name, p, i, max(count, 0))
@@ -462,7 +466,7 @@ else:  # the same in Python
 
         return get
 
-    def store(lane, width, *, part=False):
+    def store(lane, width, *, part=False, aligned=True):
         def put(p, i, end, values):
             count = int(min(width, end - i)) if part else width
             if count > 0:

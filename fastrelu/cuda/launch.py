@@ -20,6 +20,8 @@ from typing import Any
 
 import numba
 
+from fastrelu.cpu.jit import shielded
+
 SIMULATED = bool(numba.config.ENABLE_CUDASIM)
 THREADS = 32 if SIMULATED else 256  # in a block; a simulated thread costs 0.2 ms
 HINT = 'pip install "fastrelu[cuda13]", or "fastrelu[cuda12]" for a driver of CUDA 12'
@@ -68,6 +70,7 @@ def _versions() -> str:
     return " ".join(versions + [source.hexdigest() for source in sources])
 
 
+@shielded
 def compile_ptx(kernel: Kernel, capability: tuple[int, int]) -> tuple[str, str]:
     """Return a kernel's PTX and the name of its entry; this needs no GPU."""
     from numba import cuda

@@ -127,12 +127,12 @@ def both(
 ) -> Sums:
     """Write the gradient towards x, and return sums of that towards the weight.
 
-    The dtypes are x's and the weight's, the pointers (grad, x, weight, result).
+    The dtypes are x's and the weight's, the pointers (grad, x, weight, result).  How
+    the work is cut up, and so the sums' last bits, follows from the view alone.
     """
     outer, channels, inner = view
     size = outer * channels * inner
     grad, x, _, y = pointers
-    aligned = head_of(size, itemsize, grad, x, y) == 0
     width = BYTES // itemsize
     lane, weight = dtypes
     options = {
@@ -143,7 +143,7 @@ def both(
     }
     if channels == 1 or inner > _SHORT:
         single = outer * channels == 1
-        vectors = aligned and (single or inner % width == 0) and inner >= width
+        vectors = (single or inner % width == 0) and inner >= width
         in_row = inner // width if vectors else inner
         most = -(-outer * in_row // THREADS)
         splits = max(1, min(most, -(-_BLOCKS // channels)))
@@ -152,13 +152,14 @@ def both(
         sizes = outer, channels, inner, splits
     else:
         columns = channels * inner
-        vectors = aligned and columns % width == 0
+        vectors = columns % width == 0
         strips = -(-columns // (THREADS // _DOWN * (width if vectors else 1)))
         splits = max(1, min(-(-outer // _DOWN), -(-_BLOCKS // strips)))
         template, threads = "prelu_columns", strips * splits * THREADS
         sums = Sums(pairs(work, lane, splits * columns), splits, channels, inner)
         sizes = outer, columns, inner, splits
-    code = kernel(template, vectors=vectors, **options)
+    aligned = not vectors or head_of(size, itemsize, grad, x, y) == 0
+    code = kernel(template, vectors=vectors, aligned=aligned, **options)
     work.run(code, threads, *pointers, sums.pointer, *sizes)
     return sums
 
