@@ -79,7 +79,10 @@ class PlainCalls:
             return self._again(self.flat, x, slope, inplace, out)
         if return_mask is not True:
             return None
-        bits = cpu.empty_bytes((x.size + 7) >> 3)
+        try:
+            bits = cpu.empty_bytes((x.size + 7) >> 3)
+        except MemoryError:  # another argument may be wrong as well
+            return None
         y = self.masked.call(x, slope, inplace, out, bits)
         if y is None:
             y = self._again(self.masked, x, slope, inplace, out, bits)

@@ -4,6 +4,7 @@ import contextlib
 import ctypes
 import importlib.util
 import io
+import os
 import re
 import signal
 import subprocess
@@ -164,6 +165,14 @@ def test_a_bar_counts_the_cases(monkeypatch):
         show("the second")
     text = re.sub(r"\x1b\[[?\d;]*\w", "", sys.stderr.getvalue())
     assert "1/2 the second" in text
+
+
+def test_ctrl_c_where_there_is_nothing_to_keep(monkeypatch, capfd):
+    ended = []
+    monkeypatch.setattr(os, "_exit", ended.append)
+    command.leave(signal.SIGINT, None)
+    assert ended == [128 + signal.SIGINT]
+    assert capfd.readouterr().err.strip() == "fastrelu: interrupted"
 
 
 # train --------------------------------------------------------------------------------

@@ -316,6 +316,21 @@ def test_any_array_with_an_interface(gpu, put):
         F.relu(Interface(x), out=Interface(out, data=(out.ctypes.data, True)))
 
 
+def test_what_an_interface_tells(gpu, put):
+    """Gaps, a dtype that NumPy has no letters for, and the device."""
+    x = gpu.own(np.array([-1, 2], "f4"))
+    with pytest.raises(TypeError, match="mask of gaps"):
+        F.relu(Interface(x, mask=Interface(x)), out=put(x))
+    describe = arrays.Library().describe
+    array = Interface(gpu.own(np.zeros(2, "u2")))
+    array.dtype = "bfloat16"
+    assert describe(array).dtype == "bfloat16"
+    assert describe(put(x)).device == 0
+    bits = F.Mask(Interface(gpu.own(np.zeros(1, "u1"))), 8)
+    with pytest.raises(TypeError, match="cannot make a Interface of bools"):
+        bits.unpack()
+
+
 class Capsule:
     """An array of a library that is known by DLPack alone"""
 
@@ -488,6 +503,59 @@ def test_tensors_that_are_not_plain(gpu):
                 call()
 
 
+def test_results_and_masks_are_tensors(gpu, monkeypatch):
+    x, g = (gpu.own(normal((4, 6), FLOAT32, k)) for k in (0, 1))
+    torch = sys.modules["torch"]
+    torch.bool = "bool"
+    for _ in "12":  # the long way and the short one
+        y, mask = F.relu(machines.Tensor(x), return_mask=True)
+        assert_same(y.host, reference.forward("relu", x))
+        assert_same(mask.bits.host, reference.mask_bits(x))
+        dx = F.relu_backward(machines.Tensor(g), mask)
+        assert_same(dx.host, reference.backward("relu", g, x))
+    monkeypatch.setattr(machines.Tensor, "reshape", lambda t, shape: t, raising=False)
+    torch.arange = lambda n, dtype, device: np.arange(n, dtype=dtype)
+
+    class Bits:
+        device = "cuda:0"
+
+        def __getitem__(self, key):
+            return Flags(mask.bits.host[key])
+
+    class Flags(np.ndarray):
+        def __new__(cls, values):
+            return np.asarray(values).view(cls)
+
+        def to(self, dtype):
+            return self.astype(dtype)
+
+    flags = arrays.library_of(machines.Tensor).unpack(Bits(), x.size)
+    assert_same(np.asarray(flags).reshape(x.shape), x > 0)
+
+
+def test_a_weight_within_the_gradient(put):
+    """Or a weight's gradient in a part of what is saved: no shorter way is taken."""
+    x, g = normal((30, 7), FLOAT32), normal((30, 7), FLOAT32, 1)
+    for _ in "12":
+        grad, saved = g.copy(), x.copy()
+        expected = F.prelu_backward(grad, x, g[3].copy())
+        given = put(grad)
+        F.prelu_backward(given, put(saved), put(grad[3]), inplace=True)
+        assert_same(grad, expected[0])
+        memory = np.concatenate([g.ravel(), np.zeros(7, "f4")])
+        grad, out = memory[:-7].reshape(30, 7), memory[7:].reshape(30, 7)
+        expected = F.prelu_backward(grad.copy(), grad.copy(), x[0].copy())
+        F.prelu_backward(put(grad), put(grad), put(x[0]), out=put(out))
+        assert_same(out, expected[0])
+
+
+def test_no_channels_at_all(put):
+    w, x = put(np.zeros(0, "f4")), put(np.zeros((3, 0), "f4"))
+    for _ in "12":
+        dx, dw = F.prelu_backward(x, x, w)
+        assert (dx.shape, dw.shape) == ((3, 0), (0,))
+
+
 def test_tensors_in_the_hosts_memory(gpu):
     """Of a type whose others are on the GPU"""
     x = normal(5, FLOAT32)
@@ -645,13 +713,19 @@ class Driver:
     """What is asked of cuda.core and of the driver, and in which order"""
 
     def __init__(self, current=None):
-        self.calls, self.now = [], current
+        self.calls, self.now, self.error = [], current, 0
 
     def cuCtxGetDevice(self):
         return (201, None) if self.now is None else (0, self.now)
 
     def cuDevicePrimaryCtxRetain(self, device):
-        return 0, f"context {device}"
+        return self.error, f"context {device}"
+
+    class CUpointer_attribute:
+        CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL = 9
+
+    def cuPointerGetAttribute(self, attribute, pointer):
+        return self.error, pointer - 4096 - attribute
 
     def cuCtxPushCurrent(self, context):
         self.calls.append(context)
@@ -659,11 +733,23 @@ class Driver:
     def cuCtxPopCurrent(self):
         self.calls.append("pop")
 
+    def stream(self, handle):
+        class Stream(str):
+            def wait(stream, other):
+                self.calls.append(f"{stream} waits for {other}")
+
+        return Stream(f"stream {handle}")
+
     def core(self):
         core = types.ModuleType("cuda.core")
-        core.Device = lambda i: types.SimpleNamespace(compute_capability=(9, 0))
+        memory = types.SimpleNamespace(
+            allocate=lambda size, stream: self.calls.append((size, stream)) or size
+        )
+        core.Device = lambda i: types.SimpleNamespace(
+            compute_capability=(9, 0), memory_resource=memory
+        )
         core.LaunchConfig = lambda grid, block: (grid, block)
-        core.Stream = types.SimpleNamespace(from_handle=lambda h: f"stream {h}")
+        core.Stream = types.SimpleNamespace(from_handle=self.stream)
         code = types.SimpleNamespace(get_kernel=lambda entry: f"kernel {entry}")
         core.ObjectCode = types.SimpleNamespace(from_cubin=lambda code_: code)
         core.launch = lambda *arguments: self.calls.append(arguments)
@@ -701,6 +787,62 @@ def test_the_device_of_the_array_is_current(driver, now):
         driver.calls.append("work")
     around = ["work"] if now == 1 else ["context 1", "work", "pop"]
     assert driver.calls == around
+
+
+@emulated
+def test_what_else_is_asked_of_the_driver(driver):
+    assert launch.device_of(4096 + 9 + 1) == 1
+    launch.wait(5, 6)
+    assert launch.scratch(64, 5, 0) == 64
+    assert driver.calls == ["stream 5 waits for stream 6", (64, "stream 5")]
+    driver.error = 999
+    with pytest.raises(ValueError, match="does not know the array's memory: 999"):
+        launch.device_of(4096)
+    with pytest.raises(RuntimeError, match="no access to device 3: 999"):
+        launch._context(3)
+
+
+def test_the_driver_is_imported_when_it_is_asked(monkeypatch):
+    bindings = types.ModuleType("cuda.bindings")
+    bindings.driver = object()
+    monkeypatch.setitem(sys.modules, "cuda.bindings", bindings)
+    assert launch._driver.__wrapped__() is bindings.driver
+
+
+NO_TOOLKIT = type("NvvmSupportError", (Exception,), {})
+
+
+@pytest.mark.parametrize("error", [NO_TOOLKIT, ZeroDivisionError])
+def test_a_machine_without_a_compiler(error, cache, monkeypatch):
+    def fail(*_):
+        raise error("no libnvvm")
+
+    monkeypatch.setattr(launch, "compile_ptx", fail)
+    told = RuntimeError if error is NO_TOOLKIT else error
+    with pytest.raises(told, match="libnvvm"):
+        launch.machine_code(fresh(), (9, 0))
+    assert not list(cache.iterdir()) if cache.exists() else True
+
+
+@pytest.mark.parametrize("windows", [False, True])
+def test_where_code_is_kept_if_nobody_says(windows, monkeypatch, tmp_path):
+    for name in ("FASTRELU_CACHE_DIR", "NUMBA_CACHE_DIR"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(
+        launch, "sys", types.SimpleNamespace(platform="win32" if windows else "linux")
+    )
+    named = "LOCALAPPDATA" if windows else "XDG_CACHE_HOME"
+    monkeypatch.setenv(named, str(tmp_path))
+    assert launch.folder() == tmp_path / "fastrelu"
+
+
+def test_a_disk_that_is_full(cache, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(launch.os, "replace", full)
+    launch._write("digest", "entry", b"code")
+    assert list(cache.iterdir()) == []
 
 
 def test_handles_of_the_legacy_stream():

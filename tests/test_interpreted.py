@@ -173,6 +173,27 @@ def test_what_is_left_to_python(name, leaky):
     test_paths.test_other_arguments_are_left_to_python(name, leaky)
 
 
+def test_large_results_come_from_the_pool(leaky, interpreter, monkeypatch):
+    asked, x = [], cube()
+    F.get_default_memory_pool().ready()
+    monkeypatch.setattr(calls, "SMALLEST", x.nbytes)
+    monkeypatch.setattr(pool, "borrow", lambda own: asked.append(own) or 7)
+    monkeypatch.setattr(
+        pool, "restore", lambda own, before, y: asked.append(before) or y
+    )
+    y = leaky.flat.call(x, 0.5, False, None)
+    assert_same(y, reference.forward("leaky_relu", x, negative_slope=0.5))
+    assert asked == [pool.ADDRESS, 7]
+    leaky.flat.call(x[1:], 0.5, False, None)
+    leaky.flat.call(x, 0.5, False, x.copy())
+    assert len(asked) == 2
+    monkeypatch.setattr(pool, "borrow", lambda own: 0)
+    interpreter.error = MemoryError()
+    with pytest.raises(MemoryError):
+        leaky.flat.call(x, 0.5, False, None)
+    interpreter.error = None
+
+
 def test_a_second_dtype(leaky):
     leaky.flat.prepare(np.dtype(np.float64), 0, in_place=False)
     for dtype in (np.float32, np.float64):
@@ -249,17 +270,20 @@ def test_weights_of_half_floats(dtype, interpreter):
 @pytest.mark.parametrize("enough", range(3))
 def test_no_memory_for_sums(enough, interpreter):
     """Nothing is lost, nothing is kept, and no output changes."""
-    g = x = cube().astype(np.float16)
-    weight = normal((8,), g.dtype)
-    for axis in (0, -1):
-        F.prelu_backward(g, x, weight[: x.shape[axis]], axis=axis)
-    for axis in (0, -1):
-        out = np.full_like(g, 7)
+    weight = normal((8,), np.dtype(np.float16))
+    for shape, axis in (((4, 6, 8), -1), ((3, 64), 0)):  # columns, and rows
+        x = cube().astype(np.float16).reshape(shape)
+        w = weight[: shape[axis]]
+        F.prelu_backward(x, x, w, axis=axis)
+        out = np.full_like(x, 7)
         interpreter.left = enough
         with pytest.raises(MemoryError):
-            F.prelu_backward(g, x, weight[: x.shape[axis]], axis=axis, out=out)
+            F.prelu_backward(x, x, w, axis=axis, out=out)
         assert (out == 7).all()
         assert not interpreter.given
+        interpreter.left = 1 << 60
+    x = cube().astype(np.float16)
+    F.prelu(x, weight, axis=-1)
     interpreter.left = 0
     assert (
         activations._leaky_relu_calls.by_channel.call(x, weight, False, None, -1)
@@ -381,12 +405,13 @@ def test_the_pool(monkeypatch):
     assert tested.free_bytes() == 0
 
 
-@pytest.mark.parametrize("fails", [None, "before", "call", "after"])
+@pytest.mark.parametrize("fails", [None, "before", "call", "after", "call and after"])
 def test_a_call_from_the_pool(fails, monkeypatch):
     """NumPy's handler is the pool's for one call; who holds what is counted."""
     count = {"own": 0, "before": 0, "result": 0}
     names = {7: "own", 8: "before", 9: "result"}
-    handlers = [7 if fails != "after" else 0, 8 if fails != "before" else 0]
+    failing = (fails or "").split(" and ")
+    handlers = [7 if "after" not in failing else 0, 8 if "before" not in failing else 0]
 
     def set_handler(where, values):
         old = handlers.pop()
@@ -398,8 +423,8 @@ def test_a_call_from_the_pool(fails, monkeypatch):
         count[names[address]] -= 1
 
     def call(function, arguments, number, names):
-        count["result"] += fails != "call"
-        return 9 if fails != "call" else 0
+        count["result"] += "call" not in failing
+        return 9 if "call" not in failing else 0
 
     twins.interpret_pool(monkeypatch, 0)
     for name, twin in {

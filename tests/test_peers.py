@@ -1,11 +1,14 @@
 """The benchmark's peers, their workers, and the command that shows them."""
 
+import itertools
 import json
+import os
 import signal
 import subprocess
 import sys
+import time
 
-import numpy
+import numpy as np
 import pytest
 from conftest import floats_here
 
@@ -74,6 +77,111 @@ def test_a_peer_computes_the_right_thing(name):
         check(peer, case)
 
 
+SPOILT = {
+    "dtype": (
+        lambda y: y.astype(np.float64),
+        "result 0 is float64 .* expected float32",
+    ),
+    "shape": (lambda y: y[:-1], "expected float32 of shape"),
+    "value": (lambda y: y + (y == y.max()), r"result 0 is .* at \(\d+,\), expected"),
+}
+
+
+@pytest.mark.parametrize("what", SPOILT)
+def test_a_wrong_result_is_noticed(what):
+    spoil, message = SPOILT[what]
+
+    class Odd(NumPy):
+        def arrays(self, case, result):
+            return [spoil(array) for array in super().arrays(case, result)]
+
+    with pytest.raises(AssertionError, match=message):
+        check(Odd(), SMALL)
+
+
+def test_a_peer_without_a_call():
+    with pytest.raises(NotImplementedError):
+        _peers.Peer().call(SMALL, None)
+
+
+def test_what_onnxruntime_does_not_have(monkeypatch):
+    runtime = pytest.importorskip("onnxruntime")
+    missing = runtime.capi.onnxruntime_pybind11_state.NotImplemented
+
+    def session(*_, **__):
+        raise missing("no kernel")
+
+    monkeypatch.setattr(runtime, "InferenceSession", session)
+    peer = PEERS["onnxruntime"]()
+    with pytest.raises(_peers.Unsupported, match="no relu for float32"):
+        peer.call(SMALL, peer.data(SMALL, 0.2))
+
+
+@pytest.mark.parametrize("busy", [0, 3, 1000])
+def test_how_long_a_worker_settles(busy, monkeypatch):
+    slept, times = [], itertools.count()
+    monkeypatch.setattr(time, "sleep", slept.append)
+    monkeypatch.setattr(
+        time, "process_time", lambda: next(times) if len(slept) <= busy else 0
+    )
+    _peers.settle()
+    assert len(slept) == min(busy + 1, 200)
+
+
+def test_a_worker_that_fails_in_its_turn(monkeypatch):
+    """It gets no other turn; one that cannot has none at all."""
+    asked = []
+
+    class Worker:
+        version, peer = "1", NumPy
+
+        def __init__(self, peer):
+            self.name = peer.name
+
+        def revive(self):
+            pass
+
+        def end(self):
+            pass
+
+        def ask(self, *request):
+            asked.append((self.name, request[0]))
+            if self.name == "cannot":
+                return {"cannot": "no relu"}
+            if request[0] == "turn" and self.name == "fails":
+                return {"error": "no luck"}
+            return {"seconds": [1.0]} if request[0] == "turn" else {}
+
+    monkeypatch.setattr(_peers, "Worker", Worker)
+    peers = [type(name, (NumPy,), {"name": name}) for name in ("works", "fails")]
+    peers.append(type("cannot", (NumPy,), {"name": "cannot"}))
+    with Team(peers) as team:
+        works, fails, cannot = team.measure(SMALL, turns=2)
+    assert (works.seconds, works.error) == ([1.0, 1.0], "")
+    assert (fails.seconds, fails.error) == ([], "no luck")
+    assert cannot.seconds == []
+    assert asked.count(("fails", "turn")) == 1
+
+
+def test_a_request_that_a_peer_cannot_do(monkeypatch, capfd):
+    class Odd(NumPy):
+        def call(self, case, data):
+            raise _peers.Unsupported("not this one")
+
+    request = json.dumps(["open", SMALL.name])
+    monkeypatch.setattr(sys, "stdin", [request])
+    kept = os.dup(1), os.dup(2)
+    try:
+        _peers.serve(Odd())
+    finally:
+        for number, handle in enumerate(kept, 1):
+            os.dup2(handle, number)
+            os.close(handle)
+    assert json.loads(capfd.readouterr().out.splitlines()[1]) == {
+        "cannot": "not this one"
+    }
+
+
 def worker(body):
     """A peer that is NumPy but for what its worker does."""
 
@@ -135,7 +243,7 @@ def test_a_worker_answers_until_there_are_no_more_requests():
         check=True,
     )
     version, *answers = map(json.loads, done.stdout.splitlines())
-    assert version == {"version": numpy.__version__}
+    assert version == {"version": np.__version__}
     assert len(answers[2].pop("seconds")) >= 3
     assert "expected a size" in answers[3].pop("error")
     assert answers == [{}] * len(requests)

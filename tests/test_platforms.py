@@ -15,8 +15,8 @@ from numba.core import config
 from numba.core.compiler_lock import global_compiler_lock
 from test_threads import PRELUDE, run, several_threads
 
-from fastrelu import _interpreter, activations
-from fastrelu.cpu import calls, lanes, loops, pool, threads
+from fastrelu import _interpreter, activations, cpu
+from fastrelu.cpu import calls, jit, lanes, loops, pool, threads
 from fastrelu.cpu.calls import Call
 
 HINTS = {
@@ -111,6 +111,7 @@ def test_members_leave_signals_to_their_host():
 
 WITHOUT = {
     "locks": ("", "threads._new_lock = lambda: None"),
+    "threads": ("", "threads._new_thread = lambda *_: threads._NONE"),
     "masks of signals": ("", "import signal; del signal.pthread_sigmask"),
     "a function of Linux": ("", "threads._LINUX = {threads._PLACE: 'none_of_these'}"),
     "Linux": ("", "import types; threads.sys = types.SimpleNamespace(platform='none')"),
@@ -120,15 +121,63 @@ WITHOUT = {
 
 @pytest.mark.parametrize("what", WITHOUT)
 def test_a_system_without(what):
-    """The team has as many members as there are locks; it can do without the others."""
+    """No more members than locks and threads; the team can do without the others."""
     before, after = WITHOUT[what]
     output = run(
         f"    {before}\n{PRELUDE}\n    {after}\n"
         "    print(np.array_equal(F.relu(x), expected))\n"
         "    print(threads._memory[threads._WORKERS] > 0, loops() > 0)"
     )
-    several = config.NUMBA_NUM_THREADS > 1 and what != "locks"
+    several = config.NUMBA_NUM_THREADS > 1 and what not in ("locks", "threads")
     assert output == f"True\n{several} {several}\n"
+
+
+def test_a_fork_has_the_locks_of_compilers(monkeypatch):
+    """Of a child that has no threads, the team's memory is empty."""
+    memory, log = np.ones(9, np.int64), []
+
+    class Lock:
+        def __enter__(self):
+            log.append("taken")
+
+        def __exit__(self, *_):
+            log.append("given back")
+
+    monkeypatch.setattr(threads, "_memory", memory)
+    monkeypatch.setattr(threads, "_compiling", (Lock(), Lock()))
+    threads._before_fork()
+    threads._after_fork()
+    assert log == ["taken"] * 2 + ["given back"] * 2
+    assert memory.all()
+    threads._before_fork()
+    threads._after_fork_in_child()
+    assert log == (["taken"] * 2 + ["given back"] * 2) * 2
+    assert not memory.any()
+
+
+class Gone(threading.Thread):
+    """What a child of fork has of its parent's threads"""
+
+    def start(self):
+        jit.threading.Thread = threading.Thread
+
+
+class Refused(threading.Thread):
+    def start(self):
+        raise RuntimeError("can't start new thread")
+
+
+@pytest.mark.parametrize("thread", [threading.Thread, Gone, Refused])
+def test_what_is_compiled_elsewhere(thread, monkeypatch):
+    """In another thread, in its second one, or where no thread can be had, in this."""
+    here = threading.get_ident()
+    module = types.SimpleNamespace(**{**vars(threading), "Thread": thread})
+    monkeypatch.setattr(jit, "threading", module)
+    work = jit.shielded(lambda a, b: (a / b, threading.get_ident() == here))
+    assert work(6, 2) == (3, thread is Refused)
+    module.Thread = thread
+    with pytest.raises(ZeroDivisionError):
+        work(6, 0)
 
 
 STARTS = {
@@ -164,6 +213,17 @@ def test_a_team_is_started_once_by(by):
         assert members == threads._memory[threads._WORKERS]
     """
     assert run(PRELUDE + BLOCKED + STARTS[by] + script) == "True 2\n"
+
+
+def test_a_call_that_leaves_flat_arrays_to_python():
+    """Numba may have started threads just now: once that is known, it must not."""
+    answers = [None, "done"]
+    call = types.SimpleNamespace(call=lambda *arguments: answers.pop(0))
+    cpu._call(call, [], 1)
+    assert answers == []
+    answers += [None, None]
+    with pytest.raises(RuntimeError, match="this is a bug of fastrelu"):
+        cpu._call(call, [], 1)
 
 
 def test_a_call_is_made_once_by_two_threads():

@@ -100,7 +100,7 @@ class Model:
     def __init__(self, members, choose):
         self.words = Words(self, threads._MEMBER + members * threads._MEMBER_SIZE)
         self.words.poke(threads._WORKERS, members - 1)
-        self.words.poke(threads._THREAD, 1)  # members have numbers, as on Linux
+        self.words.poke(threads._THREAD, members % 2)  # numbers, as on Linux, or none
         self.held, self.loops = set(), []
         for me in range(members):
             lock = threads._MEMBER + me * threads._MEMBER_SIZE + threads._LOCK

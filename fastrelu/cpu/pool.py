@@ -41,7 +41,9 @@ _LINE = 64
 # page.  To the processor a load looks like one of what was just stored if the addresses
 # differ by pages: results a line further in page than x cost up to half more.
 _HEAD = 4 * _LINE
-_MORE = _HEAD + _LINE  # bytes of a block that are not lent: its head, and what aligns it
+_MORE = (
+    _HEAD + _LINE
+)  # bytes of a block that are not lent: its head, and what aligns it
 
 # Words of a block's head: where its memory starts, how much it lends, and while it is
 # idle, the blocks given back before and after it.
