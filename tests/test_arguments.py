@@ -714,7 +714,7 @@ def test_empty_arrays_in_one_place(function, argument, how):
 def test_wrong_beside_a_mask_for_which_there_is_no_memory(wrong):
     """What is wrong is told, though nobody could allocate what the call asks for."""
     x = np.broadcast_to(np.float32(1), (1 << 45,))
-    with pytest.raises((TypeError, ValueError), match="^(inplace|out|x) must"):
+    with pytest.raises((TypeError, ValueError), match=r"^(inplace|out|x) must"):
         F.relu(x, return_mask=True, **wrong)
     with pytest.raises(MemoryError):
         F.relu(x, return_mask=True)

@@ -208,8 +208,12 @@ def test_another_device_than_the_current_one(gpu, put):
 
 
 def test_orders_of_one_piece_go_the_short_way(gpu, put, monkeypatch):
-    x = normal((3, 4, 5), FLOAT32)
-    for order in ((0, 2, 1), (2, 1, 0)):
+    for shape, order in (
+        ((3, 1, 5), (2, 1, 0)),
+        ((3, 4, 5), (0, 2, 1)),
+        ((3, 4, 5), (2, 1, 0)),
+    ):
+        x = normal(shape, FLOAT32)
         dense = np.ascontiguousarray(x.transpose(order)).transpose(np.argsort(order))
         F.relu(put(dense))
         with monkeypatch.context() as patch:
@@ -334,8 +338,8 @@ def test_what_an_interface_tells(gpu, put):
 class Capsule:
     """An array of a library that is known by DLPack alone"""
 
-    def __init__(self, a):
-        self.a, self.streams = a, []
+    def __init__(self, a, strides=True):
+        self.a, self.strides, self.streams = a, strides, []
 
     def __dlpack_device__(self):
         return 2, 0
@@ -350,6 +354,8 @@ class Capsule:
         tensor = ask.PyCapsule_GetPointer(ctypes.py_object(capsule), name)
         tensor += 32 if b"versioned" in name else 0
         ctypes.c_int32.from_address(tensor + 8).value = 2  # on a GPU, it says
+        if not self.strides:  # as old versions had it where an array is C's
+            ctypes.c_void_p.from_address(tensor + 32).value = None
         return capsule
 
 
@@ -359,7 +365,7 @@ def test_any_array_with_dlpack(dtype, gpu):
     out = gpu.own(np.empty((4, 6), dtype, order="F"))
     for _ in "12":
         given = Capsule(out)
-        assert F.relu(Capsule(x), out=given) is given
+        assert F.relu(Capsule(x, strides=False), out=given) is given
         assert_same(out, reference.forward("relu", x))
         assert given.streams == [1]  # the legacy one, which the kernel is queued on
         assert gpu.launches[-1][2] == 0
@@ -542,10 +548,10 @@ def test_a_weight_within_the_gradient(put):
         given = put(grad)
         F.prelu_backward(given, put(saved), put(grad[3]), inplace=True)
         assert_same(grad, expected[0])
-        memory = np.concatenate([g.ravel(), np.zeros(7, "f4")])
-        grad, out = memory[:-7].reshape(30, 7), memory[7:].reshape(30, 7)
-        expected = F.prelu_backward(grad.copy(), grad.copy(), x[0].copy())
-        F.prelu_backward(put(grad), put(grad), put(x[0]), out=put(out))
+        memory = np.concatenate([x.ravel(), np.zeros(7, "f4")])
+        saved, out = memory[:-7].reshape(30, 7), memory[7:].reshape(30, 7)
+        expected = F.prelu_backward(g, x, x[0].copy())
+        F.prelu_backward(put(g), put(saved), put(x[0].copy()), out=put(out))
         assert_same(out, expected[0])
 
 
@@ -762,7 +768,8 @@ def driver(monkeypatch):
     monkeypatch.setitem(sys.modules, "cuda.core", made.core())
     monkeypatch.setattr(launch, "_driver", lambda: made)
     monkeypatch.setattr(launch, "machine_code", lambda kernel, cc: ("entry", b""))
-    caches = launch._capability, launch._blocks, launch.stream_of, launch._context
+    caches = [launch._core, launch._capability, launch._blocks, launch.stream_of]
+    caches.append(launch._context)
     for cache in caches:
         cache.cache_clear()
     yield made
@@ -787,6 +794,11 @@ def test_the_device_of_the_array_is_current(driver, now):
         driver.calls.append("work")
     around = ["work"] if now == 1 else ["context 1", "work", "pop"]
     assert driver.calls == around
+
+
+@pytest.mark.skipif(not launch.SIMULATED, reason="needs NUMBA_ENABLE_CUDASIM=1")
+def test_a_simulated_device_is_always_current():
+    assert launch.is_current(3)
 
 
 @emulated
@@ -834,6 +846,10 @@ def test_where_code_is_kept_if_nobody_says(windows, monkeypatch, tmp_path):
     named = "LOCALAPPDATA" if windows else "XDG_CACHE_HOME"
     monkeypatch.setenv(named, str(tmp_path))
     assert launch.folder() == tmp_path / "fastrelu"
+    monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path / "numba"))
+    assert launch.folder() == tmp_path / "numba" / "fastrelu-cuda"
+    monkeypatch.setenv("FASTRELU_CACHE_DIR", str(tmp_path / "ours"))
+    assert launch.folder() == tmp_path / "ours"
 
 
 def test_a_disk_that_is_full(cache, monkeypatch):

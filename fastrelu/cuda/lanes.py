@@ -469,10 +469,9 @@ else:  # the same in Python
     def store(lane, width, *, part=False, aligned=True):
         def put(p, i, end, values):
             count = int(min(width, end - i)) if part else width
-            if count > 0:
-                with np.errstate(all="ignore"):
-                    stored = np.array(values[:count], lane.scalar).astype(lane.name)
-                _memory(lane.name, p, i, count)[:] = stored
+            with np.errstate(all="ignore"):
+                stored = np.array(values[:count], lane.scalar).astype(lane.name)
+            _memory(lane.name, p, i, count)[:] = stored
 
         return put
 
