@@ -1,8 +1,8 @@
 """From a formula to compiled loops.
 
-A *block* applies a formula to a part of flat arrays.  A *driver* decides who runs which
-blocks: one thread, all threads, in place, or past the cache.
-Every combination is compiled when it is first needed and kept in Numba's disk cache.
+A *block* applies a formula to a part of flat arrays: in place, or to others, by way of
+the cache or past it.  A *driver* spreads the parts over the team of threads.  Every
+combination is compiled when it is first needed and kept in Numba's disk cache.
 
 All blocks have one signature, so that one set of drivers serves them all:
 
@@ -48,7 +48,7 @@ from fastrelu.cpu.lanes import (
 from fastrelu.cpu.threads import spread
 
 TILE = 4096  # elements that are not shared: what is, is cut at their multiples
-MASKED = 1024  # elements whose bits are packed or unpacked before the rest is done
+MASKED = 1024  # elements whose bits are unpacked before the rest is done
 LANES = 32  # running sums kept side by side, so that a row's sum is vector work
 FEW = 4  # products that are summed without compensation
 SEGMENT = 1 << 14  # elements of a row summed on their own
@@ -58,7 +58,7 @@ NARROW = 64  # rows of a weight shorter than this are better treated as columns;
 WIDE = 1024  # columns up to which narrow rows are taken together,
 TOGETHER = 256  # and where something is summed
 
-# Where a loop writes.
+# Where a loop writes: to another array, to one beyond the cache, or where it reads.
 KINDS = PLAIN, PAST_CACHE, IN_PLACE = "plain", "past_cache", "in_place"
 
 at = pointer_to(types.voidptr)

@@ -37,13 +37,12 @@ from fastrelu.cpu.jit import (
 SMALLEST = 1 << 20  # bytes; what is smaller, malloc recycles by itself
 _PAGE = 4096
 _LINE = 64
-# Bytes of a block before what it lends.  Large arrays of malloc's start 16 bytes into a
-# page.  To the processor a load looks like one of what was just stored if the addresses
-# differ by pages: results a line further in page than x cost up to half more.
+# Bytes of a block before what it lends.  A load seems to be one of what was just stored
+# if the two addresses differ by whole pages, and then it waits.  Large arrays of malloc's
+# start 16 bytes into a page: results that started 128 into theirs, with x read a little
+# ahead of them, took half as long again.
 _HEAD = 4 * _LINE
-_MORE = (
-    _HEAD + _LINE
-)  # bytes of a block that are not lent: its head, and what aligns it
+_MORE = _HEAD + _LINE  # bytes that are not lent: a block's head, and what aligns it
 
 # Words of a block's head: where its memory starts, how much it lends, and while it is
 # idle, the blocks given back before and after it.
