@@ -244,7 +244,7 @@ FAULTS = {
         ),
         Fault(
             "    if in_place and moved > 0:  #",
-            "    if in_place and moved < table[_CACHE]:  #",
+            "    if in_place and moved < cache:  #",
             "in place, stores go past the cache",
             "test_paths.py::test_which_loop_runs",
         ),

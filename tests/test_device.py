@@ -27,19 +27,16 @@ except Exception as error:  # noqa: BLE001 - whatever the driver lacks
 LIBRARIES, ABSENT = gpu_worker.libraries()
 if not LIBRARIES:
     pytest.skip(f"needs CuPy or PyTorch on the GPU: {ABSENT}", allow_module_level=True)
-CHECKS = gpu_checks.checks(LIBRARIES)
 
 
 @pytest.fixture(scope="module")
-def device():
-    return gpu_device.Device()
+def worker():
+    return gpu_worker.Worker(gpu_device.Device(), LIBRARIES, ABSENT)
 
 
-@pytest.mark.parametrize("name", CHECKS)
-def test_on_the_gpu(name, device):
-    function, library = CHECKS[name]
-    try:
-        function(device, LIBRARIES[library])
-        device.synchronize()
-    except gpu_checks.Skip as reason:
-        pytest.skip(str(reason))
+@pytest.mark.parametrize("name", gpu_checks.checks(LIBRARIES))
+def test_on_the_gpu(name, worker):
+    answer = worker.check(name)
+    if answer["verdict"] == "skipped":
+        pytest.skip(answer["why"])
+    assert answer["verdict"] == "ok", answer["why"]

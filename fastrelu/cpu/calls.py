@@ -153,15 +153,22 @@ def _is_pool_ready(table):
     return _words(table[_POOL])[pool.HANDLER] != 0
 
 
+def kind_of_loop(cache, moved, in_place):
+    """Return the kind, a place in `loops.KINDS`, that suits so many bytes."""
+    if in_place and moved > 0:  # of nothing, any two lie at one place
+        return _IN_PLACE
+    return _PAST_CACHE if moved > cache else _PLAIN
+
+
+_kind_of_loop = inlined(kind_of_loop)
+
+
 @inlined
 def _loop(table, row, block, moved, in_place):
     """Return the address of a loop, or 0 if Python must make something ready first."""
     if moved >= 2 * threads.SHARE and not threads.is_ready():
         return 0
-    kind = _PAST_CACHE if moved > table[_CACHE] else _PLAIN
-    if in_place and moved > 0:  # of nothing, any two lie at one place
-        kind = _IN_PLACE
-    return table[row + _LOOP + block + kind]
+    return table[row + _LOOP + block + _kind_of_loop(table[_CACHE], moved, in_place)]
 
 
 @inlined
@@ -497,9 +504,7 @@ class Call:
         """Make ready what a call needs for plain arrays of so many bytes."""
         row = self.rows.get(_kind_of(dtype)) or self._add(dtype)
         moved = self.streams * nbytes
-        kind = _PAST_CACHE if moved > self.table[_CACHE] else _PLAIN
-        if in_place and moved > 0:
-            kind = _IN_PLACE
+        kind = kind_of_loop(self.table[_CACHE], moved, in_place)
         place = row + _LOOP + _COLUMNS * block + kind
         if not self.table[place]:
             loop = loops.compiled(

@@ -267,8 +267,9 @@ def strided_mask(formula: Function, lane: Lane, *, rank: int, wide: bool) -> Ker
 #
 # Each sum is a pair, the plain sum and what its roundings lost, so that its error does
 # not grow with the number of terms.  Which terms meet in which order follows from the
-# shape alone: arrays that are not aligned are cut into the same vectors.  Blocks leave their pairs in `sums`, one after another as (split,
-# channel, place within the channel), and `finish` adds them up.
+# shape alone: arrays that are not aligned are cut into the same vectors.  Blocks leave
+# their pairs in `sums`, one after another as (split, channel, place within the channel),
+# and `finish` adds them up.
 
 
 def _add(a, b):
