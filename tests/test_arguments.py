@@ -700,7 +700,7 @@ def test_weight_and_its_gradient_may_overlap_in_part():
 
 
 @each_first_array
-@pytest.mark.parametrize("how", ["inplace", "out"])
+@pytest.mark.parametrize("how", ["out", "inplace"])
 def test_empty_arrays_in_one_place(function, argument, how):
     given = sound(function, (3, 0, 7))
     x = given[argument]

@@ -167,7 +167,7 @@ def test_a_bar_counts_the_cases(monkeypatch):
     assert "1/2 the second" in text
 
 
-def test_ctrl_c_where_there_is_nothing_to_keep(monkeypatch, capfd):
+def test_an_interrupt_where_there_is_nothing_to_keep(monkeypatch, capfd):
     ended = []
     monkeypatch.setattr(os, "_exit", ended.append)
     command.leave(signal.SIGINT, None)

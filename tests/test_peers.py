@@ -133,10 +133,10 @@ def test_a_worker_that_fails_in_its_turn(monkeypatch):
     asked = []
 
     class Worker:
-        version, peer = "1", NumPy
+        version = "1"
 
         def __init__(self, peer):
-            self.name = peer.name
+            self.peer, self.name = peer, peer.name
 
         def revive(self):
             pass
@@ -155,11 +155,14 @@ def test_a_worker_that_fails_in_its_turn(monkeypatch):
     monkeypatch.setattr(_peers, "Worker", Worker)
     peers = [type(name, (NumPy,), {"name": name}) for name in ("works", "fails")]
     peers.append(type("cannot", (NumPy,), {"name": "cannot"}))
+    peers.append(type("lacks", (NumPy,), {"name": "lacks", "dtypes": ("float64",)}))
     with Team(peers) as team:
-        works, fails, cannot = team.measure(SMALL, turns=2)
+        works, fails, cannot, lacks = team.measure(SMALL, turns=2)
     assert (works.seconds, works.error) == ([1.0, 1.0], "")
     assert (fails.seconds, fails.error) == ([], "no luck")
-    assert cannot.seconds == []
+    assert cannot.seconds == lacks.seconds == []
+    assert lacks.cannot
+    assert "lacks" not in [name for name, _ in asked]
     assert asked.count(("fails", "turn")) == 1
 
 

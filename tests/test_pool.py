@@ -6,10 +6,12 @@ import functools
 import gc
 import signal
 import sys
+import threading
 
 import numpy as np
 import pytest
 from conftest import normal
+from numba.core.compiler_lock import global_compiler_lock
 from test_threads import run
 
 import fastrelu as F
@@ -43,6 +45,19 @@ def test_a_result_owns_its_block(empty_pool):
     assert empty_pool.used_bytes() == 0
 
 
+def test_a_pool_is_made_once_by_two_threads(empty_pool):
+    """Whoever comes second finds it made."""
+    other = threading.Thread(target=empty_pool.ready)
+    with global_compiler_lock:
+        other.start()
+        threading.Event().wait(0.05)  # the other waits for the lock
+        empty_pool.ready()
+        made = empty_pool._words[pool.HANDLER]
+    other.join()
+    assert made
+    assert empty_pool._words[pool.HANDLER] == made
+
+
 def test_what_numpy_may_ask_for(empty_pool):
     """Zeros in memory that was something else, and nothing at all."""
     empty_pool.empty_bytes(1 << 22)[...] = 255
@@ -74,7 +89,8 @@ def test_a_loop_may_be_ready_before_the_pool():
     import numpy as np
     import fastrelu as F
     x = np.ones(1 << 20, np.float32)
-    F.relu(x.copy(), inplace=True)
+    F.relu(x[:10])  # the loop
+    F.relu(x.copy(), inplace=True)  # the team
     print(np._core.multiarray.get_handler_name(F.relu(x)))
     """
     assert run(script) == "fastrelu\n"
