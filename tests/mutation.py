@@ -391,9 +391,9 @@ FAULTS = {
     ],
     "cpu/pool.py": [
         Fault(
-            "block = (start + _LINE - 1) & -_LINE",
+            "block = (start + _PAGE - 1) & -_PAGE",
             "block = start",
-            "blocks do not start on a cache line",
+            "blocks do not start with a page",
             "test_paths.py::test_memory_is_recycled",
         ),
         Fault(
@@ -616,9 +616,15 @@ FAULTS = {
             "hangs",
         ),
         Fault(
-            "column = (start + first) % b.size",
-            "column = first % b.size",
+            "first, column = 0, start % weights.size",
+            "first, column = 0, 0",
             "every thread begins with the first column",
+            "test_interpreted.py::test_parts",
+        ),
+        Fault(
+            "first, column = last, 0",
+            "first = last",
+            "a part that begins within a row is out of step with its weights",
             "test_interpreted.py::test_parts",
         ),
         Fault(
@@ -628,8 +634,8 @@ FAULTS = {
             "test_interpreted.py::test_channels",
         ),
         Fault(
-            "repeats = max(1, min(WIDE, size // 8) // width)",
-            "repeats = max(1, min(2 * WIDE, size // 8) // width)",
+            "repeats = min(WIDE, x.size // 8) // width or 1",
+            "repeats = min(2 * WIDE, x.size // 8) // width or 1",
             "narrow rows are repeated beyond their place on the stack",
             "test_interpreted.py::test_channels",
         ),
@@ -683,8 +689,8 @@ FAULTS = {
             "test_interpreted.py::test_channels",
         ),
         Fault(
-            "    return total + sums[1, channel] if np.isfinite(total) else total\n",
-            "    return total + sums[1, channel]\n",
+            "    return total + error if np.isfinite(total) else total\n",
+            "    return total + error\n",
             "an infinite sum is NaN",
             "test_prelu.py::test_special_sums_stay_in_their_channel",
         ),

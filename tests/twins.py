@@ -51,6 +51,8 @@ def buffer(number, element=None):
 
 
 def words_of(kind, size=8):
+    number = type(kind().value)
+
     class Words:
         def __init__(self, address):
             self.address = int(address)
@@ -59,7 +61,7 @@ def words_of(kind, size=8):
             return kind.from_address(self.address + size * int(i)).value
 
         def __setitem__(self, i, value):
-            kind.from_address(self.address + size * int(i)).value = int(value)
+            kind.from_address(self.address + size * int(i)).value = number(value)
 
     return Words
 
@@ -230,6 +232,7 @@ def interpret(monkeypatch):
         calls: {
             "_words": words_of(ctypes.c_int64),
             "_floats": words_of(ctypes.c_double),
+            "_singles": words_of(ctypes.c_float, 4),
             "_call_loop": call,
             "_call_backward": call,
             "_call_weights": call,
@@ -237,7 +240,6 @@ def interpret(monkeypatch):
             "_keep": of_python("Py_IncRef"),
             "_drop": of_python("Py_DecRef"),
             "_new_tuple": of_python("PyTuple_New"),
-            "carray": carray,
             **memory,
             "_let_go": python.let_go,
             "_take_back": python.take_back,

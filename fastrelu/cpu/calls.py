@@ -14,7 +14,7 @@ import ctypes
 from typing import Any
 
 import numpy as np
-from numba import carray, types
+from numba import types
 
 from fastrelu.cpu import loops, pool, threads
 from fastrelu.cpu.jit import (
@@ -57,6 +57,7 @@ _NOTHING, _SAVED, _BITS = range(3)  # what lies beside the first array
 
 _words = pointer_to(types.CPointer(types.int64))
 _floats = pointer_to(types.CPointer(types.float64))
+_singles = pointer_to(types.CPointer(types.float32))
 _call_loop = calling(loops.SIGNATURE)
 _call_backward = calling(loops.BACKWARD_SIGNATURE)
 _call_weights = calling(loops.WEIGHTS_SIGNATURE)
@@ -283,7 +284,7 @@ def _inner(table, x, weight, axis):
         _forget()
         return 0
     size, channels = _size(x), _size(weight)
-    ndim, inner = _ndim(x), max(size, 1)
+    ndim, inner = _ndim(x), size or 1
     if -ndim <= place < ndim:
         shape = _words(_words(x)[_SHAPE])
         place += ndim if place < 0 else 0
@@ -332,17 +333,16 @@ def _widen(table, row, weight):
 @inlined
 def _round(table, row, total, result, channels, half):
     """Round sums to the weight's type."""
-    sums = carray(loops.at(total), (2, channels), np.float64)
     if half:
         _call_weights(table[row + _ROUND], (total, result, channels))
-    elif table[row + _ITEM] == 8:
-        doubles = carray(loops.at(result), channels, np.float64)
-        for channel in range(channels):
-            doubles[channel] = loops.total_of(sums, channel)
-    else:
-        floats = carray(loops.at(result), channels, np.float32)
-        for channel in range(channels):
-            floats[channel] = loops.total_of(sums, channel)
+        return
+    sums = _floats(total)
+    for channel in range(channels):
+        value = loops.total_of(sums[channel], sums[channels + channel])
+        if table[row + _ITEM] == 8:
+            _floats(result)[channel] = value
+        else:
+            _singles(result)[channel] = value
 
 
 def call_channels(self, arguments, number):
@@ -427,7 +427,8 @@ def call_channels_backward(self, arguments, number):
     wide = _widen(table, row, weight)
     memory = _malloc(2 * channels * 8) if wide != -1 else 0
     if memory == 0:
-        _free(max(wide, 0))
+        if wide != -1:
+            _free(wide)
         return _none(table)
     if wide != 0:
         slopes = wide

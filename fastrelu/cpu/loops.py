@@ -110,12 +110,12 @@ def of_weight(x, weights, s, i):
 
 
 def fill(y, x, b, s):
-    lead = 0
+    lead = np.uintp(0)
     if x.size >= TILE:  # vectors that cross cache lines cost a tenth
-        lead = -y.ctypes.data % 64 // y.itemsize
+        lead = np.uintp(-y.ctypes.data % 64 // y.itemsize)
         for i in range(lead):
             y[i] = element(x, b, s, i)
-    for i in range(np.uintp(lead), np.uintp(x.size)):
+    for i in range(lead, np.uintp(x.size)):
         y[i] = element(x, b, s, i)
 
 
@@ -226,6 +226,20 @@ def backward_mask(grad, b, y, slope, start):
         done = stop
 
 
+@inlined
+def widen(w, inner, wide):
+    """Repeat each weight `inner` times, and all of them until `wide` is full."""
+    if inner == 1:
+        for start in range(0, wide.size, w.size):
+            for channel in range(np.uintp(w.size)):
+                wide[np.uintp(start) + channel] = w[channel]
+        return
+    for row in range(wide.size // inner):
+        weight = w[row % w.size]
+        for column in range(np.uintp(inner)):
+            wide[np.uintp(row * inner) + column] = weight
+
+
 def rows(x, b, y, slope, start):
     """One weight a row of `slope` elements, as in (N, C, H, W)."""
     first = 0
@@ -237,14 +251,22 @@ def rows(x, b, y, slope, start):
 
 
 def columns(x, b, y, slope, start):
-    """One weight a column, as in (N, C)."""
-    first = 0
+    """One weight for each `slope` columns, as in (N, C).
+
+    Short rows are taken together until a loop over them is worth starting.  Each part
+    lays out its weights: lines of another processor's cache would be slow to come.
+    """
+    weights, width = b, b.size * slope
+    repeats = min(WIDE, x.size // 8) // width or 1
+    if repeats * width > b.size:
+        weights = carray(weight_buffer(b), repeats * width)
+        widen(b, slope, weights)
+    first, column = 0, start % weights.size
     while first < x.size:
-        column = (start + first) % b.size
-        last = min(first + b.size - column, x.size)
-        weights = b[column : column + last - first]
-        fill(y[first:last], x[first:last], weights, slope)
-        first = last
+        last = min(first + weights.size - column, x.size)
+        row = weights[column : column + last - first]
+        fill(y[first:last], x[first:last], row, slope)
+        first, column = last, 0
 
 
 ELEMENTS = {
@@ -255,20 +277,6 @@ ELEMENTS = {
     rows: of_input,
     columns: of_weight,
 }
-
-
-@inlined
-def widen(w, inner, wide):
-    """Repeat each weight `inner` times, and all of them until `wide` is full."""
-    if inner == 1:
-        for start in range(0, wide.size, w.size):
-            for channel in range(w.size):
-                wide[start + channel] = w[channel]
-        return
-    for row in range(wide.size // inner):
-        weight = w[row % w.size]
-        for column in range(inner):
-            wide[row * inner + column] = weight
 
 
 # Drivers ------------------------------------------------------------------------------
@@ -288,26 +296,10 @@ def flat(a, b, y, size, channels, inner, slope, moved):
     spread(part, (x, beside(b, x), result, slope), size, TILE, moved)
 
 
-def by_row(a, w, y, size, channels, inner, slope, moved):
-    """One weight for each row of `inner` elements."""
+def by_channel(a, w, y, size, channels, inner, slope, moved):
+    """One weight for each row of `inner` elements, or for as many columns."""
     x, result = carray(at(a), size, storage), carray(at(y), size, storage)
     weights = carray(at(w), channels, compute)
-    spread(part, (x, weights, result, inner), size, TILE, moved)
-
-
-def by_column(a, w, y, size, channels, inner, slope, moved):
-    """One weight for each `inner` columns; the rows are `channels * inner` long.
-
-    Short ones are taken together until a loop over them is worth starting.
-    """
-    x, result = carray(at(a), size, storage), carray(at(y), size, storage)
-    weights = carray(at(w), channels, compute)
-    width = channels * inner
-    repeats = max(1, min(WIDE, size // 8) // width)
-    if repeats * width > channels:
-        wide = carray(weight_buffer(weights), repeats * width)
-        widen(weights, inner, wide)
-        weights = wide
     spread(part, (x, weights, result, inner), size, TILE, moved)
 
 
@@ -345,7 +337,7 @@ WHOLE = forward, backward
 SIGNATURE = types.void(*[types.int64] * 3, *[types.intp] * 3, types.float64, types.intp)
 WEIGHTS_SIGNATURE = types.void(types.int64, types.int64, types.intp)
 BACKWARD_SIGNATURE = types.int64(*[types.int64] * 5, *[types.intp] * 4)
-DRIVERS = {rows: by_row, columns: by_column}  # flat for the others
+DRIVERS = {rows: by_channel, columns: by_channel}  # flat for the others
 
 
 # PReLU's backward pass ----------------------------------------------------------------
@@ -471,7 +463,7 @@ def prelu_backward_columns(g, x, w, y, total, size, channels, inner, moved):
     weights = carray(at(w), channels, compute)
     sums = carray(at(total), (2, channels), np.float64)
     columns = channels * inner
-    repeats = max(1, min(TOGETHER, size) // columns)
+    repeats = min(TOGETHER, size) // columns or 1
     width = repeats * columns
     blocks = -(-size // (width * BLOCK_ROWS))
     memory = _malloc((2 * blocks + 1) * width * 8)
@@ -532,11 +524,10 @@ WRITERS = {PLAIN: _write_y, IN_PLACE: _write_g}
 
 
 @inlined
-def total_of(sums, channel):
-    """Return a sum of (2, channels) with what it has lost."""
-    total = sums[0, channel]
+def total_of(total, error):
+    """Return a sum with what it has lost."""
     # Past an infinity or a NaN the errors are NaN and say nothing.
-    return total + sums[1, channel] if np.isfinite(total) else total
+    return total + error if np.isfinite(total) else total
 
 
 # Half floats' weights, for calls from compiled code: WEIGHTS_SIGNATURE.
@@ -555,7 +546,9 @@ def round_sums(total, result, channels):
     sums = carray(at(total), (2, channels), np.float64)
     halves = carray(at(result), channels, storage)
     for channel in range(channels):
-        halves[channel] = store(round_to_odd(total_of(sums, channel)))
+        halves[channel] = store(
+            round_to_odd(total_of(sums[0, channel], sums[1, channel]))
+        )
 
 
 # Building -----------------------------------------------------------------------------
