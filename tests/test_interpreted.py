@@ -131,7 +131,7 @@ CHANNELS = {
     "long rows": ((1, 2, loops.SEGMENT + 70), (2,)),
     "columns": ((130, 7), (7,)),
     "narrow rows": ((5, 6, 3), (6,)),
-    "many narrow rows": ((1200, 5, 3), (5,)),
+    "many narrow rows": ((2500, 5, 3), (5,)),
     "wide columns": ((3, loops.SEGMENT_COLUMNS + 9), (loops.SEGMENT_COLUMNS + 9,)),
     "wide narrow rows": ((2, loops.WIDE // 2, 3), (loops.WIDE // 2,)),
     "spread": ((2, 3, 4, 5), (3, 1, 5)),

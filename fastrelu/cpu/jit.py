@@ -102,12 +102,11 @@ class _Lowering(NativeLowering):  # type: ignore[misc]
         state.flags.no_compile = True
         state.library = _Library(state.targetctx.codegen(), state.func_id.func_qualname)
         super().run_pass(state)
-        # In Numba's lists, some built-in function of its own has to stand for it.
-        result = state.cr._replace(cfunc=object().__dir__)
-        state.targetctx.insert_user_function(
-            result.cfunc, result.fndesc, [state.library]
-        )
-        state.cr = result
+        # Numba knows a function by its wrapper: a built-in function, for this one alone,
+        # that refuses whatever it is called with.
+        wrapper, compiled = object().__format__, state.cr
+        state.targetctx.insert_user_function(wrapper, compiled.fndesc, [state.library])
+        state.cr = compiled._replace(cfunc=wrapper)
         return True
 
 
