@@ -700,24 +700,35 @@ def check(peer: Peer, case: Case) -> None:
 
 
 class Stopwatch:
-    """An open case: its arrays, and how many calls make a sample."""
+    """A case of a peer, and how many calls make a sample.
+
+    Every turn has new arrays: how they lie in memory, and in the caches, can make a
+    tenth of the time, and more than that where it happens to suit or not to suit.
+    """
 
     def __init__(self, peer: Peer, case: Case) -> None:
         check(peer, case)
-        # Products in place, again and again, would end in subnormals, which are slow
-        # for everybody.
-        slope = 1.0 if case.mode == "inplace" else SLOPE
-        self.timer = timeit.Timer(peer.call(case, peer.data(case, slope)))
+        self.peer, self.case = peer, case
+        timer = self.timer()
         self.number = 1
-        self.timer.timeit(2)
-        while (seconds := self.timer.timeit(self.number)) < SAMPLE:
+        timer.timeit(2)
+        while (seconds := timer.timeit(self.number)) < SAMPLE:
             self.number *= 2
         self.samples = max(3, min(10, round(TURN / seconds)))
 
+    def timer(self) -> timeit.Timer:
+        """Return what times a call on new arrays."""
+        # Products in place, again and again, would end in subnormals, which are slow
+        # for everybody.
+        slope = 1.0 if self.case.mode == "inplace" else SLOPE
+        data = self.peer.data(self.case, slope)
+        return timeit.Timer(self.peer.call(self.case, data))
+
     def turn(self) -> list[float]:
         """Warm up; return seconds per call."""
-        self.timer.timeit(max(2, self.number))
-        times = self.timer.repeat(self.samples, self.number)
+        timer = self.timer()
+        timer.timeit(max(2, self.number))
+        times = timer.repeat(self.samples, self.number)
         return [seconds / self.number for seconds in times]
 
 
