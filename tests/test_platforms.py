@@ -279,3 +279,15 @@ def test_caches_that_nobody_tells_of(monkeypatch, tmp_path):
     assert caches(size="?") == 123
     assert caches(size="512K\n") == 512 << 10
     assert caches(level="3\n") == 123
+
+
+@pytest.mark.parametrize(
+    ("size", "private", "processors", "ours"),
+    [
+        (32 << 20, 1 << 20, 8, 32 << 20),
+        (260 << 20, 2 << 20, 2, 64 << 20),  # a virtual machine's part of a large one
+        (8 << 20, 16 << 20, 4, 16 << 20),  # none but the private ones
+    ],
+)
+def test_a_last_level_that_others_use_too(size, private, processors, ours):
+    assert threads._last_level(size, private, processors) == ours
