@@ -71,8 +71,10 @@ SHARE = PRIVATE_CACHE // 4
 MUCH = 8 << 20
 
 _PIECES = 4  # of each member's part: what another may take over
-_LOOK = 1000  # times that a thread looks for work before it sleeps: about 20 us
-_LONGER = 4  # times that, while others work on the loop: theirs may be its last pieces
+# Times that a thread looks for work before it sleeps: about 50 us, as long as waking it
+# takes.  The others' last pieces must be done in less: a team that falls asleep between
+# the loops of a burst made each take twice as long.
+_LOOK = 3000
 _SOON = 8  # loops that a member must have found awake for its waking to have paid
 _LONGEST_PAUSE = 63  # loops that are left alone after wakings that did not
 
@@ -322,8 +324,8 @@ def _member(me):
     seen = 0
     while True:
         looks = 0
-        while _load(team, _LOOPS) == seen and looks < _LONGER * _LOOK:
-            looks += 1 if _load(team, _PENDING) > 0 else _LONGER
+        while _load(team, _LOOPS) == seen and looks < _LOOK:
+            looks += 1
             _look_away()
         loops = _load(team, _LOOPS)
         if loops != seen:
