@@ -532,10 +532,16 @@ FAULTS = {
             "test_interpreted.py::test_forward_and_backward",
         ),
         Fault(
-            "    for j in range(x.size - first):\n        y[first + j] = rest[j]",
-            "    for j in range(x.size - first - 1):\n        y[first + j] = rest[j]",
-            "in place, the last element is not written",
-            "test_interpreted.py::test_masks",
+            "(lead + words * np.uintp(WORD), size)):",
+            "(size, size)):",
+            "in place, the last elements are not written",
+            "test_interpreted.py::test_forward_and_backward",
+        ),
+        Fault(
+            "((np.uintp(0), lead), ",
+            "((lead, lead), ",
+            "in place, what lies before the first line is not written",
+            "test_interpreted.py::test_parts",
         ),
         Fault(
             "        write_word(y, first, buffer)\n    for i in",

@@ -464,6 +464,17 @@ def test_vector_code(block, kind):
     )
 
 
+@pytest.mark.skipif(not X86, reason="reads the assembly language of x86")
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("block", ["forward", "backward"])
+def test_in_place_all_is_stored(block, dtype):
+    """No mask leaves out what does not change, which is slower from memory."""
+    formula = activations._relu_gradient if block == "backward" else activations._relu
+    code = assembly(getattr(loops, block), formula, dtype, loops.IN_PLACE)
+    masked = r"vmaskmovp[sd]\t%[^(]*\(|vmov[au]p[sd]\t%[^(]*\([^)]*\) \{%k"
+    assert not re.search(masked, code)
+
+
 # That they give the same bits ---------------------------------------------------------
 
 

@@ -280,7 +280,13 @@ def _word_store(past_cache: bool) -> Any:
 
     Past the cache, target[first] must start a line.  An ordinary store first reads the
     line that it overwrites: on arrays that do not fit the cache a third of all traffic.
+
+    Something that might look at the memory stands before an ordinary store.  Else, where
+    a value was read from there and is kept, LLVM would store under a mask without it:
+    in place from memory that is a fifth slower, and nowhere more than 4 % faster.
     """
+    function = ir.FunctionType(ir.VoidType(), [])
+    nothing = ir.InlineAsm(function, "", "~{memory}", side_effect=True)
 
     @intrinsic
     def store_word(typingctx, target, first, buffer):
@@ -295,6 +301,8 @@ def _word_store(past_cache: bool) -> Any:
                 builder.load(builder.gep(start, [_I32(i)]), align=64)
                 for i in range(WORD * size // 64)
             ]
+            if not past_cache:
+                builder.call(nothing, [])
             for i, line in enumerate(lines):
                 place = builder.gep(to, [_I32(i)])
                 store = builder.store(line, place, align=64 if past_cache else size)

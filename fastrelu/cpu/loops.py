@@ -48,7 +48,6 @@ from fastrelu.cpu.lanes import (
 from fastrelu.cpu.threads import spread
 
 TILE = 4096  # elements that are not shared: what is, is cut at their multiples
-FAR = 4 * threads.PRIVATE_CACHE  # bytes of a part that hardly is in the cache
 MASKED = 1024  # elements whose bits are unpacked before the rest is done
 LANES = 32  # running sums kept side by side, so that a row's sum is vector work
 FEW = 4  # products that are summed without compensation
@@ -82,6 +81,7 @@ compute: Any
 storage: Any
 active: Any
 element: Any
+lead_of: Any
 finished: Any
 step: Any
 each: Any
@@ -110,14 +110,22 @@ def of_weight(x, weights, s, i):
     return store(formula(load(x[i]), weights[i]))
 
 
+def _to_line(y):
+    """Return how many elements lie before a cache line, or 0 for a short array.
+
+    Vectors that cross lines cost a tenth, less than one more loop over a short array.
+    """
+    return np.uintp(-y.ctypes.data % 64 // y.itemsize if y.size >= TILE else 0)
+
+
+def _at_once(y):
+    return np.uintp(0)
+
+
 def fill(y, x, b, s):
-    lead = np.uintp(0)
-    # Vectors that cross cache lines cost a tenth.  From memory, in place, they gain one:
-    # what they bring are lines that the compiler found are only stored to.
-    if TILE <= x.size <= FAR // y.itemsize:
-        lead = np.uintp(-y.ctypes.data % 64 // y.itemsize)
-        for i in range(lead):
-            y[i] = element(x, b, s, i)
+    lead = lead_of(y)
+    for i in range(lead):
+        y[i] = element(x, b, s, i)
     for i in range(lead, np.uintp(x.size)):
         y[i] = element(x, b, s, i)
 
@@ -142,20 +150,24 @@ def fill_past_cache(y, x, b, s):
 
 
 def fill_in_place(y, x, b, s):
-    """Write where x is, which the compiler could not tell: a word is read first."""
+    """Write where x is: a word is read before it is written.
+
+    The compiler could not tell that x is y, or would leave out what a formula keeps.
+    """
+    lead, size = lead_of(y), np.uintp(x.size)
+    words = (size - lead) // np.uintp(WORD)
+    rest = carray(rest_buffer(y), WORD)
+    for first, stop in ((np.uintp(0), lead), (lead + words * np.uintp(WORD), size)):
+        for j in range(stop - first):
+            rest[j] = element(x, b, s, first + j)
+        for j in range(stop - first):
+            y[first + j] = rest[j]
     buffer = carray(word_buffer(y), WORD)
-    words = x.size // WORD
-    for word in range(np.uintp(words)):
-        first = word * np.uintp(WORD)
+    for word in range(words):
+        first = lead + word * np.uintp(WORD)
         for j in range(np.uintp(WORD)):
             buffer[j] = element(x, b, s, first + j)
         write_word(y, first, buffer)
-    rest = carray(rest_buffer(y), WORD)
-    first = words * WORD
-    for j in range(x.size - first):
-        rest[j] = element(x, b, s, first + j)
-    for j in range(x.size - first):
-        y[first + j] = rest[j]
 
 
 FILLING = {PLAIN: fill, PAST_CACHE: fill_past_cache, IN_PLACE: fill_in_place}
@@ -328,14 +340,12 @@ def _bits(b, x):
     return carray(at(b), (x.size + 7) >> 3, np.uint8)
 
 
-# What lies at `b`; and the blocks that do not cut their arrays up: in place, they can
-# be filled as others are.
+# What lies at `b`.
 BESIDE: dict[Any, Function] = {
     backward: _saved,
     forward_mask: _bits,
     backward_mask: _bits,
 }
-WHOLE = forward, backward
 
 SIGNATURE = types.void(*[types.int64] * 3, *[types.intp] * 3, types.float64, types.intp)
 WEIGHTS_SIGNATURE = types.void(types.int64, types.int64, types.intp)
@@ -616,10 +626,10 @@ def bound(block: Function, formula: Function, lane: Lane, kind: str) -> Function
         bind("write", WRITERS[kind])
         bind("part", template)
     else:
-        filling = FILLING[PLAIN if block in WHOLE and kind == IN_PLACE else kind]
         bind("beside", BESIDE.get(block, _itself))
         bind("element", ELEMENTS[block])
-        bind("fill", filling, inline="always")
+        bind("lead_of", _at_once if block is columns else _to_line)
+        bind("fill", FILLING[kind], inline="always")
         bind("block", block, inline="always")
         part = _in_place if kind == IN_PLACE else _out_of_place
         bind("part", part)
