@@ -6,6 +6,7 @@ import os
 import pickle
 import platform
 import re
+import subprocess
 import sys
 import threading
 import types
@@ -462,6 +463,21 @@ def test_vector_code(block, kind):
     assert re.search(
         r"v?mulps", assembly(getattr(loops, block), formula, np.float32, kind)
     )
+
+
+@pytest.mark.skipif(not X86, reason="reads the assembly language of x86")
+def test_simplest_vectors():
+    """Where nothing can be loaded under a mask, as on ARM, loops are vector code too."""
+    simplest = {"NUMBA_CPU_NAME": "generic", "NUMBA_CPU_FEATURES": ""}
+    command = [sys.executable, "-m", "pytest", "-q", __file__, "-k", "vector_code"]
+    done = subprocess.run(
+        [*command, "-p", "no:cacheprovider"],
+        env=os.environ | simplest,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout
 
 
 @pytest.mark.skipif(not X86, reason="reads the assembly language of x86")

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 import numba
 from llvmlite import ir
+from llvmlite.binding.newpassmanagers import create_new_module_pass_manager
 from numba import njit, types
 from numba.core import cgutils, entrypoints, serialize, sigutils
 from numba.core.caching import FunctionCache
@@ -80,10 +81,19 @@ def shielded(function: Function) -> Function:
 
 
 class _Library(JITCodeLibrary):  # type: ignore[misc]
-    """Code that is no use before others have taken it in, and is optimised there."""
+    """Code that is no use before others have taken it in, and is optimised there.
+
+    What chooses between two values becomes a select before that.  A branch would draw
+    in the load of a weight that only one side needs, and where no load can be under a
+    mask (SSE, NEON) such a loop is scalar code.
+    """
 
     def _optimize_functions(self, ll_module: Any) -> None:
         ll_module.data_layout = self._codegen._data_layout
+        passes = create_new_module_pass_manager()
+        passes.add_sroa_pass()
+        passes.add_simplify_cfg_pass()
+        passes.run(ll_module, self._codegen._pass_builder())
 
     def _optimize_final_module(self) -> None:
         pass
