@@ -1,11 +1,13 @@
 """Processes: fork and spawn, signals, the interpreter's end, and the cache on disk."""
 
 import os
+import pickle
 import signal
 import subprocess
 import sys
 import textwrap
 
+import llvmlite.binding as llvm
 import pytest
 from test_threads import EVERYTHING, PRELUDE, needs_fork, run
 
@@ -56,6 +58,17 @@ def test_a_damaged_file_is_compiled_anew(damage, tmp_path):
     before = [path.stat().st_mtime_ns for path in kept]
     assert run(COLD, **cache) == "True\n"  # and that is kept
     assert [path.stat().st_mtime_ns for path in kept] == before
+
+
+def test_machine_code_alone_is_kept(tmp_path):
+    """LLVM's took half the time of a first call to read, and nobody wants it."""
+    assert run(COLD, NUMBA_CACHE_DIR=str(tmp_path)) == "True\n"
+    for path in files(tmp_path):
+        (_, kind, (code, module)), *_ = pickle.loads(path.read_bytes()[32:])
+        assert kind == "object"
+        functions = [each.name for each in llvm.parse_bitcode(module).functions]
+        assert [name.startswith("cfunc.") for name in functions] == [True]
+        assert functions[0].encode() in code
 
 
 def test_a_damaged_file_is_not_believed(tmp_path):
