@@ -600,11 +600,15 @@ def bound(block: Function, formula: Function, lane: Lane, kind: str) -> Function
     """
     threads.link()
     driver = block if block in PARTS else DRIVERS.get(block, flat)
+    # A branch would draw in the load of a weight that one side needs, and where nothing
+    # can be loaded under a mask (SSE, NEON), the loop would be scalar code.  Elsewhere
+    # selects do harm: of half floats, LLVM stores none past the cache.
+    selects = block is columns or block in PARTS
     names = {
         **_names(lane),
         "finished": fence if kind == PAST_CACHE else _nothing,
         "write_word": stream_word if kind == PAST_CACHE else store_word,
-        "formula": inlined(formula),
+        "formula": inlined(formula, selects=selects),
     }
     code, digest = formula.__code__, SOURCES.copy()
     digest.update(repr((code.co_code, code.co_consts, code.co_names)).encode())
