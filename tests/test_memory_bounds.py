@@ -158,7 +158,7 @@ def walk_gradients(dtype, step, note):
 
     for driver in loops.PARTS:
         right = {}  # by shape
-        for kind, moved in itertools.product(loops.WRITERS, BELIEVED):
+        for kind, moved in itertools.product(loops.KINDS, BELIEVED):
             in_place = kind == loops.IN_PLACE
             for tail, alignment, at_end in places(step, dtype, True):
                 if driver is loops.prelu_backward_rows:

@@ -28,6 +28,7 @@ float32 = np.dtype(np.float32)
 LARGE = pool.SMALLEST // 4 + 3
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 BLOCKS = ["forward", "backward", "forward_mask", "backward_mask", "rows", "columns"]
+SUMS = [block.__name__ for block in loops.PARTS]
 several_threads = pytest.mark.skipif(
     numba.config.NUMBA_NUM_THREADS < 2, reason="needs two threads"
 )
@@ -43,6 +44,9 @@ QUICK = [
 LOOP = ctypes.CFUNCTYPE(
     None, *[ctypes.c_int64] * 3, *[ctypes.c_ssize_t] * 3, ctypes.c_double, ctypes.c_long
 )
+BACKWARD_LOOP = ctypes.CFUNCTYPE(
+    ctypes.c_int64, *[ctypes.c_int64] * 5, *[ctypes.c_ssize_t] * 4
+)
 
 
 @pytest.fixture
@@ -52,16 +56,14 @@ def taken(monkeypatch):
 
     def record(block, formula, lane, kind=loops.PLAIN):
         loop = compiled(block, formula, lane, kind)
-        if block in loops.PARTS:
-            return loop
 
         def run(*arguments):
             runs.append((block.__name__, kind))
-            loop.ctypes(*arguments)
+            return loop.ctypes(*arguments)
 
-        kept.append(LOOP(run))
+        kept.append((BACKWARD_LOOP if block in loops.PARTS else LOOP)(run))
         address = ctypes.cast(kept[-1], ctypes.c_void_p).value
-        return types.SimpleNamespace(address=address)
+        return types.SimpleNamespace(address=address, ctypes=run)
 
     monkeypatch.setattr(loops, "compiled", record)
     monkeypatch.setattr(threads, "CACHE", 1 << 24)
@@ -73,8 +75,7 @@ def taken(monkeypatch):
 
 def ask_for_loops_again():
     for call in QUICK:
-        if not call.sums:
-            call.table[calls._CACHE] = threads.CACHE
+        call.table[calls._CACHE] = threads.CACHE
         for row in call.rows.values():
             call.table[row + calls._LOOP : row + calls._ROW] = 0
 
@@ -106,6 +107,12 @@ def test_which_loop_runs(taken):
     F.prelu(middle.reshape(16, 16, -1), weight)
     F.prelu(large.reshape(16, 16, -1), weight)
     F.prelu(middle.reshape(-1, 16), weight, out=middle.reshape(-1, 16))
+    for x in (middle, large):
+        rows, columns = x.reshape(16, 16, -1), x.reshape(-1, 16)
+        F.prelu_backward(rows, rows, weight)
+        F.prelu_backward(columns, columns, weight)
+        F.prelu_backward(columns, columns, weight[None])  # the long way
+    F.prelu_backward(large.copy(), large, weight[:1], inplace=True)
     assert taken == [
         ("forward", "plain"),
         ("forward", "in_place"),
@@ -119,6 +126,13 @@ def test_which_loop_runs(taken):
         ("rows", "plain"),
         ("rows", "past_cache"),
         ("columns", "in_place"),
+        ("prelu_backward_rows", "plain"),
+        ("prelu_backward_columns", "plain"),
+        ("prelu_backward_columns", "plain"),
+        ("prelu_backward_rows", "past_cache"),
+        ("prelu_backward_columns", "past_cache"),
+        ("prelu_backward_columns", "past_cache"),
+        ("prelu_backward_rows", "in_place"),
     ]
 
 
@@ -311,7 +325,7 @@ def ready_for_gradients():
     """The call of PReLU's gradients"""
     call = activations._leaky_relu_backward_calls.by_channel
     for block, in_place in product((0, 1), (False, True)):
-        call.prepare(float32, 4, in_place=in_place, block=block)
+        call.prepare(float32, cube().nbytes, in_place=in_place, block=block)
     return call.call
 
 
@@ -434,8 +448,8 @@ def assembly(block, formula, dtype, kind=loops.PLAIN):
     lane = lane_of(np.dtype(dtype))
     python = loops.bound(block, formula, lane, kind)
     loop = numba.njit(error_model="numpy")(python)
-    a, b, slope = arguments(block.__name__, np.dtype(dtype), 1 << 12)
-    run_loop(loop, a, b, a if kind == loops.IN_PLACE else a.copy(), slope)
+    sums = block in loops.PARTS
+    loop.compile((loops.BACKWARD_SIGNATURE if sums else loops.SIGNATURE).args)
     (text,) = loop.inspect_asm().values()
     (part,) = re.split(r"^fastrelu_part[.\d]*:$", text, flags=re.MULTILINE)[1:]
     return part
@@ -443,9 +457,11 @@ def assembly(block, formula, dtype, kind=loops.PLAIN):
 
 @pytest.mark.skipif(not X86, reason="reads the assembly language of x86")
 @pytest.mark.parametrize("dtype", ["float32", "float64", "float16", "int8"])
-@pytest.mark.parametrize("block", ["forward", "backward", "forward_mask"])
+@pytest.mark.parametrize("block", ["forward", "backward", "forward_mask", *SUMS])
 def test_stores_past_the_cache(block, dtype):
-    formula = activations._relu_gradient if block == "backward" else activations._relu
+    if block in SUMS and dtype == "int8":
+        pytest.skip("a weight is a float")
+    formula = activations._relu_gradient if "backward" in block else activations._relu
     block = getattr(loops, block)
     stores = r"v?movnt(ps|pd|dq)"
     assert re.search(stores, assembly(block, formula, dtype, loops.PAST_CACHE))
@@ -455,14 +471,24 @@ def test_stores_past_the_cache(block, dtype):
 
 @pytest.mark.skipif(not X86, reason="reads the assembly language of x86")
 @pytest.mark.parametrize("kind", loops.KINDS)
-@pytest.mark.parametrize("block", BLOCKS)
+@pytest.mark.parametrize("block", [*BLOCKS, *SUMS])
 def test_vector_code(block, kind):
     formula = activations._leaky_relu
     if "backward" in block:
         formula = activations._leaky_relu_gradient
-    assert re.search(
-        r"v?mulps", assembly(getattr(loops, block), formula, np.float32, kind)
-    )
+    code = assembly(getattr(loops, block), formula, np.float32, kind)
+    assert re.search(r"v?mulps", code)
+    assert block not in SUMS or re.search(r"v?mulpd", code)
+
+
+@pytest.mark.skipif(not X86, reason="reads the assembly language of x86")
+@pytest.mark.parametrize("block", SUMS)
+def test_no_load_waits_for_another(block):
+    """No mask made of x leaves out what of g is in no sum: memory would answer later."""
+    formula = activations._leaky_relu_gradient
+    code = assembly(getattr(loops, block), formula, np.float32)
+    masked = r"vmaskmovp[sd]\t[^%]*\(|vmov[au]p[sd]\t[^%]*\([^)]*\), %[xyz]mm\d+ \{%k"
+    assert not re.search(masked, code)
 
 
 @pytest.mark.skipif(not X86, reason="reads the assembly language of x86")

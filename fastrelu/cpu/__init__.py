@@ -9,7 +9,7 @@ import numpy as np
 
 from fastrelu._arguments import is_on_gpu, kind_of, shown
 from fastrelu.cpu import loops, threads
-from fastrelu.cpu.calls import Call
+from fastrelu.cpu.calls import Call, kind_of_loop
 from fastrelu.cpu.lanes import Lane, lane_of
 from fastrelu.cpu.loops import NARROW
 from fastrelu.cpu.pool import SMALLEST, empty_bytes, empty_like
@@ -300,9 +300,9 @@ def prelu_backward(
     driver = (
         loops.prelu_backward_columns if view.by_column else loops.prelu_backward_rows
     )
-    kind = loops.IN_PLACE if flat_y is flat_grad else loops.PLAIN
-    loop = loops.compiled(driver, gradient, lane, kind)
     moved = 3 * x.nbytes
+    kind = loops.KINDS[kind_of_loop(threads.CACHE, moved, flat_y is flat_grad)]
+    loop = loops.compiled(driver, gradient, lane, kind)
     threads.ready(moved)
     operands = flat_grad, flat_x, slopes, flat_y, sums
     if loop.ctypes(

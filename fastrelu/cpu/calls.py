@@ -51,7 +51,6 @@ _PLAIN, _PAST_CACHE, _IN_PLACE = range(len(loops.KINDS))  # added to _LOOP, as i
 _COLUMNS = len(loops.KINDS)
 _ROW = _LOOP + 2 * _COLUMNS
 _MOST = 32  # rows: there are fewer dtypes
-_NEVER = (1 << 63) - 1
 
 _NOTHING, _SAVED, _BITS = range(3)  # what lies beside the first array
 
@@ -154,7 +153,7 @@ def _is_pool_ready(table):
     return _words(table[_POOL])[pool.HANDLER] != 0
 
 
-def kind_of_loop(cache, moved, in_place):
+def kind_of_loop(cache: int, moved: int, in_place: bool) -> int:
     """Return the kind, a place in `loops.KINDS`, that suits so many bytes."""
     if in_place and moved > 0:  # of nothing, any two lie at one place
         return _IN_PLACE
@@ -532,7 +531,7 @@ class Call:
             for word, value in _known.items():
                 table[word] = value
             table[_BESIDE] = _BESIDES.get(self.blocks[0], _NOTHING)
-            table[_CACHE] = _NEVER if self.sums else threads.CACHE
+            table[_CACHE] = threads.CACHE
             template = call_channels if len(self.blocks) > 1 else call_flat
             if self.sums:
                 template = call_channels_backward

@@ -82,17 +82,19 @@ def shielded(function: Function) -> Function:
 
 
 class _Library(JITCodeLibrary):  # type: ignore[misc]
-    """Code that is no use before others have taken it in, and is optimised there."""
+    """Code that is no use before others have taken it in, and is optimised there.
 
-    selects = False
+    Only what chooses between two values must be a select before: a branch would draw in
+    the load of a value that one side needs.  That load would wait for what decides, and
+    where none can be under a mask (SSE, NEON), the loop would be scalar code.
+    """
 
     def _optimize_functions(self, ll_module: Any) -> None:
         ll_module.data_layout = self._codegen._data_layout
-        if self.selects:
-            passes = create_new_module_pass_manager()
-            passes.add_sroa_pass()
-            passes.add_simplify_cfg_pass()
-            passes.run(ll_module, self._codegen._pass_builder())
+        passes = create_new_module_pass_manager()
+        passes.add_sroa_pass()
+        passes.add_simplify_cfg_pass()
+        passes.run(ll_module, self._codegen._pass_builder())
 
     def _optimize_final_module(self) -> None:
         pass
@@ -110,7 +112,6 @@ class _Lowering(NativeLowering):  # type: ignore[misc]
     def run_pass(self, state: Any) -> bool:
         state.flags.no_compile = True
         state.library = _Library(state.targetctx.codegen(), state.func_id.func_qualname)
-        state.library.selects = state.pipeline.selects
         super().run_pass(state)
         # Numba knows a function by its wrapper: a built-in function, for this one alone,
         # that refuses whatever it is called with.
@@ -121,8 +122,6 @@ class _Lowering(NativeLowering):  # type: ignore[misc]
 
 
 class _Compiler(CompilerBase):  # type: ignore[misc]
-    selects = False
-
     def define_pipelines(self) -> list[Any]:
         passes = DefaultPassBuilder.define_nopython_pipeline(self.state)
         passes.passes = [
@@ -133,20 +132,19 @@ class _Compiler(CompilerBase):  # type: ignore[misc]
         return [passes]
 
 
-class _Selecting(_Compiler):
-    selects = True
-
-
-def inlined(function: Function, *, selects: bool = False, **options: Any) -> Any:
-    """Compile what other compiled functions take in: by LLVM, unless told otherwise.
+def inlined(function: Function) -> Any:
+    """Compile what other compiled functions take in.
 
     Nobody else calls it, so that it needs no wrappers and no machine code of its own.
-    With `selects`, what chooses between two values does so without a branch.
     """
-    options = options or {"forceinline": True}
-    options |= {"no_cpython_wrapper": True, "no_cfunc_wrapper": True}
-    options["pipeline_class"] = _Selecting if selects else _Compiler
-    return njit(nogil=True, error_model="numpy", **options)(function)
+    return njit(
+        forceinline=True,
+        nogil=True,
+        error_model="numpy",
+        no_cpython_wrapper=True,
+        no_cfunc_wrapper=True,
+        pipeline_class=_Compiler,
+    )(function)
 
 
 def compile_and_keep(function: Function, signature: Any) -> Any:

@@ -10,9 +10,7 @@ All blocks have one signature, so that one set of drivers serves them all:
 
 `a` is the part from `start` on of the array whose shape the result has (x, or the
 gradient), `b` all of what goes with it (the saved array, mask bits, channel weights, or
-`a` again), and `y` receives the results.  Blocks are inlined before they are optimised:
-where one array is named twice, for in place, the compiler sees that it is one and still
-makes vector code.
+`a` again), and `y` receives the results.
 """
 
 import contextlib
@@ -42,12 +40,14 @@ from fastrelu.cpu.lanes import (
     put_word,
     round_to_odd,
     store_word,
+    stream_halves,
     stream_word,
     unpack,
 )
 from fastrelu.cpu.threads import spread
 
 TILE = 4096  # elements that are not shared: what is, is cut at their multiples
+SUMMED = 512  # elements that are summed before the rest is done
 MASKED = 1024  # elements whose bits are unpacked before the rest is done
 LANES = 32  # running sums kept side by side, so that a row's sum is vector work
 FEW = 4  # products that are summed without compensation
@@ -83,9 +83,8 @@ active: Any
 element: Any
 lead_of: Any
 finished: Any
-step: Any
-each: Any
-write: Any
+product: Any
+add_up: Any
 write_word: Any
 
 
@@ -108,6 +107,10 @@ def of_flag(grad, flags, s, i):
 
 def of_weight(x, weights, s, i):
     return store(formula(load(x[i]), weights[i]))
+
+
+def of_both(grad, saved, weights, i):
+    return store(formula(load(grad[i]), load(saved[i]), weights[i]))
 
 
 def _to_line(y):
@@ -284,16 +287,6 @@ def columns(x, b, y, slope, start):
         first, column = last, 0
 
 
-ELEMENTS = {
-    forward: of_input,
-    backward: of_gradient,
-    forward_mask: of_input,
-    backward_mask: of_flag,
-    rows: of_input,
-    columns: of_weight,
-}
-
-
 # Drivers ------------------------------------------------------------------------------
 #
 # C functions: they take the addresses of their arrays and spread their part over the
@@ -318,14 +311,9 @@ def by_channel(a, w, y, size, channels, inner, slope, moved):
     spread(part, (x, weights, result, inner), size, TILE, moved)
 
 
-def _out_of_place(a, b, y, slope, start, stop):
+def _part(a, b, y, slope, start, stop):
     block(a[start:stop], b, y[start:stop], slope, start)
     finished()
-
-
-def _in_place(a, b, y, slope, start, stop):
-    x = a[start:stop]
-    block(x, b, x, slope, start)
 
 
 def _itself(b, x):
@@ -364,8 +352,8 @@ DRIVERS = {rows: by_channel, columns: by_channel}  # flat for the others
 # These drivers, too, take addresses; `total` is that of (2, channels) float64 sums and
 # what they have lost.  They return 0, or 1 where there is no memory for partial sums.
 #
-# The loops are bound by this arithmetic more than by memory, whose traffic they cannot
-# save: stores past the cache took as long at best, and twice as long on short rows.
+# A piece is summed and then, while it is in the first cache, gone over again for the
+# other gradient, with the loops that write all other results.
 
 
 @inlined
@@ -377,50 +365,38 @@ def _error(a, b, total):
 
 @inlined
 def _add(sums, errors, i, value, error):
-    """Add a sum and its error to sum i."""
+    """Add a sum and its error to sum i; an error of -0.0 costs nothing."""
     total = sums[i] + value
     errors[i] += _error(sums[i], value, total) + error
     sums[i] = total
 
 
-def _step(g, x, weight, y, i):
-    """Do element i and return its part of the weight gradient."""
+def _product(g, x, i):
+    """Return the part of element i in its weight's gradient."""
     value = load(x[i])
-    grad = load(g[i])
-    y[i] = store(formula(grad, value, weight))
-    return 0.0 if value > 0 else numba.float64(value) * numba.float64(grad)
+    product = numba.float64(value) * numba.float64(load(g[i]))
+    return 0.0 if value > 0 else product
 
 
-def _one_weight(g, x, weight, y, sums, errors):
-    """Work on a row, or on a part of it, and add to LANES sums."""
+def _one_weight(g, x, sums, errors):
+    """Add a row, or a piece of one, to LANES sums."""
     lanes = np.uintp(LANES)
     groups = x.size // (FEW * LANES)
     for group in range(np.uintp(groups)):
         for j in range(lanes):
             i = group * np.uintp(FEW * LANES) + j
-            few = step(g, x, weight, y, i) + step(g, x, weight, y, i + lanes)
+            few = product(g, x, i) + product(g, x, i + lanes)
             i += lanes + lanes
-            few += step(g, x, weight, y, i) + step(g, x, weight, y, i + lanes)
-            _add(sums, errors, j, few, 0.0)
+            few += product(g, x, i) + product(g, x, i + lanes)
+            _add(sums, errors, j, few, -0.0)
     for start in range(np.uintp(groups * FEW * LANES), np.uintp(x.size), lanes):
         for j in range(min(lanes, np.uintp(x.size) - start)):
-            _add(sums, errors, j, step(g, x, weight, y, start + j), 0.0)
+            _add(sums, errors, j, product(g, x, start + j), -0.0)
 
 
-def _own_weights(g, x, weights, y, sums, errors):
+def _own_weights(g, x, sums, errors):
     for i in range(x.size):
-        sums[i] += step(g, x, weights[i], y, i)
-
-
-# Where the other gradient goes; `each` is one of the two above.
-
-
-def _write_y(g, x, w, y, sums, errors):
-    each(g, x, w, y, sums, errors)
-
-
-def _write_g(g, x, w, y, sums, errors):
-    each(g, x, w, g, sums, errors)
+        sums[i] += product(g, x, i)
 
 
 def prelu_backward_rows(g, x, w, y, total, size, channels, inner, moved):
@@ -455,8 +431,14 @@ def _prelu_backward_rows(g, x, w, y, inner, segments, partial, first_cell, stop_
         errors[:] = 0.0
         begin = row * inner + cell % segments * SEGMENT
         end = min(begin + SEGMENT, (row + 1) * inner)
-        piece = slice(begin, end)
-        write(g[piece], x[piece], weight, y[piece], totals, errors)
+        grad, saved, result = g[begin:end], x[begin:end], y[begin:end]
+        done = 0
+        for first in range(0, end - begin, SUMMED):
+            stop = min(first + SUMMED, end - begin)
+            add_up(grad[first:stop], saved[first:stop], totals, errors)
+            stop = _end_of_line(result, stop)
+            fill(result[done:stop], grad[done:stop], saved[done:stop], weight)
+            done = stop
         half = LANES // 2
         while half > 0:
             for i in range(half):
@@ -464,6 +446,7 @@ def _prelu_backward_rows(g, x, w, y, inner, segments, partial, first_cell, stop_
             half //= 2
         partial[0, cell] = totals[0]
         partial[1, cell] = errors[0]
+    finished()
 
 
 def prelu_backward_columns(g, x, w, y, total, size, channels, inner, moved):
@@ -479,13 +462,14 @@ def prelu_backward_columns(g, x, w, y, total, size, channels, inner, moved):
     repeats = min(TOGETHER, size) // columns or 1
     width = repeats * columns
     blocks = -(-size // (width * BLOCK_ROWS))
-    memory = _malloc((2 * blocks + 1) * width * 8)
+    across = -(-width // SEGMENT_COLUMNS)
+    copies = 3 if across == 1 else 1  # for pieces that start and end in other rows
+    memory = _malloc((2 * blocks + copies) * width * 8)
     if memory == 0:
         return 1
     partial = carray(at(memory), (2, blocks, width), np.float64)
-    wide = carray(at(memory + 2 * blocks * width * 8), width, compute)
+    wide = carray(at(memory + 2 * blocks * width * 8), copies * width, compute)
     widen(weights, inner, wide)
-    across = -(-width // SEGMENT_COLUMNS)
     spread(part, (grad, saved, wide, result, partial), blocks * across, 1, moved)
     totals, errors = partial[0, 0], partial[1, 0]
     for place in range(1, blocks):
@@ -505,35 +489,52 @@ def prelu_backward_columns(g, x, w, y, total, size, channels, inner, moved):
 
 def _prelu_backward_columns(g, x, wide, y, partial, first_cell, stop_cell):
     few = carray(column_buffer(y), SEGMENT_COLUMNS)
-    size = wide.size
+    size = partial.shape[2]
     across = -(-size // SEGMENT_COLUMNS)
     for cell in range(first_cell, stop_cell):
         place = cell // across
         left = cell % across * SEGMENT_COLUMNS
         right = min(left + SEGMENT_COLUMNS, size)
-        weights = wide[left:right]
         totals = partial[0, place, left:right]
         errors = partial[1, place, left:right]
         totals[:] = 0.0
         errors[:] = 0.0
-        few[: weights.size] = 0.0
+        few[: right - left] = 0.0
+        done = place * BLOCK_ROWS * size + left
         last = min((place + 1) * BLOCK_ROWS, -(-g.size // size))
         for row in range(place * BLOCK_ROWS, last):
             start = min(row * size + left, g.size)
             stop = min(row * size + right, g.size)
-            piece = slice(start, stop)
-            write(g[piece], x[piece], weights, y[piece], few, few)
+            add_up(g[start:stop], x[start:stop], few, few)
+            if across > 1:
+                done = start
+            elif row < last - 1:
+                stop = _end_of_line(y, stop)
+            weights = wide[done % size : done % size + stop - done]
+            fill(y[done:stop], g[done:stop], x[done:stop], weights)
+            done = stop
             if row % FEW == FEW - 1 or row == last - 1:
-                for i in range(weights.size):
-                    _add(totals, errors, i, few[i], 0.0)
+                for i in range(right - left):
+                    _add(totals, errors, i, few[i], -0.0)
                     few[i] = 0.0
+    finished()
 
 
 PARTS: dict[Function, tuple[Function, Function]] = {
     prelu_backward_rows: (_prelu_backward_rows, _one_weight),
     prelu_backward_columns: (_prelu_backward_columns, _own_weights),
 }
-WRITERS = {PLAIN: _write_y, IN_PLACE: _write_g}
+BY_COLUMN = columns, prelu_backward_columns
+ELEMENTS = {
+    forward: of_input,
+    backward: of_gradient,
+    forward_mask: of_input,
+    backward_mask: of_flag,
+    rows: of_input,
+    columns: of_weight,
+    prelu_backward_rows: of_gradient,
+    prelu_backward_columns: of_both,
+}
 
 
 @inlined
@@ -600,15 +601,12 @@ def bound(block: Function, formula: Function, lane: Lane, kind: str) -> Function
     """
     threads.link()
     driver = block if block in PARTS else DRIVERS.get(block, flat)
-    # A branch would draw in the load of a weight that one side needs, and where nothing
-    # can be loaded under a mask (SSE, NEON), the loop would be scalar code.  Elsewhere
-    # selects do harm: of half floats, LLVM stores none past the cache.
-    selects = block is columns or block in PARTS
+    stream = stream_halves if lane.name == "float16" else stream_word
     names = {
         **_names(lane),
         "finished": fence if kind == PAST_CACHE else _nothing,
-        "write_word": stream_word if kind == PAST_CACHE else store_word,
-        "formula": inlined(formula, selects=selects),
+        "write_word": stream if kind == PAST_CACHE else store_word,
+        "formula": inlined(formula),
     }
     code, digest = formula.__code__, SOURCES.copy()
     digest.update(repr((code.co_code, code.co_consts, code.co_names)).encode())
@@ -619,24 +617,22 @@ def bound(block: Function, formula: Function, lane: Lane, kind: str) -> Function
         digest.hexdigest()[:12],
     ]
 
-    def bind(name: str, template: Any, **options: Any) -> None:
+    def bind(name: str, template: Any) -> None:
         """Bind one more name; the template may use those before it."""
-        names[name] = inlined(rebuild(template, name, names), **options)
+        names[name] = inlined(rebuild(template, name, names))
 
+    bind("element", ELEMENTS[block])
+    bind("lead_of", _at_once if block in BY_COLUMN else _to_line)
+    bind("fill", FILLING[kind])
     if driver is block:
         template, loop = PARTS[driver]
-        bind("step", _step)
-        bind("each", loop, inline="always")
-        bind("write", WRITERS[kind])
+        bind("product", _product)
+        bind("add_up", loop)
         bind("part", template)
     else:
         bind("beside", BESIDE.get(block, _itself))
-        bind("element", ELEMENTS[block])
-        bind("lead_of", _at_once if block is columns else _to_line)
-        bind("fill", FILLING[kind], inline="always")
-        bind("block", block, inline="always")
-        part = _in_place if kind == IN_PLACE else _out_of_place
-        bind("part", part)
+        bind("block", block)
+        bind("part", _part)
     return rebuild(driver, "_".join(name), names)
 
 
