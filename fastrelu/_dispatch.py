@@ -148,8 +148,8 @@ class PlainCalls:
             return None
         if type(weight) is not ndarray or type(axis) is not int:
             return None
-        narrow = False
+        block = 0
         if weight.size != 1 and -a.ndim <= axis < a.ndim:
-            narrow = math.prod(a.shape[axis + 1 :] if axis != -1 else ()) < cpu.NARROW
-        block = int(narrow)
+            inner = math.prod(a.shape[axis + 1 :] if axis != -1 else ())
+            block = call.block_of(a, weight.size, inner)
         return self._again(call, a, weight, inplace, out, axis, *x, block=block)

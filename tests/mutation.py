@@ -182,6 +182,18 @@ FAULTS = {
     ],
     "cpu/calls.py": [
         Fault(
+            "if moved <= cache or size < many * columns:",
+            "if moved <= cache:",
+            "a few short rows are taken as columns, which are as many sums",
+            "test_paths.py::test_short_rows_are_columns_where_rows_cost_more",
+        ),
+        Fault(
+            "cache = 0 if self.sums else threads.CACHE",
+            "cache = threads.CACHE",
+            "the long way sums in other groups than the quick call",
+            "test_paths.py::test_short_rows_are_columns_where_rows_cost_more",
+        ),
+        Fault(
             "or not _words(x)[_FLAGS] & _ALIGNED:",
             "or False:",
             "misaligned arrays are read as if they were not",

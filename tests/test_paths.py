@@ -136,6 +136,30 @@ def test_which_loop_runs(taken):
     ]
 
 
+def test_short_rows_are_columns_where_rows_cost_more(taken):
+    middle, large = normal(1 << 20, float32), normal(1 << 22, float32)
+    weight = normal(64, float32)
+    few, many = middle[: 1 << 16].reshape(16, 64, 8, 8), middle.reshape(-1, 64, 8, 8)
+    F.prelu(many, weight)
+    F.prelu(large.reshape(-1, 64, 8, 8), weight)
+    F.prelu(large.reshape(-1, 64, 16, 16), weight)
+    F.prelu(middle.reshape(-1, 64, 8, 4), weight)  # Python would lay out the weights
+    F.prelu(middle.reshape(-1, 16, 8, 4), weight[:16])
+    F.prelu_backward(few, few, weight)
+    F.prelu_backward(many, many, weight)
+    F.prelu_backward(many, many, weight[:, None, None])  # the long way
+    assert taken == [
+        ("rows", "plain"),
+        ("columns", "past_cache"),
+        ("rows", "past_cache"),
+        ("rows", "plain"),
+        ("columns", "plain"),
+        ("prelu_backward_rows", "plain"),
+        ("prelu_backward_columns", "plain"),
+        ("prelu_backward_columns", "plain"),
+    ]
+
+
 def cube(order="C"):
     return np.asarray(normal((4, 6, 8), float32), order=order)
 

@@ -11,7 +11,6 @@ from fastrelu._arguments import is_on_gpu, kind_of, shown
 from fastrelu.cpu import loops, threads
 from fastrelu.cpu.calls import Call, kind_of_loop
 from fastrelu.cpu.lanes import Lane, lane_of
-from fastrelu.cpu.loops import NARROW
 from fastrelu.cpu.pool import SMALLEST, empty_bytes, empty_like
 
 Array = Any  # numpy.ndarray of any dtype; its own generic type says nothing more here
@@ -19,7 +18,6 @@ Function = Callable[..., Any]
 
 __all__ = [
     "KIND",
-    "NARROW",
     "SMALLEST",
     "Call",
     "as_array",
@@ -226,7 +224,6 @@ class _Channels(NamedTuple):
     spread: tuple[int, ...]  # places in `span`
     channels: int
     inner: int
-    by_column: bool  # short rows are better treated as columns
 
 
 @functools.lru_cache(1024)
@@ -241,8 +238,7 @@ def _channels(shape: tuple[int, ...], weight: tuple[int, ...]) -> _Channels:
         if weight[axis] == 1 and shape[axis] > 1
     )
     channels, inner = math.prod(span), math.prod(shape[last:])
-    by_column = inner < NARROW and channels > 1
-    return _Channels(slice(first, last), span, spread, channels, inner, by_column)
+    return _Channels(slice(first, last), span, spread, channels, inner)
 
 
 def _widen(weight: Array, view: _Channels, lane: Lane) -> Array:
@@ -261,10 +257,11 @@ def prelu(formula: Function, x: Array, weight: Array, out: Array) -> None:
     weight = weight.transpose(order)
     view = _channels(y.transpose(order).shape, weight.shape)
     slopes = _widen(weight, view, lane_of(x.dtype))
-    inner, block = view.inner, int(view.by_column)
-    if view.by_column and view.channels * inner > loops.WIDE:
-        slopes, inner = np.repeat(slopes, inner), 1
     call = channel_call(formula, gradient=False)
+    inner = view.inner
+    block = call.block_of(x, view.channels, inner)
+    if block and view.channels * inner > loops.WIDE:
+        slopes, inner = np.repeat(slopes, inner), 1
     call.prepare(x.dtype, x.nbytes, in_place=flat_y is flat_x, block=block)
     shape = -1, slopes.size, inner
     flat_x, flat_y = flat_x.reshape(shape), flat_y.reshape(shape)
@@ -297,10 +294,9 @@ def prelu_backward(
     if view.spread and y is out:
         y = empty_like(y)
         flat_y = _flat(y, order)
-    driver = (
-        loops.prelu_backward_columns if view.by_column else loops.prelu_backward_rows
-    )
     moved = 3 * x.nbytes
+    call = channel_call(gradient, gradient=True)
+    driver = call.blocks[call.block_of(x, view.channels, view.inner)]
     kind = loops.KINDS[kind_of_loop(threads.CACHE, moved, flat_y is flat_grad)]
     loop = loops.compiled(driver, gradient, lane, kind)
     threads.ready(moved)

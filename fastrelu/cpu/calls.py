@@ -160,7 +160,20 @@ def kind_of_loop(cache: int, moved: int, in_place: bool) -> int:
     return _PAST_CACHE if moved > cache else _PLAIN
 
 
-_kind_of_loop = inlined(kind_of_loop)
+def block_of(cache: int, moved: int, size: int, channels: int, inner: int) -> int:
+    """Return the block that suits rows of one weight: 0, or 1 for them as columns.
+
+    A row costs most beyond the cache, where it shares its first and last line.  More
+    columns than WIDE cost, too: Python lays out their weights.
+    """
+    short, many = loops.SHORT
+    columns = channels * inner
+    if moved <= cache or size < many * columns:
+        short = loops.NARROW if columns <= loops.WIDE else loops.NARROW // 2
+    return int(channels > 1 and inner < short)
+
+
+_kind_of_loop, _block_of = inlined(kind_of_loop), inlined(block_of)
 
 
 @inlined
@@ -357,10 +370,11 @@ def call_channels(self, arguments, number):
     if inner == 0:
         return _none(table)
     size, channels = _size(x), _size(weight)
-    block = _COLUMNS if inner < loops.NARROW and channels > 1 else 0
+    nbytes, length = size * table[row + _ITEM], _weight_bytes(table, row, weight)
+    moved = 2 * nbytes
+    block = _COLUMNS * _block_of(table[_CACHE], moved, size, channels, inner)
     if block == _COLUMNS and inner > 1 and channels * inner > loops.WIDE:
         return _none(table)
-    nbytes, length = size * table[row + _ITEM], _weight_bytes(table, row, weight)
     result = _target(table, x, _C_ORDER, nbytes, inplace, out)
     if result == -1:
         return _none(table)
@@ -368,7 +382,6 @@ def call_channels(self, arguments, number):
     target = _words(result)[DATA] if result != 0 else 0
     if _meet(target, nbytes, other, length):
         return _none(table)
-    moved = 2 * nbytes
     loop = _loop(table, row, block, moved, target == start)
     if loop == 0:
         return _none(table)
@@ -418,7 +431,7 @@ def call_channels_backward(self, arguments, number):
     if total != 0 and _meet(target, nbytes, _words(total)[DATA], length):
         return _none(table)
     moved = 3 * nbytes
-    block = _COLUMNS if inner < loops.NARROW and channels > 1 else 0
+    block = _COLUMNS * _block_of(0, moved, size, channels, inner)
     loop = _loop(table, row, block, moved, target == start)
     if loop == 0:
         return _none(table)
@@ -514,6 +527,11 @@ class Call:
         threads.ready(moved)
         if nbytes >= SMALLEST and not in_place:
             pool.ready()
+
+    def block_of(self, x: np.ndarray, channels: int, inner: int) -> int:
+        """Return the place in `blocks` of the one that suits an array like x."""
+        cache = 0 if self.sums else threads.CACHE  # a row's sum costs at any size
+        return block_of(cache, self.streams * x.nbytes, x.size, channels, inner)
 
     @shielded
     def _add(self, dtype: np.dtype[Any]) -> int:

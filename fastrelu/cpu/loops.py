@@ -55,6 +55,7 @@ SEGMENT = 1 << 14  # elements of a row summed on their own
 BLOCK_ROWS = 64  # rows summed together where channels are the last axis
 SEGMENT_COLUMNS = 1024
 NARROW = 64  # rows of a weight shorter than this are better treated as columns;
+SHORT = 256, 32  # so are these, if there are as many of a weight, where rows cost most;
 WIDE = 1024  # columns up to which narrow rows are taken together,
 TOGETHER = 256  # and where something is summed
 
