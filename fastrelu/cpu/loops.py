@@ -54,8 +54,8 @@ FEW = 4  # products that are summed without compensation
 SEGMENT = 1 << 14  # elements of a row summed on their own
 BLOCK_ROWS = 64  # rows summed together where channels are the last axis
 SEGMENT_COLUMNS = 1024
-NARROW = 64  # rows of a weight shorter than this are better treated as columns;
-SHORT = 256, 32  # so are these, if there are as many of a weight, where rows cost most;
+NARROW = 64  # rows of a weight shorter than this are better treated as columns,
+SHORT = 256, 32  # or than this, and at least so many of a weight, where rows cost most;
 WIDE = 1024  # columns up to which narrow rows are taken together,
 TOGETHER = 256  # and where something is summed
 
@@ -437,7 +437,7 @@ def _prelu_backward_rows(g, x, w, y, inner, segments, partial, first_cell, stop_
         for first in range(0, end - begin, SUMMED):
             stop = min(first + SUMMED, end - begin)
             add_up(grad[first:stop], saved[first:stop], totals, errors)
-            stop = _end_of_line(result, stop)
+            stop = _end_of_line(result, stop)  # a line waits until all of it is there
             fill(result[done:stop], grad[done:stop], saved[done:stop], weight)
             done = stop
         half = LANES // 2
