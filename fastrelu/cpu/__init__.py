@@ -294,8 +294,8 @@ def prelu_backward(
     if view.spread and y is out:
         y = empty_like(y)
         flat_y = _flat(y, order)
-    moved = 3 * x.nbytes
     call = channel_call(gradient, gradient=True)
+    moved = call.streams * x.nbytes
     driver = call.blocks[call.block_of(x, view.channels, view.inner)]
     kind = loops.KINDS[kind_of_loop(threads.CACHE, moved, flat_y is flat_grad)]
     loop = loops.compiled(driver, gradient, lane, kind)
