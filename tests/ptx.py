@@ -47,20 +47,20 @@ class Memory:
 
     def __init__(self):
         self.starts, self.arrays = [], []
+        self.kept = []  # or what comes to lie in their place would be mistaken for them
         self.widest = 0  # bytes of the widest access so far
 
     def add(self, a):
+        if not a.size:
+            return
+        self.kept.append(a)
         start, end = np.lib.array_utils.byte_bounds(a)
-        if a.size:
-            lies = np.asarray((ctypes.c_ubyte * (end - start)).from_address(start))
-            place = bisect.bisect(self.starts, lies.ctypes.data)
-            if place and self.starts[place - 1] == lies.ctypes.data:
-                if self.arrays[place - 1].size >= lies.size:
-                    return
-                del self.starts[place - 1], self.arrays[place - 1]
-                place -= 1
-            self.starts.insert(place, lies.ctypes.data)
-            self.arrays.insert(place, lies)
+        before = bisect.bisect(self.starts, start) - 1
+        if before >= 0 and end <= self.starts[before] + self.arrays[before].size:
+            return
+        within = slice(*(bisect.bisect_left(self.starts, at) for at in (start, end)))
+        lies = np.asarray((ctypes.c_ubyte * (end - start)).from_address(start))
+        self.starts[within], self.arrays[within] = [start], [lies]
 
     def find(self, addresses, size):
         """The array that holds all these accesses, and where they are in it"""

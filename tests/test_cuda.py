@@ -4,13 +4,16 @@ With NUMBA_ENABLE_CUDASIM=1 the same tests run the kernels in Numba's simulator.
 """
 
 import functools
+import gc
 import math
 import mmap
 import re
 import subprocess
 import sys
+import weakref
 
 import numpy as np
+import ptx
 import pytest
 import reference
 from conftest import (
@@ -51,6 +54,26 @@ def on_device(put, slopes):
 
 def used(gpu):
     return [launched[0].template for launched in gpu.launches]
+
+
+@emulated
+def test_the_emulator_knows_what_may_be_touched():
+    memory, whole = ptx.Memory(), np.zeros(64, np.uint8)
+    memory.add(whole[16:24])
+    memory.add(whole[:56])
+    memory.add(whole[32:40])
+    freed = weakref.ref(whole)
+    start = whole.ctypes.data
+    del whole
+    gc.collect()
+    assert freed() is not None  # or another array could come to lie there
+    for at in (0, 20, 28, 36, 54):
+        found, places = memory.find(np.array([start + at]), 2)
+        assert found.size == 56
+        assert places.tolist() == [[at, at + 1]]
+    for at, says in ((-2, "out of bounds"), (56, "out of bounds"), (1, "misaligned")):
+        with pytest.raises(AssertionError, match=says):
+            memory.find(np.array([start + at]), 2)
 
 
 # Values -------------------------------------------------------------------------------
