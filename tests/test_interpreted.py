@@ -217,13 +217,13 @@ def test_when_the_team_is_ready(monkeypatch):
     memory[threads._TRUE] = id(True)
     launched[name] = False
     assert not threads.is_ready()
-    memory[threads._STARTED] = 1
+    memory[threads._SHARE] = 1
     assert threads.is_ready()
     launched[name] = True
     assert not threads.is_ready()
     memory[threads._LIMIT] = 12345
     assert threads.is_ready()
-    memory[threads._STARTED] = 0
+    memory[threads._SHARE] = 0
     assert not threads.is_ready()
 
 

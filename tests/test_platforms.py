@@ -194,7 +194,7 @@ STARTS = {
     compiling = threads.compile_and_keep
     def interrupted(function, signature):
         result = compiling(function, signature)
-        if function is threads._member and not threads._memory[threads._STARTED]:
+        if function is threads._member and not threads._memory[threads._SHARE]:
             threads.compile_and_keep = compiling
             threads.ready()
         return result
@@ -202,6 +202,21 @@ STARTS = {
     threads.ready()
     """,
 }
+
+
+@several_threads
+def test_there_is_no_team_before_a_large_array():
+    """Nor is its code compiled; a loop that was made before is shared from then on."""
+    script = """
+    def state():
+        return len(threads._functions), bool(threads._memory[threads._SHARE]), loops()
+    small = x[:1000].copy()
+    assert np.array_equal(F.relu(small, inplace=True), expected[:1000])
+    print(state())
+    F.relu(x, inplace=True)
+    print(state(), np.array_equal(x, expected))
+    """
+    assert run(PRELUDE + script) == "(0, False, 0)\n(2, True, 1) True\n"
 
 
 @pytest.mark.parametrize("by", STARTS)

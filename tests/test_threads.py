@@ -28,7 +28,6 @@ needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.fixture(scope="module")
 def count():
     """count(hits, size, grain, moved): add 1 for each index that the team was given."""
-    threads.link()
     threads.ready()
     spread = threads.spread
 

@@ -29,14 +29,10 @@ CALLS = [
 # Memory -------------------------------------------------------------------------------
 
 
-def carray(place, shape, dtype=None):
-    """An array at an address, or a part of what stands for a place on the stack"""
-    if isinstance(place, np.ndarray):
-        assert shape <= place.size
-        return place[:shape]
+def array_at(address, shape, dtype):
     dtype = np.dtype(dtype if isinstance(dtype, type) else str(dtype))
     length = int(np.prod(shape)) * dtype.itemsize
-    memory = (ctypes.c_char * length).from_address(int(place))
+    memory = (ctypes.c_char * length).from_address(int(address))
     return np.frombuffer(memory, dtype).reshape(shape)
 
 
@@ -96,11 +92,11 @@ def twin_of(lane):
         assert values.size == loops.WORD
         return reference.mask_bits(values).view(np.uint64)[0]
 
-    lane = dataclasses.replace(lane, active=active)
+    load, store = lane.load, lane.store
     if lane.name == "float16":
         load, store = lanes._half_to_float_by_bits, lanes._float_to_half_by_bits
-        lane = dataclasses.replace(lane, load=load, store=store)
-    return lane
+    load, store = (getattr(f, "py_func", f) for f in (load, store))
+    return dataclasses.replace(lane, active=active, load=load, store=store)
 
 
 # Python's and NumPy's own functions ---------------------------------------------------
@@ -223,9 +219,8 @@ def interpret(monkeypatch):
             **vectors,
         },
         loops: {
-            "at": int,
+            "array_at": array_at,
             "spread": spread,
-            "carray": carray,
             **memory,
             **stack,
             **vectors,

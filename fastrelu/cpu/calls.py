@@ -170,7 +170,7 @@ def block_of(cache: int, moved: int, size: int, channels: int, inner: int) -> in
     columns = channels * inner
     if moved <= cache or size < many * columns:
         short = loops.NARROW if columns <= loops.WIDE else loops.NARROW // 2
-    return int(channels > 1 and inner < short)
+    return channels > 1 and inner < short
 
 
 _kind_of_loop, _block_of = inlined(kind_of_loop), inlined(block_of)
@@ -574,6 +574,5 @@ def _leave_it(*arguments: Any) -> None:
 
 
 def _compile(template: Function, table: Any) -> Any:
-    threads.link()
     name = f"{template.__name__}_{loops.SOURCES.hexdigest()[:12]}"
     return built_in(compile_and_keep(rebuild(template, name, {}), _SIGNATURE), table)

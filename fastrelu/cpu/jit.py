@@ -17,16 +17,31 @@ import llvmlite.binding as llvm
 import numba
 from llvmlite import ir
 from llvmlite.binding.newpassmanagers import create_new_module_pass_manager
-from numba import njit, types
+from numba import types
 from numba.core import cgutils, entrypoints, serialize, sigutils
 from numba.core.caching import CompileResultCacheImpl, FunctionCache
 from numba.core.ccallback import CFunc
 from numba.core.codegen import JITCodeLibrary
-from numba.core.compiler import CompilerBase, DefaultPassBuilder
+from numba.core.compiler import CompilerBase
 from numba.core.compiler_lock import global_compiler_lock
-from numba.core.compiler_machinery import register_pass
-from numba.core.typed_passes import NativeLowering
+from numba.core.compiler_machinery import PassManager, register_pass
+from numba.core.registry import CPUDispatcher
+from numba.core.typed_passes import (
+    IRLegalization,
+    NativeLowering,
+    NoPythonBackend,
+    NopythonTypeInference,
+    PreLowerStripPhis,
+)
+from numba.core.typing.npydecl import parse_dtype
+from numba.core.untyped_passes import (
+    FixupArgs,
+    IRProcessing,
+    ReconstructSSA,
+    TranslateByteCode,
+)
 from numba.extending import intrinsic
+from numba.np.arrayobj import populate_array
 from numpy._core import _multiarray_umath  # type: ignore[attr-defined]
 
 Function = Callable[..., Any]
@@ -105,9 +120,21 @@ class _Library(JITCodeLibrary):  # type: ignore[misc]
 
 @register_pass(mutates_CFG=True, analysis_only=False)
 class _Lowering(NativeLowering):  # type: ignore[misc]
-    """Stop at LLVM's language: machine code would be a third of the time."""
+    """Count no references: the arrays here own nothing."""
 
     _name = "fastrelu_lowering"
+
+    def run_pass(self, state: Any) -> bool:
+        state.targetctx = state.targetctx.subtarget(enable_nrt=False)
+        super().run_pass(state)
+        return True
+
+
+@register_pass(mutates_CFG=True, analysis_only=False)
+class _LoweringToLLVM(_Lowering):
+    """Stop at LLVM's language: machine code would be a third of the time."""
+
+    _name = "fastrelu_lowering_to_llvm"
 
     def run_pass(self, state: Any) -> bool:
         state.flags.no_compile = True
@@ -122,14 +149,44 @@ class _Lowering(NativeLowering):  # type: ignore[misc]
 
 
 class _Compiler(CompilerBase):  # type: ignore[misc]
+    """Numba's passes, without those that look for what our functions do not have.
+
+    That is closures, branches on a type, `with`, expressions of whole arrays: a fifth of
+    the time.
+    """
+
+    lowering = _Lowering
+
     def define_pipelines(self) -> list[Any]:
-        passes = DefaultPassBuilder.define_nopython_pipeline(self.state)
-        passes.passes = [
-            (_Lowering if each is NativeLowering else each, what)
-            for each, what in passes.passes
-        ]
+        passes = PassManager("fastrelu")
+        for each in (
+            TranslateByteCode,
+            FixupArgs,
+            IRProcessing,
+            ReconstructSSA,
+            NopythonTypeInference,
+            PreLowerStripPhis,
+            IRLegalization,
+            self.lowering,
+            NoPythonBackend,
+        ):
+            passes.add_pass(each, each.__name__)
         passes.finalize()
         return [passes]
+
+
+class _CompilerToLLVM(_Compiler):
+    lowering = _LoweringToLLVM
+
+
+class _Inlined(CPUDispatcher):  # type: ignore[misc]
+    """A function that is compiled once for all numbers of a type.
+
+    Numba would do it again for each number that its callers write out.
+    """
+
+    def get_call_template(self, args: Any, kws: Any) -> Any:
+        return super().get_call_template(tuple(map(types.unliteral, args)), kws)
 
 
 def inlined(function: Function) -> Any:
@@ -137,20 +194,23 @@ def inlined(function: Function) -> Any:
 
     Nobody else calls it, so that it needs no wrappers and no machine code of its own.
     """
-    return njit(
-        forceinline=True,
-        nogil=True,
-        error_model="numpy",
-        no_cpython_wrapper=True,
-        no_cfunc_wrapper=True,
-        pipeline_class=_Compiler,
-    )(function)
+    options = {
+        "nopython": True,
+        "nogil": True,
+        "boundscheck": None,  # as Numba is told
+        "forceinline": True,
+        "error_model": "numpy",
+        "no_cpython_wrapper": True,
+        "no_cfunc_wrapper": True,
+    }
+    return _Inlined(function, targetoptions=options, pipeline_class=_CompilerToLLVM)
 
 
 def compile_and_keep(function: Function, signature: Any) -> Any:
     """Compile what C code calls, and keep its code in Numba's cache on the disk."""
     signature = sigutils.normalize_signature(signature)
-    result: Any = CFunc(function, signature, {}, {"error_model": "numpy"})
+    options = {"error_model": "numpy"}
+    result: Any = CFunc(function, signature, {}, options, pipeline_class=_Compiler)
     with contextlib.suppress(RuntimeError):  # there is no folder that can be written
         result._cache = _Cache(function)
     result.compile()
@@ -254,6 +314,38 @@ def pointer_to(kind: types.Type) -> Any:
         return kind(types.int64), codegen
 
     return at
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def array_at(typingctx: Any, address: Any, shape: Any, dtype: Any) -> Any:
+    """Return what lies at an address as an array in C order.
+
+    That is Numba's `carray`, but no function to compile for each type.
+    """
+    several = isinstance(shape, types.BaseTuple)
+    lengths = types.UniTuple(types.intp, len(shape)) if several else types.intp
+    kind = types.Array(parse_dtype(dtype), len(shape) if several else 1, "C")
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        pointer = builder.inttoptr(args[0], cgutils.voidptr_t)
+        shape = cgutils.unpack_tuple(builder, args[1]) if several else [args[1]]
+        return new_array(context, builder, kind, pointer, shape)
+
+    return kind(types.int64, lengths, dtype), codegen
+
+
+def new_array(
+    context: Any, builder: Any, kind: types.Array, pointer: Any, shape: list[Any]
+) -> Any:
+    """Return code for an array of this kind and shape that starts at a pointer."""
+    array = context.make_array(kind)(context, builder)
+    itemsize = context.get_abi_sizeof(context.get_data_type(kind.dtype))
+    strides = [context.get_constant(types.intp, itemsize)]
+    for length in reversed(shape[1:]):
+        strides.insert(0, builder.mul(strides[0], length))
+    data = builder.bitcast(pointer, array.data.type)
+    populate_array(array, data, shape, strides, strides[-1], meminfo=None)
+    return array._getvalue()
 
 
 def calling(signature: Any) -> Any:

@@ -15,7 +15,9 @@ import numpy as np
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils, config
-from numba.extending import intrinsic, register_jitable
+from numba.extending import intrinsic
+
+from fastrelu.cpu.jit import inlined, new_array
 
 WORD = 64  # elements whose mask bits are packed at once; every chunk is cut at one
 
@@ -45,7 +47,7 @@ _bits_float = _conversion(
 )
 
 
-@register_jitable
+@inlined
 def round_to_odd(value):
     """Return a float64 as a float32 that may be rounded once more, to a half float.
 
@@ -60,17 +62,17 @@ def round_to_odd(value):
     return _bits_float(np.uint32(bits | np.uint32(1)))
 
 
-@register_jitable
+@inlined
 def _same(value):
     return value
 
 
-@register_jitable
+@inlined
 def _bfloat16_to_float(bits):
     return _bits_float(np.uint32(bits) << np.uint32(16))
 
 
-@register_jitable
+@inlined
 def _float_to_bfloat16(value):
     bits = _float_bits(value)
     # Half a unit in the last place, less one where the kept bit is even: ties to even.
@@ -79,7 +81,7 @@ def _float_to_bfloat16(value):
     return np.uint16(rounded >> np.uint32(16))
 
 
-@register_jitable
+@inlined
 def _half_to_float_by_bits(half):
     magnitude = np.uint32(half & np.uint16(0x7FFF)) << np.uint32(13)
     sign = np.uint32(half & np.uint16(0x8000)) << np.uint32(16)
@@ -89,7 +91,7 @@ def _half_to_float_by_bits(half):
     return _bits_float(sign | _float_bits(scaled))
 
 
-@register_jitable
+@inlined
 def _float_to_half_by_bits(value):
     bits = _float_bits(value)
     sign = (bits >> np.uint32(16)) & np.uint32(0x8000)
@@ -256,21 +258,23 @@ def unpack(typingctx, bits, flags, words):
 
 
 def buffer(number: int, element: types.Type | None = None) -> Any:
-    """Return `space(like)`: the address of so many elements on the stack.
+    """Return `space(like)`: an array of so many elements on the stack.
 
     They start on a cache line and are of like's type, unless one is given.
     """
 
     @intrinsic
     def space(typingctx, like):
-        of = element or like.dtype
+        kind = types.Array(element or like.dtype, 1, "C")
 
         def codegen(context, builder, signature, args):
-            lines = -(-number * context.get_abi_sizeof(context.get_data_type(of)) // 64)
-            space = cgutils.alloca_once(builder, ir.ArrayType(_LINE, lines))
-            return builder.bitcast(space, context.get_value_type(signature.return_type))
+            size = context.get_abi_sizeof(context.get_data_type(kind.dtype))
+            lines = ir.ArrayType(_LINE, -(-number * size // 64))
+            space = cgutils.alloca_once(builder, lines)
+            shape = [context.get_constant(types.intp, number)]
+            return new_array(context, builder, kind, space, shape)
 
-        return types.CPointer(of)(like), codegen
+        return kind(like), codegen
 
     return space
 

@@ -21,14 +21,14 @@ from typing import Any
 
 import numba
 import numpy as np
-from numba import carray, types
+from numba import types
 
 from fastrelu.cpu import threads
 from fastrelu.cpu.jit import (
     Function,
+    array_at,
     compile_and_keep,
     inlined,
-    pointer_to,
     rebuild,
     shielded,
 )
@@ -62,7 +62,6 @@ TOGETHER = 256  # and where something is summed
 # Where a loop writes: to another array, to one beyond the cache, or where it reads.
 KINDS = PLAIN, PAST_CACHE, IN_PLACE = "plain", "past_cache", "in_place"
 
-at = pointer_to(types.voidptr)
 _malloc = types.ExternalFunction("PyMem_RawMalloc", types.int64(types.intp))
 _free = types.ExternalFunction("PyMem_RawFree", types.void(types.int64))
 word_buffer, rest_buffer = buffer(WORD), buffer(WORD)
@@ -143,7 +142,7 @@ def fill_past_cache(y, x, b, s):
     lead = min(-y.ctypes.data % 64 // y.itemsize, x.size)
     for i in range(lead):
         y[i] = element(x, b, s, i)
-    buffer = carray(word_buffer(y), WORD)
+    buffer = word_buffer(y)
     words = (x.size - lead) // WORD
     for word in range(np.uintp(words)):  # unsigned: an index from the end is no option
         first = np.uintp(lead) + word * np.uintp(WORD)
@@ -161,13 +160,13 @@ def fill_in_place(y, x, b, s):
     """
     lead, size = lead_of(y), np.uintp(x.size)
     words = (size - lead) // np.uintp(WORD)
-    rest = carray(rest_buffer(y), WORD)
+    rest = rest_buffer(y)
     for first, stop in ((np.uintp(0), lead), (lead + words * np.uintp(WORD), size)):
         for j in range(stop - first):
             rest[j] = element(x, b, s, first + j)
         for j in range(stop - first):
             y[first + j] = rest[j]
-    buffer = carray(word_buffer(y), WORD)
+    buffer = word_buffer(y)
     for word in range(words):
         first = lead + word * np.uintp(WORD)
         for j in range(np.uintp(WORD)):
@@ -210,7 +209,7 @@ def forward_mask(x, b, y, slope, start):
     for i in range(lead):
         carry |= np.uint64(load(x[i]) > 0) << np.uint64(i)
         y[i] = element(x, b, rounded, i)
-    buffer = carray(word_buffer(y), WORD)
+    buffer = word_buffer(y)
     words = (x.size - lead) // WORD
     for word in range(np.uintp(words)):
         first = np.uintp(lead) + word * np.uintp(WORD)
@@ -232,7 +231,7 @@ def forward_mask(x, b, y, slope, start):
 
 def backward_mask(grad, b, y, slope, start):
     rounded = compute(slope)
-    flags = carray(flag_buffer(y), MASKED + 2 * WORD)
+    flags = flag_buffer(y)
     done = 0
     for first in range(0, grad.size, MASKED):
         stop = _end_of_line(y, min(first + MASKED, grad.size))
@@ -279,7 +278,7 @@ def columns(x, b, y, slope, start):
     weights, width = b, b.size * slope
     repeats = min(WIDE, x.size // 8) // width or 1
     if repeats * width > b.size:
-        weights = carray(weight_buffer(b), repeats * width)
+        weights = weight_buffer(b)[: repeats * width]
         widen(b, slope, weights)
     first, column = 0, start % weights.size
     while first < x.size:
@@ -302,14 +301,14 @@ def _nothing():
 
 
 def flat(a, b, y, size, channels, inner, slope, moved):
-    x, result = carray(at(a), size, storage), carray(at(y), size, storage)
+    x, result = array_at(a, size, storage), array_at(y, size, storage)
     spread(part, (x, beside(b, x), result, slope), size, TILE, moved)
 
 
 def by_channel(a, w, y, size, channels, inner, slope, moved):
     """One weight for each row of `inner` elements, or for as many columns."""
-    x, result = carray(at(a), size, storage), carray(at(y), size, storage)
-    weights = carray(at(w), channels, compute)
+    x, result = array_at(a, size, storage), array_at(y, size, storage)
+    weights = array_at(w, channels, compute)
     spread(part, (x, weights, result, inner), size, TILE, moved)
 
 
@@ -323,11 +322,11 @@ def _itself(b, x):
 
 
 def _saved(b, x):
-    return carray(at(b), x.size, storage)
+    return array_at(b, x.size, storage)
 
 
 def _bits(b, x):
-    return carray(at(b), (x.size + 7) >> 3, np.uint8)
+    return array_at(b, (x.size + 7) >> 3, np.uint8)
 
 
 # What lies at `b`.
@@ -403,16 +402,16 @@ def _own_weights(g, x, sums):
 
 def prelu_backward_rows(g, x, w, y, total, size, channels, inner, moved):
     """One weight a row of `inner` elements."""
-    grad, saved = carray(at(g), size, storage), carray(at(x), size, storage)
-    result = carray(at(y), size, storage)
-    weights = carray(at(w), channels, compute)
-    sums = carray(at(total), (2, channels), np.float64)
+    grad, saved = array_at(g, size, storage), array_at(x, size, storage)
+    result = array_at(y, size, storage)
+    weights = array_at(w, channels, compute)
+    sums = array_at(total, (2, channels), np.float64)
     segments = -(-inner // SEGMENT)
     cells = size // inner * segments
     memory = _malloc(2 * cells * 8)
     if memory == 0:
         return 1
-    partial = carray(at(memory), (2, cells), np.float64)
+    partial = array_at(memory, (2, cells), np.float64)
     operands = grad, saved, weights, result, inner, segments, partial
     spread(part, operands, cells, 1, moved)
     sums[:] = 0.0
@@ -424,8 +423,7 @@ def prelu_backward_rows(g, x, w, y, total, size, channels, inner, moved):
 
 
 def _prelu_backward_rows(g, x, w, y, inner, segments, partial, first_cell, stop_cell):
-    totals = carray(sum_buffer(y), LANES)
-    errors = carray(sum_buffer(y), LANES)
+    totals, errors = sum_buffer(y), sum_buffer(y)
     for cell in range(first_cell, stop_cell):
         row = cell // segments
         weight = w[row % w.size]
@@ -456,10 +454,10 @@ def prelu_backward_columns(g, x, w, y, total, size, channels, inner, moved):
 
     Short ones are taken together until the loops over them are worth starting.
     """
-    grad, saved = carray(at(g), size, storage), carray(at(x), size, storage)
-    result = carray(at(y), size, storage)
-    weights = carray(at(w), channels, compute)
-    sums = carray(at(total), (2, channels), np.float64)
+    grad, saved = array_at(g, size, storage), array_at(x, size, storage)
+    result = array_at(y, size, storage)
+    weights = array_at(w, channels, compute)
+    sums = array_at(total, (2, channels), np.float64)
     columns = channels * inner
     repeats = min(TOGETHER, size) // columns or 1
     width = repeats * columns
@@ -469,8 +467,8 @@ def prelu_backward_columns(g, x, w, y, total, size, channels, inner, moved):
     memory = _malloc((2 * blocks + copies) * width * 8)
     if memory == 0:
         return 1
-    partial = carray(at(memory), (2, blocks, width), np.float64)
-    wide = carray(at(memory + 2 * blocks * width * 8), copies * width, compute)
+    partial = array_at(memory, (2, blocks, width), np.float64)
+    wide = array_at(memory + 2 * blocks * width * 8, copies * width, compute)
     widen(weights, inner, wide)
     spread(part, (grad, saved, wide, result, partial), blocks * across, 1, moved)
     totals, errors = partial[0, 0], partial[1, 0]
@@ -490,8 +488,8 @@ def prelu_backward_columns(g, x, w, y, total, size, channels, inner, moved):
 
 
 def _prelu_backward_columns(g, x, wide, y, partial, first_cell, stop_cell):
-    few = carray(column_buffer(y), SEGMENT_COLUMNS)
-    size = partial.shape[2]
+    few = column_buffer(y)
+    _, _, size = partial.shape
     across = -(-size // SEGMENT_COLUMNS)
     for cell in range(first_cell, stop_cell):
         place = cell // across
@@ -550,16 +548,16 @@ def total_of(total, error):
 
 def widen_weights(weights, slopes, channels):
     """Write the slopes in the type of the products."""
-    given = carray(at(weights), channels, storage)
-    wide = carray(at(slopes), channels, compute)
+    given = array_at(weights, channels, storage)
+    wide = array_at(slopes, channels, compute)
     for channel in range(channels):
         wide[channel] = load(given[channel])
 
 
 def round_sums(total, result, channels):
     """Round sums (2, channels) once to half floats."""
-    sums = carray(at(total), (2, channels), np.float64)
-    halves = carray(at(result), channels, storage)
+    sums = array_at(total, (2, channels), np.float64)
+    halves = array_at(result, channels, storage)
     for channel in range(channels):
         halves[channel] = store(
             round_to_odd(total_of(sums[0, channel], sums[1, channel]))
@@ -600,7 +598,6 @@ def bound(block: Function, formula: Function, lane: Lane, kind: str) -> Function
 
     In the place of a block may be one of the drivers in `PARTS`, which have none.
     """
-    threads.link()
     driver = block if block in PARTS else DRIVERS.get(block, flat)
     stream = stream_halves if lane.name == "float16" else stream_word
     names = {

@@ -89,7 +89,7 @@ _WORKERS = 32  # members besides the owner
 _LIMIT = 33  # the address of Numba's get_num_threads, or 0
 _PAUSE, _LEFT_ALONE, _AWAKE = 34, 35, 36  # see _may_wake
 _PLACE, _GET_PLACES, _SET_PLACES, _THREAD = range(37, 41)  # see _LINUX; or 0
-_STARTED = 41
+_SHARE = 41  # the address of `_share`, or 0 while there is no team
 _NUMBA, _LAUNCHED, _TRUE = 42, 43, 44  # see `is_ready`
 _MEMBER, _MEMBER_SIZE = 48, 32  # the first member's words; the next has the next 32
 _ASLEEP, _LOCK = 8, 9  # after its part: (first piece << 32) + the piece after the last
@@ -115,12 +115,16 @@ def _team(typingctx):
     """Return the address of the team's memory."""
 
     def codegen(context, builder, signature, args):
-        try:
-            return builder.module.get_global("fastrelu_team")
-        except KeyError:
-            return ir.GlobalVariable(builder.module, _WORD, "fastrelu_team")
+        return _team_of(builder.module)
 
     return _WORDS(), codegen
+
+
+def _team_of(module: Any) -> Any:
+    try:
+        return module.get_global("fastrelu_team")
+    except KeyError:
+        return ir.GlobalVariable(module, _WORD, "fastrelu_team")
 
 
 def _on_word(result: types.Type, operands: int, emit: Any) -> Any:
@@ -344,7 +348,8 @@ def _member(me):
 def spread(typingctx, body, arguments, size, grain, moved):
     """Call body(*arguments, start, stop) for all of range(size), with the team's help.
 
-    `body` is compiled and allocates nothing.  See `_share` for the rest.
+    `body` is compiled and allocates nothing.  See `_share` for the rest.  Until there is
+    a team, it need not be compiled: half a second of a process's very first call.
     """
 
     def codegen(context, builder, signature, args):
@@ -359,6 +364,7 @@ def spread(typingctx, body, arguments, size, grain, moved):
         # LLVM takes half of them on Intel, for clocks that older processors slowed down;
         # a fifth of PReLU's backward pass.  Its list of attributes lacks this one.
         set.add(function.attributes, '"prefer-vector-width"="512"')
+        function.attributes.add("noinline")  # its address is taken: that would be twice
         packed = cgutils.alloca_once_value(builder, args[1])
 
         inside = ir.IRBuilder(function.append_basic_block())
@@ -375,10 +381,16 @@ def spread(typingctx, body, arguments, size, grain, moved):
             )
         inside.ret(ir.IntType(32)(0))
 
-        kind = ir.FunctionType(ir.VoidType(), [_WORD] * 5)
-        share = cgutils.get_or_insert_function(builder.module, kind, "fastrelu_share")
+        team = _team_of(builder.module)
         where = [builder.ptrtoint(p, _WORD) for p in (function, packed)]
-        builder.call(share, [*where, *args[2:]])
+        share = builder.load(builder.gep(team, [_WORD(_SHARE)]))
+        has_team = builder.icmp_unsigned("!=", share, _WORD(0))
+        with builder.if_else(has_team, likely=True) as (together, alone):
+            with together:
+                kind = ir.FunctionType(ir.VoidType(), [_WORD] * 5).as_pointer()
+                builder.call(builder.inttoptr(share, kind), [*where, *args[2:]])
+            with alone:
+                builder.call(function, [where[1], _WORD(0), args[2]])
         return context.get_dummy_value()
 
     return types.void(body, arguments, types.intp, types.intp, types.intp), codegen
@@ -391,9 +403,9 @@ def is_ready():
     Needs the interpreter's lock: it looks at a global name of Numba's.
     """
     team = _team()
-    if team[_LIMIT] == 0 and team[_STARTED] != 0:
+    if team[_LIMIT] == 0 and team[_SHARE] != 0:
         return _dict_item(team[_NUMBA], team[_LAUNCHED]) != team[_TRUE]
-    return team[_STARTED] != 0
+    return team[_SHARE] != 0
 
 
 _LINUX = {  # the last one says that all are there
@@ -419,20 +431,11 @@ _new_thread.restype = ctypes.c_ulong
 _NONE = ctypes.c_ulong(-1).value
 
 
-@shielded
-def link() -> None:
-    """Make sure that compiled loops find `_share`: before the first is loaded."""
-    if not _functions:
-        share = compile_and_keep(_share, types.void(*[_word] * 5))
-        llvm.add_symbol("fastrelu_share", share.address)
-        _functions.append(share)
-
-
 def ready(moved: int = 2 * SHARE) -> None:
     """Start the team, if it is not, before a loop that it may share."""
     if moved < 2 * SHARE:
         return
-    if not _memory[_STARTED]:
+    if not _memory[_SHARE]:
         _start()
     if not _memory[_LIMIT] and parallel._is_initialized:
         # From here on somebody may have asked Numba for fewer threads.
@@ -445,13 +448,13 @@ _launched = sys.intern("_is_initialized")
 
 @shielded
 def _start() -> None:
-    link()  # takes what is in _functions as a sign that it is done
-    if _memory[_STARTED]:
+    if _memory[_SHARE]:  # by another thread, while this one waited
         return
+    share = compile_and_keep(_share, types.void(*[_word] * 5))
     member = compile_and_keep(_member, types.void(_word))
-    if _memory[_STARTED]:  # by a signal's handler, while that was compiled
+    if _memory[_SHARE]:  # by a signal's handler, while that was compiled
         return
-    _functions.append(member)
+    _functions.extend((share, member))
     if sys.platform == "linux":
         library = ctypes.CDLL(None)
         with contextlib.suppress(AttributeError):  # one that lacks a function
@@ -472,7 +475,7 @@ def _start() -> None:
             _memory[_WORKERS] = me
     _memory[_NUMBA], _memory[_LAUNCHED] = id(vars(parallel)), id(_launched)
     _memory[_TRUE] = id(True)
-    _memory[_STARTED] = 1
+    _memory[_SHARE] = share.address
 
 
 @contextlib.contextmanager
