@@ -182,14 +182,14 @@ FAULTS = {
     ],
     "cpu/calls.py": [
         Fault(
-            "if moved <= cache or size < many * columns:",
-            "if moved <= cache:",
+            "short = loops.SHORT if size >= many * channels * inner else loops.NARROW",
+            "short = loops.SHORT",
             "a few short rows are taken as columns, which are as many sums",
             "test_paths.py::test_short_rows_are_columns_where_rows_cost_more",
         ),
         Fault(
-            "cache = 0 if self.sums else threads.CACHE",
-            "cache = threads.CACHE",
+            "many = loops.MANY_SUMMED if self.sums else loops.MANY",
+            "many = loops.MANY",
             "the long way sums in other groups than the quick call",
             "test_paths.py::test_short_rows_are_columns_where_rows_cost_more",
         ),
@@ -337,13 +337,6 @@ FAULTS = {
             "",
             "a weight within the output is overwritten before it is read",
             "test_interpreted.py::test_what_is_left_to_python",
-        ),
-        Fault(
-            "if block == _COLUMNS and inner > 1 and channels * inner > loops.WIDE:",
-            "if False:",
-            "weights are repeated beyond their place on the stack",
-            "test_interpreted.py::test_channels",
-            "crashes",
         ),
         Fault(
             "    _keep(result)\n    return result\n",
@@ -634,16 +627,28 @@ FAULTS = {
             "hangs",
         ),
         Fault(
-            "first, column = 0, start % weights.size",
-            "first, column = 0, 0",
+            "for row in range(-(start % length), x.size, length):",
+            "for row in range(0, x.size, length):",
             "every thread begins with the first column",
             "test_interpreted.py::test_parts",
         ),
         Fault(
-            "first, column = last, 0",
-            "first = last",
+            "skip = first - row - left",
+            "skip = 0",
             "a part that begins within a row is out of step with its weights",
             "test_interpreted.py::test_parts",
+        ),
+        Fault(
+            "if length > WIDE and slope > 1:",
+            "if False:",
+            "long rows of narrow ones are laid out beyond their place on the stack",
+            "test_interpreted.py::test_channels",
+        ),
+        Fault(
+            "widen(b[left // slope :], slope, weights)",
+            "widen(b, slope, weights)",
+            "each piece of a long row gets the first one's weights",
+            "test_interpreted.py::test_channels",
         ),
         Fault(
             "weight = w[row % w.size]\n        for column",
@@ -652,9 +657,9 @@ FAULTS = {
             "test_interpreted.py::test_channels",
         ),
         Fault(
-            "repeats = min(WIDE, x.size // 8) // width or 1",
-            "repeats = min(2 * WIDE, x.size // 8) // width or 1",
-            "narrow rows are repeated beyond their place on the stack",
+            "length = (min(WIDE, x.size // 8) // width or 1) * width",
+            "length = (x.size // width or 1) * width",
+            "short rows are repeated beyond their place on the stack",
             "test_interpreted.py::test_channels",
         ),
         Fault(

@@ -102,7 +102,7 @@ def test_parts(name, dtype, cache, monkeypatch):
     row, n = ACTIVATIONS[name], 3 * loops.TILE + 77
     x, g = sample((n,), dtype), sample((n,), dtype, seed=1)
     if row.parameter == "weight":
-        for size, inner in ((11, 1), (3, 150)):
+        for size, inner in ((11, 1), (3, 150), (3, 300), (100, 30), (20, 150)):
             values = np.resize(x, (n // (size * inner), size, inner))
             weight = normal(size, dtype)
             expected = reference.forward("prelu", values, weight=weight)
@@ -130,6 +130,7 @@ CHANNELS = {
     "rows": ((2, 3, 100), (3,)),
     "long rows": ((1, 2, loops.SEGMENT + 70), (2,)),
     "columns": ((130, 7), (7,)),
+    "many short rows": ((400, 7), (7,)),
     "narrow rows": ((5, 6, 3), (6,)),
     "many narrow rows": ((2500, 5, 3), (5,)),
     "wide columns": ((3, loops.SEGMENT_COLUMNS + 9), (loops.SEGMENT_COLUMNS + 9,)),

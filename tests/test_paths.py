@@ -137,23 +137,27 @@ def test_which_loop_runs(taken):
 
 
 def test_short_rows_are_columns_where_rows_cost_more(taken):
-    middle, large = normal(1 << 20, float32), normal(1 << 22, float32)
-    weight = normal(64, float32)
-    few, many = middle[: 1 << 16].reshape(16, 64, 8, 8), middle.reshape(-1, 64, 8, 8)
-    F.prelu(many, weight)
+    images, weight = normal((256, 64, 8, 8), float32), normal(64, float32)
+    few, large = images[:16], normal((256, 64, 16, 16), float32)
+    by_axes = weight[:, None, None]  # for the long way
+    F.prelu(images[:2], weight)
+    F.prelu(few, weight)
+    F.prelu(few, by_axes)
+    F.prelu(images[:2].reshape(2, 128, 8, 4), np.resize(weight, 128))
+    F.prelu(large, weight)
     F.prelu(large.reshape(-1, 64, 8, 8), weight)
-    F.prelu(large.reshape(-1, 64, 16, 16), weight)
-    F.prelu(middle.reshape(-1, 64, 8, 4), weight)  # Python would lay out the weights
-    F.prelu(middle.reshape(-1, 16, 8, 4), weight[:16])
     F.prelu_backward(few, few, weight)
-    F.prelu_backward(many, many, weight)
-    F.prelu_backward(many, many, weight[:, None, None])  # the long way
+    F.prelu_backward(few, few, by_axes)
+    F.prelu_backward(images, images, weight)
+    F.prelu_backward(images, images, by_axes)
     assert taken == [
         ("rows", "plain"),
-        ("columns", "past_cache"),
-        ("rows", "past_cache"),
-        ("rows", "plain"),
         ("columns", "plain"),
+        ("columns", "plain"),
+        ("columns", "plain"),
+        ("rows", "past_cache"),
+        ("columns", "past_cache"),
+        ("prelu_backward_rows", "plain"),
         ("prelu_backward_rows", "plain"),
         ("prelu_backward_columns", "plain"),
         ("prelu_backward_columns", "plain"),

@@ -260,8 +260,6 @@ def prelu(formula: Function, x: Array, weight: Array, out: Array) -> None:
     call = channel_call(formula, gradient=False)
     inner = view.inner
     block = call.block_of(x, view.channels, inner)
-    if block and view.channels * inner > loops.WIDE:
-        slopes, inner = np.repeat(slopes, inner), 1
     call.prepare(x.dtype, x.nbytes, in_place=flat_y is flat_x, block=block)
     shape = -1, slopes.size, inner
     flat_x, flat_y = flat_x.reshape(shape), flat_y.reshape(shape)

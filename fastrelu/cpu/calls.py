@@ -160,16 +160,13 @@ def kind_of_loop(cache: int, moved: int, in_place: bool) -> int:
     return _PAST_CACHE if moved > cache else _PLAIN
 
 
-def block_of(cache: int, moved: int, size: int, channels: int, inner: int) -> int:
+def block_of(many: int, size: int, channels: int, inner: int) -> int:
     """Return the block that suits rows of one weight: 0, or 1 for them as columns.
 
-    A row costs most beyond the cache, where it shares its first and last line.  More
-    columns than WIDE cost, too: Python lays out their weights.
+    Each row costs something, and so does each column, whose weight is laid out or whose
+    products are summed apart: that pays if there are many rows of each weight.
     """
-    short, many = loops.SHORT
-    columns = channels * inner
-    if moved <= cache or size < many * columns:
-        short = loops.NARROW if columns <= loops.WIDE else loops.NARROW // 2
+    short = loops.SHORT if size >= many * channels * inner else loops.NARROW
     return channels > 1 and inner < short
 
 
@@ -372,9 +369,7 @@ def call_channels(self, arguments, number):
     size, channels = _size(x), _size(weight)
     nbytes, length = size * table[row + _ITEM], _weight_bytes(table, row, weight)
     moved = 2 * nbytes
-    block = _COLUMNS * _block_of(table[_CACHE], moved, size, channels, inner)
-    if block == _COLUMNS and inner > 1 and channels * inner > loops.WIDE:
-        return _none(table)
+    block = _COLUMNS * _block_of(loops.MANY, size, channels, inner)
     result = _target(table, x, _C_ORDER, nbytes, inplace, out)
     if result == -1:
         return _none(table)
@@ -431,7 +426,7 @@ def call_channels_backward(self, arguments, number):
     if total != 0 and _meet(target, nbytes, _words(total)[DATA], length):
         return _none(table)
     moved = 3 * nbytes
-    block = _COLUMNS * _block_of(0, moved, size, channels, inner)
+    block = _COLUMNS * _block_of(loops.MANY_SUMMED, size, channels, inner)
     loop = _loop(table, row, block, moved, target == start)
     if loop == 0:
         return _none(table)
@@ -530,8 +525,8 @@ class Call:
 
     def block_of(self, x: np.ndarray, channels: int, inner: int) -> int:
         """Return the place in `blocks` of the one that suits an array like x."""
-        cache = 0 if self.sums else threads.CACHE  # a row's sum costs at any size
-        return block_of(cache, self.streams * x.nbytes, x.size, channels, inner)
+        many = loops.MANY_SUMMED if self.sums else loops.MANY
+        return block_of(many, x.size, channels, inner)
 
     @shielded
     def _add(self, dtype: np.dtype[Any]) -> int:

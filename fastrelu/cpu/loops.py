@@ -55,9 +55,9 @@ SEGMENT = 1 << 14  # elements of a row summed on their own
 BLOCK_ROWS = 64  # rows summed together where channels are the last axis
 SEGMENT_COLUMNS = 1024
 NARROW = 64  # rows of a weight shorter than this are better treated as columns,
-SHORT = 256, 32  # or than this, and at least so many of a weight, where rows cost most;
-WIDE = 1024  # columns up to which narrow rows are taken together,
-TOGETHER = 256  # and where something is summed
+SHORT, MANY, MANY_SUMMED = 256, 4, 32  # or than this, if there are many of each weight;
+WIDE = 2048  # columns whose weights are laid out at once,
+TOGETHER = 256  # and those of short rows that are summed together
 
 # Where a loop writes: to another array, to one beyond the cache, or where it reads.
 KINDS = PLAIN, PAST_CACHE, IN_PLACE = "plain", "past_cache", "in_place"
@@ -272,20 +272,29 @@ def rows(x, b, y, slope, start):
 def columns(x, b, y, slope, start):
     """One weight for each `slope` columns, as in (N, C).
 
-    Short rows are taken together until a loop over them is worth starting.  Each part
-    lays out its weights: lines of another processor's cache would be slow to come.
+    Short rows are taken together until a loop over them is worth starting, and long ones
+    piece by piece.  Each part lays out its weights, at most WIDE at once: lines of another
+    processor's cache would be slow to come.
     """
-    weights, width = b, b.size * slope
-    repeats = min(WIDE, x.size // 8) // width or 1
-    if repeats * width > b.size:
-        weights = weight_buffer(b)[: repeats * width]
-        widen(b, slope, weights)
-    first, column = 0, start % weights.size
-    while first < x.size:
-        last = min(first + weights.size - column, x.size)
-        row = weights[column : column + last - first]
-        fill(y[first:last], x[first:last], row, slope)
-        first, column = last, 0
+    width = b.size * slope
+    length = (min(WIDE, x.size // 8) // width or 1) * width
+    step = length
+    if length > WIDE and slope > 1:
+        channels = WIDE // slope
+        step = (
+            channels // 16 * 16 or channels
+        ) * slope  # whole cache lines, if it can be
+    for left in range(0, length, step):
+        right = min(left + step, length)
+        weights = b
+        if length > b.size:
+            weights = weight_buffer(b)[: right - left]
+            widen(b[left // slope :], slope, weights)
+        for row in range(-(start % length), x.size, length):
+            first, last = max(row + left, 0), min(row + right, x.size)
+            if first < last:
+                skip = first - row - left
+                fill(y[first:last], x[first:last], weights[skip:], slope)
 
 
 # Drivers ------------------------------------------------------------------------------
