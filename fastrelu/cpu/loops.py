@@ -281,9 +281,8 @@ def columns(x, b, y, slope, start):
     step = length
     if length > WIDE and slope > 1:
         channels = WIDE // slope
-        step = (
-            channels // 16 * 16 or channels
-        ) * slope  # whole cache lines, if it can be
+        channels = channels // 16 * 16 or channels  # whole cache lines, if it can be
+        step = channels * slope
     for left in range(0, length, step):
         right = min(left + step, length)
         weights = b
