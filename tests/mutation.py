@@ -608,7 +608,7 @@ FAULTS = {
             "test_interpreted.py::test_masks",
         ),
         Fault(
-            "words = min(-(-(stop - base) // WORD), (grad.size - base) // WORD)",
+            "words = smaller(-(-(stop - base) // WORD), (grad.size - base) // WORD)",
             "words = -(-(stop - base) // WORD)",
             "bits are read past the last",
             "test_memory_bounds.py::test_beside_guarded_pages",
@@ -657,7 +657,7 @@ FAULTS = {
             "test_interpreted.py::test_channels",
         ),
         Fault(
-            "length = (min(WIDE, x.size // 8) // width or 1) * width",
+            "length = (smaller(WIDE, x.size // 8) // width or 1) * width",
             "length = (x.size // width or 1) * width",
             "short rows are repeated beyond their place on the stack",
             "test_interpreted.py::test_channels",
@@ -700,7 +700,7 @@ FAULTS = {
             "test_interpreted.py::test_channels",
         ),
         Fault(
-            "end = min(begin + SEGMENT, (row + 1) * inner)",
+            "end = smaller(begin + SEGMENT, (row + 1) * inner)",
             "end = (row + 1) * inner",
             "parts of long rows overlap",
             "test_interpreted.py::test_channels",
@@ -712,8 +712,8 @@ FAULTS = {
             "test_interpreted.py::test_channels",
         ),
         Fault(
-            "last = min((place + 1) * BLOCK_ROWS, -(-g.size // size))",
-            "last = min((place + 1) * BLOCK_ROWS, g.size // size)",
+            "last = smaller((place + 1) * BLOCK_ROWS, -(-g.size // size))",
+            "last = smaller((place + 1) * BLOCK_ROWS, g.size // size)",
             "rows that do not fill a block are left out",
             "test_interpreted.py::test_channels",
         ),
@@ -831,7 +831,7 @@ FAULTS = {
             "test_threads.py::test_members_keep_off_the_callers_processor",
         ),
         Fault(
-            "min(2 * team[_PAUSE] + 1, _LONGEST_PAUSE)",
+            "smaller(2 * team[_PAUSE] + 1, _LONGEST_PAUSE)",
             "0",
             "members are woken over and over in vain",
             "test_threads.py::test_wakings_that_do_not_pay_become_rare",
@@ -843,7 +843,7 @@ FAULTS = {
             "test_platforms.py::test_members_leave_signals_to_their_host",
         ),
         Fault(
-            "members = min(members, _call_int(team[_LIMIT], ()))",
+            "members = smaller(members, _call_int(team[_LIMIT], ()))",
             "pass",
             "numba.set_num_threads is not respected",
             "test_paths.py::test_one_thread_where_one_was_asked_for",

@@ -13,7 +13,7 @@ import pytest
 from llvmlite import ir
 from numba.core import config
 from numba.core.compiler_lock import global_compiler_lock
-from test_threads import PRELUDE, run, several_threads
+from test_threads import EVERYTHING, PRELUDE, run, several_threads
 
 from fastrelu import _interpreter, activations, cpu
 from fastrelu.cpu import calls, jit, lanes, loops, pool, threads
@@ -202,6 +202,12 @@ STARTS = {
     threads.ready()
     """,
 }
+
+
+def test_for_those_who_debug_kernels_of_their_own():
+    """Numba then leaves them Python, and makes none of its own functions."""
+    script = "print([what for what, call in calls if not call()])"
+    assert run(EVERYTHING + "    " + script, NUMBA_DISABLE_JIT="1") == "[]\n"
 
 
 @several_threads

@@ -206,6 +206,22 @@ def inlined(function: Function) -> Any:
     return _Inlined(function, targetoptions=options, pipeline_class=_CompilerToLLVM)
 
 
+# Numba makes a function of `min` and `max` for each type, which takes its time, and it
+# makes none where NUMBA_DISABLE_JIT is set, as by people who debug kernels of their own.
+
+
+@inlined
+def smaller(a: int, b: int) -> int:
+    """Return the smaller of two integers."""
+    return a if a < b else b  # noqa: FURB136
+
+
+@inlined
+def larger(a: int, b: int) -> int:
+    """Return the larger of two integers."""
+    return a if a > b else b  # noqa: FURB136
+
+
 def compile_and_keep(function: Function, signature: Any) -> Any:
     """Compile what C code calls, and keep its code in Numba's cache on the disk."""
     signature = sigutils.normalize_signature(signature)

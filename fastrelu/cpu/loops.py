@@ -29,8 +29,10 @@ from fastrelu.cpu.jit import (
     array_at,
     compile_and_keep,
     inlined,
+    larger,
     rebuild,
     shielded,
+    smaller,
 )
 from fastrelu.cpu.lanes import (
     WORD,
@@ -139,7 +141,7 @@ def fill_past_cache(y, x, b, s):
 
     They are made in registers, by way of a small buffer that the compiler sees through.
     """
-    lead = min(-y.ctypes.data % 64 // y.itemsize, x.size)
+    lead = smaller(-y.ctypes.data % 64 // y.itemsize, x.size)
     for i in range(lead):
         y[i] = element(x, b, s, i)
     buffer = word_buffer(y)
@@ -202,7 +204,7 @@ def forward_mask(x, b, y, slope, start):
     The lines of y start `lead` elements after the words of the mask.
     """
     rounded = compute(slope)
-    lead = min(-y.ctypes.data % 64 // y.itemsize, x.size)
+    lead = smaller(-y.ctypes.data % 64 // y.itemsize, x.size)
     bits = b[start // 8 :]
     shift, rest = np.uint64(lead), np.uint64(WORD - lead)
     carry = np.uint64(0)
@@ -234,9 +236,9 @@ def backward_mask(grad, b, y, slope, start):
     flags = flag_buffer(y)
     done = 0
     for first in range(0, grad.size, MASKED):
-        stop = _end_of_line(y, min(first + MASKED, grad.size))
+        stop = _end_of_line(y, smaller(first + MASKED, grad.size))
         base = done // WORD * WORD
-        words = min(-(-(stop - base) // WORD), (grad.size - base) // WORD)
+        words = smaller(-(-(stop - base) // WORD), (grad.size - base) // WORD)
         bits = b[(start + base) // 8 :]
         unpack(bits, flags, words)
         for i in range(words * WORD, stop - base):
@@ -264,7 +266,7 @@ def rows(x, b, y, slope, start):
     first = 0
     while first < x.size:
         row = (start + first) // slope
-        last = min((row + 1) * slope - start, x.size)
+        last = smaller((row + 1) * slope - start, x.size)
         fill(y[first:last], x[first:last], b, b[row % b.size])
         first = last
 
@@ -277,20 +279,20 @@ def columns(x, b, y, slope, start):
     processor's cache would be slow to come.
     """
     width = b.size * slope
-    length = (min(WIDE, x.size // 8) // width or 1) * width
+    length = (smaller(WIDE, x.size // 8) // width or 1) * width
     step = length
     if length > WIDE and slope > 1:
         channels = WIDE // slope
         channels = channels // 16 * 16 or channels  # whole cache lines, if it can be
         step = channels * slope
     for left in range(0, length, step):
-        right = min(left + step, length)
+        right = smaller(left + step, length)
         weights = b
         if length > b.size:
             weights = weight_buffer(b)[: right - left]
             widen(b[left // slope :], slope, weights)
         for row in range(-(start % length), x.size, length):
-            first, last = max(row + left, 0), min(row + right, x.size)
+            first, last = larger(row + left, 0), smaller(row + right, x.size)
             if first < last:
                 skip = first - row - left
                 fill(y[first:last], x[first:last], weights[skip:], slope)
@@ -399,7 +401,7 @@ def _one_weight(g, x, sums, errors):
             few += product(g, x, i) + product(g, x, i + lanes)
             _add(sums, errors, j, few, -0.0)
     for start in range(np.uintp(groups * FEW * LANES), np.uintp(x.size), lanes):
-        for j in range(min(lanes, np.uintp(x.size) - start)):
+        for j in range(smaller(lanes, np.uintp(x.size) - start)):
             _add(sums, errors, j, product(g, x, start + j), -0.0)
 
 
@@ -438,11 +440,11 @@ def _prelu_backward_rows(g, x, w, y, inner, segments, partial, first_cell, stop_
         totals[:] = 0.0
         errors[:] = 0.0
         begin = row * inner + cell % segments * SEGMENT
-        end = min(begin + SEGMENT, (row + 1) * inner)
+        end = smaller(begin + SEGMENT, (row + 1) * inner)
         grad, saved, result = g[begin:end], x[begin:end], y[begin:end]
         done = 0
         for first in range(0, end - begin, SUMMED):
-            stop = min(first + SUMMED, end - begin)
+            stop = smaller(first + SUMMED, end - begin)
             add_up(grad[first:stop], saved[first:stop], totals, errors)
             stop = _end_of_line(result, stop)  # a line waits until all of it is there
             fill(result[done:stop], grad[done:stop], saved[done:stop], weight)
@@ -467,7 +469,7 @@ def prelu_backward_columns(g, x, w, y, total, size, channels, inner, moved):
     weights = array_at(w, channels, compute)
     sums = array_at(total, (2, channels), np.float64)
     columns = channels * inner
-    repeats = min(TOGETHER, size) // columns or 1
+    repeats = smaller(TOGETHER, size) // columns or 1
     width = repeats * columns
     blocks = -(-size // (width * BLOCK_ROWS))
     across = -(-width // SEGMENT_COLUMNS)
@@ -502,17 +504,17 @@ def _prelu_backward_columns(g, x, wide, y, partial, first_cell, stop_cell):
     for cell in range(first_cell, stop_cell):
         place = cell // across
         left = cell % across * SEGMENT_COLUMNS
-        right = min(left + SEGMENT_COLUMNS, size)
+        right = smaller(left + SEGMENT_COLUMNS, size)
         totals = partial[0, place, left:right]
         errors = partial[1, place, left:right]
         totals[:] = 0.0
         errors[:] = 0.0
         few[: right - left] = 0.0
         done = place * BLOCK_ROWS * size + left
-        last = min((place + 1) * BLOCK_ROWS, -(-g.size // size))
+        last = smaller((place + 1) * BLOCK_ROWS, -(-g.size // size))
         for row in range(place * BLOCK_ROWS, last):
-            start = min(row * size + left, g.size)
-            stop = min(row * size + right, g.size)
+            start = smaller(row * size + left, g.size)
+            stop = smaller(row * size + right, g.size)
             add_up(g[start:stop], x[start:stop], few)
             if across > 1:
                 done = start

@@ -29,9 +29,11 @@ from fastrelu.cpu.jit import (
     compile_and_keep,
     inlined,
     keep_for_ever,
+    larger,
     numpy_api,
     pointer_to,
     shielded,
+    smaller,
 )
 
 SMALLEST = 1 << 20  # bytes; what is smaller, malloc recycles by itself
@@ -92,7 +94,7 @@ def _lend(pool, nbytes):
     words = _words(pool)
     if nbytes < 0 or nbytes > sys.maxsize - _PAGE - _MORE:
         return 0
-    size = max(-(-nbytes // _PAGE), 1) * _PAGE
+    size = larger(-(-nbytes // _PAGE), 1) * _PAGE
     block = words[_OLDER]
     while block != pool and _words(block)[_SIZE] != size:
         block = _words(block)[_OLDER]
@@ -143,7 +145,7 @@ def calloc(pool, items, itemsize):
 def realloc(pool, address, nbytes):
     new = _lend(pool, nbytes)
     if new != 0 and address != 0:
-        for i in range(min(nbytes, _words(address - _HEAD)[_SIZE])):
+        for i in range(smaller(nbytes, _words(address - _HEAD)[_SIZE])):
             _bytes(new)[i] = _bytes(address)[i]
         _take_back(pool, address)
     return new

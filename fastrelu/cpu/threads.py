@@ -34,7 +34,14 @@ from numba.core.compiler_lock import global_compiler_lock
 from numba.extending import intrinsic
 from numba.np.ufunc import parallel
 
-from fastrelu.cpu.jit import calling, compile_and_keep, inlined, keep_for_ever, shielded
+from fastrelu.cpu.jit import (
+    calling,
+    compile_and_keep,
+    inlined,
+    keep_for_ever,
+    shielded,
+    smaller,
+)
 
 
 def _cache_size(level: int, default: int) -> int:
@@ -222,7 +229,7 @@ def _work(team, me):
             # end, and give way to another, before that piece is done.
             if _swap(team, part, pieces, rest):
                 start = mine * team[_PIECE]
-                stop = min(start + team[_PIECE], team[_SIZE])
+                stop = smaller(start + team[_PIECE], team[_SIZE])
                 _call_loop(team[_FUNCTION], (team[_ARGUMENTS], start, stop))
                 if _add(team, _PENDING, -1) == 1 and _swap(team, _WAITING, 1, 0):
                     _wake(team[_MEMBER + _LOCK])
@@ -241,7 +248,7 @@ def _may_wake(team, asleep):
         team[_LEFT_ALONE] -= 1
         return False
     paid = team[_AWAKE] >= _SOON
-    team[_PAUSE] = 0 if paid else min(2 * team[_PAUSE] + 1, _LONGEST_PAUSE)
+    team[_PAUSE] = 0 if paid else smaller(2 * team[_PAUSE] + 1, _LONGEST_PAUSE)
     team[_LEFT_ALONE] = team[_PAUSE]
     team[_AWAKE] = 0
     return True
@@ -275,9 +282,9 @@ def _share(function, arguments, size, grain, moved):
     All but the last are multiples of `grain`; the loop reads and writes `moved` bytes.
     """
     team = _team()
-    members = min(team[_WORKERS] + 1, moved // SHARE, -(-size // grain))
+    members = smaller(team[_WORKERS] + 1, smaller(moved // SHARE, -(-size // grain)))
     if members > 1 and team[_LIMIT] != 0:
-        members = min(members, _call_int(team[_LIMIT], ()))
+        members = smaller(members, _call_int(team[_LIMIT], ()))
     if members < 2 or not _swap(team, _BUSY, 0, 1):
         _call_loop(function, (arguments, 0, size))
         return
