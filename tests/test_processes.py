@@ -60,6 +60,19 @@ def test_a_damaged_file_is_compiled_anew(damage, tmp_path):
     assert [path.stat().st_mtime_ns for path in kept] == before
 
 
+def test_from_the_disk_nothing_is_loaded_that_compiles(tmp_path):
+    """That would be a third of a second at the start of each process."""
+    script = (
+        COLD
+        + """
+    import sys
+    print("numba.np.arraymath" in sys.modules)
+    """
+    )
+    for compiles in (True, False):
+        assert run(script, NUMBA_CACHE_DIR=str(tmp_path)) == f"True\n{compiles}\n"
+
+
 def test_machine_code_alone_is_kept(tmp_path):
     """LLVM's took half the time of a first call to read, and nobody wants it."""
     assert run(COLD, NUMBA_CACHE_DIR=str(tmp_path)) == "True\n"

@@ -260,8 +260,10 @@ class _Cache(FunctionCache):  # type: ignore[misc]
         )
 
     def load_overload(self, sig: Any, target_context: Any) -> Any:
+        # Not super().load_overload: it first loads all that Numba compiles with, SciPy
+        # too where it is installed, a third of a second at the start of each process.
         with contextlib.suppress(Exception):
-            return super().load_overload(sig, target_context)
+            return self._load_overload(sig, target_context)
 
     def save_overload(self, sig: Any, data: Any) -> None:
         with contextlib.suppress(OSError):
