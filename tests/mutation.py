@@ -627,15 +627,21 @@ FAULTS = {
             "hangs",
         ),
         Fault(
-            "for row in range(-(start % length), x.size, length):",
-            "for row in range(0, x.size, length):",
+            "row = -(start % length)",
+            "row = 0",
             "every thread begins with the first column",
             "test_interpreted.py::test_parts",
         ),
         Fault(
-            "skip = first - row - left",
-            "skip = 0",
+            "x[first:last], weights[first - base :], slope)",
+            "x[first:last], weights, slope)",
             "a part that begins within a row is out of step with its weights",
+            "test_interpreted.py::test_parts",
+        ),
+        Fault(
+            "            row += length\n",
+            "            pass\n",
+            "a part begins before itself",
             "test_interpreted.py::test_parts",
         ),
         Fault(

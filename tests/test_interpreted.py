@@ -102,7 +102,8 @@ def test_parts(name, dtype, cache, monkeypatch):
     row, n = ACTIVATIONS[name], 3 * loops.TILE + 77
     x, g = sample((n,), dtype), sample((n,), dtype, seed=1)
     if row.parameter == "weight":
-        for size, inner in ((11, 1), (3, 150), (3, 300), (100, 30), (20, 150)):
+        shapes = (11, 1), (3, 150), (3, 300), (100, 30), (20, 150), (500, 24)
+        for size, inner in shapes:
             values = np.resize(x, (n // (size * inner), size, inner))
             weight = normal(size, dtype)
             expected = reference.forward("prelu", values, weight=weight)

@@ -287,15 +287,18 @@ def columns(x, b, y, slope, start):
         step = channels * slope
     for left in range(0, length, step):
         right = smaller(left + step, length)
+        row = -(start % length)
+        if row + right <= 0:  # the part begins behind this piece of its first row,
+            row += length
+        if row + left >= x.size:  # and ends before that of the next
+            continue
         weights = b
         if length > b.size:
             weights = weight_buffer(b)[: right - left]
             widen(b[left // slope :], slope, weights)
-        for row in range(-(start % length), x.size, length):
-            first, last = larger(row + left, 0), smaller(row + right, x.size)
-            if first < last:
-                skip = first - row - left
-                fill(y[first:last], x[first:last], weights[skip:], slope)
+        for base in range(row + left, x.size, length):
+            first, last = larger(base, 0), smaller(base + right - left, x.size)
+            fill(y[first:last], x[first:last], weights[first - base :], slope)
 
 
 # Drivers ------------------------------------------------------------------------------
