@@ -236,7 +236,7 @@ def test_pytorch_imported(when):
             statuses.append(os.waitpid(child, 0)[1])
     print(storm.wrong[:3], statuses)
     """
-    assert run(start + script, timeout=120) == "[] [0, 0, 0, 0]\n"
+    assert run(start + script) == "[] [0, 0, 0, 0]\n"
 
 
 # Signals ------------------------------------------------------------------------------
