@@ -556,7 +556,7 @@ FAULTS = {
             "crashes",
         ),
         Fault(
-            "    bits = b[start // 8 :]\n",
+            "    bits = piece(b, start // 8, b.size)\n",
             "    bits = b\n",
             "every thread writes the first bits",
             "test_interpreted.py::test_parts",
@@ -614,8 +614,8 @@ FAULTS = {
             "test_memory_bounds.py::test_beside_guarded_pages",
         ),
         Fault(
-            "grad[done:stop], flags[done - base :], rounded)",
-            "grad[done:stop], flags, rounded)",
+            "active = piece(flags, done - base, flags.size)",
+            "active = flags",
             "flags go with other elements than their own",
             "test_interpreted.py::test_parts",
         ),
@@ -633,8 +633,8 @@ FAULTS = {
             "test_interpreted.py::test_parts",
         ),
         Fault(
-            "x[first:last], weights[first - base :], slope)",
-            "x[first:last], weights, slope)",
+            "fit = piece(weights, first - base, last - base)",
+            "fit = weights",
             "a part that begins within a row is out of step with its weights",
             "test_interpreted.py::test_parts",
         ),
@@ -651,7 +651,7 @@ FAULTS = {
             "test_interpreted.py::test_channels",
         ),
         Fault(
-            "widen(b[left // slope :], slope, weights)",
+            "widen(piece(b, left // slope, b.size), slope, weights)",
             "widen(b, slope, weights)",
             "each piece of a long row gets the first one's weights",
             "test_interpreted.py::test_channels",
@@ -669,8 +669,8 @@ FAULTS = {
             "test_interpreted.py::test_channels",
         ),
         Fault(
-            "            if row % FEW == FEW - 1 or row == last - 1:\n",
-            "            if row % FEW == FEW - 1:\n",
+            "        _gather(few, totals, lost)\n    finished()",
+            "    finished()",
             "the last rows add nothing to the sums",
             "test_interpreted.py::test_channels",
         ),
@@ -687,10 +687,22 @@ FAULTS = {
             "test_prelu.py::test_special_sums_stay_in_their_channel",
         ),
         Fault(
-            "wide[done % size : done % size + stop - done]",
-            "wide[: stop - done]",
-            "a piece that starts in another row has the weights of this one",
-            "test_memory_bounds.py",
+            "copies = 2 if columns == width else 1",
+            "copies = 1",
+            "a word that ends in the next row has no weights there",
+            "test_interpreted.py::test_channels",
+        ),
+        Fault(
+            "few[i] += few[columns + i]",
+            "few[i] += 0.0",
+            "what the last word of a row has of the next one is forgotten",
+            "test_interpreted.py::test_channels",
+        ),
+        Fault(
+            "                if done % FEW_ROWS == 0:\n",
+            "                if (done + (column > columns)) % FEW_ROWS == 0:\n",
+            "where a row's last word ends decides which rows are summed together",
+            "test_prelu.py::test_gradients_have_the_same_bits_wherever_they_start",
         ),
         Fault(
             "return (a - (total - shadow)) + (b - shadow)",
@@ -718,8 +730,8 @@ FAULTS = {
             "test_interpreted.py::test_channels",
         ),
         Fault(
-            "last = smaller((place + 1) * BLOCK_ROWS, -(-g.size // size))",
-            "last = smaller((place + 1) * BLOCK_ROWS, g.size // size)",
+            "cells = -(-size // (rows * width)) * width",
+            "cells = (size // (rows * width) or 1) * width",
             "rows that do not fill a block are left out",
             "test_interpreted.py::test_channels",
         ),

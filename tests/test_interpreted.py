@@ -131,6 +131,7 @@ CHANNELS = {
     "rows": ((2, 3, 100), (3,)),
     "long rows": ((1, 2, loops.SEGMENT + 70), (2,)),
     "columns": ((130, 7), (7,)),
+    "many columns": ((70, 133), (133,)),
     "many short rows": ((400, 7), (7,)),
     "narrow rows": ((5, 6, 3), (6,)),
     "many narrow rows": ((2500, 5, 3), (5,)),

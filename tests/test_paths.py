@@ -541,8 +541,9 @@ def test_in_place_all_is_stored(block, dtype):
     """No mask leaves out what does not change, which is slower from memory."""
     formula = activations._relu_gradient if block == "backward" else activations._relu
     code = assembly(getattr(loops, block), formula, dtype, loops.IN_PLACE)
-    masked = r"vmaskmovp[sd]\t%[^(]*\(|vmov[au]p[sd]\t%[^(]*\([^)]*\) \{%k"
-    assert not re.search(masked, code)
+    masked = r"vmaskmovp[sd]\t%.*\(|vmov[au]p[sd]\t%.*\([^)]*\) \{%k"
+    # But for the elements before a line, on their way by the stack.
+    assert not [line for line in re.findall(masked, code) if "(%rsp" not in line]
 
 
 # That they give the same bits ---------------------------------------------------------

@@ -62,6 +62,8 @@ SHAPES = [
     "2 2 16385 / 2 /",
     "3 2500 / 2500 /",
     "1001 3 / 3 /",
+    "130 1100 / 1100 /",
+    "1500 900 / 900 /",
     "1001 3 2 / 3 /",
     "2 5 3 70 / 2 1 3 1 /",
     "2 3 5 70 / 3 1 70 /",
@@ -312,6 +314,23 @@ def test_weight_gradient_bits_repeat_in_every_layout(layout, all_threads):
     for threads in all_threads:
         numba.set_num_threads(threads)
         assert_same(F.prelu_backward(g, x, w)[1], dw)
+
+
+@pytest.mark.parametrize("shape", [(400, 131), (99, 5, 13), (70, 1100), (3, 4, 700)])
+def test_gradients_have_the_same_bits_wherever_they_start(shape):
+    """Lines are where they are: words begin elsewhere in each, and rows within them."""
+    double = np.dtype(np.float64)
+    g, x = (normal(shape, double, i) for i in (0, 1))
+    w = normal(shape[1], double, 2)
+    dx, dw = check(g, x, w)
+    memory = np.zeros(g.size + 9)
+    for start in range(9):
+        y = memory[start:][: g.size].reshape(shape)
+        for more in ({"out": y}, {"inplace": True}):
+            y[...] = g
+            got = F.prelu_backward(y if "inplace" in more else g, x, w, **more)
+            assert_same(got[0], dx)
+            assert_same(got[1], dw)
 
 
 @pytest.mark.parametrize("cancels", ["grows", "cancels"])

@@ -29,11 +29,15 @@ CALLS = [
 # Memory -------------------------------------------------------------------------------
 
 
-def array_at(address, shape, dtype):
+def array_at(address, size, dtype):
     dtype = np.dtype(dtype if isinstance(dtype, type) else str(dtype))
-    length = int(np.prod(shape)) * dtype.itemsize
-    memory = (ctypes.c_char * length).from_address(int(address))
-    return np.frombuffer(memory, dtype).reshape(shape)
+    memory = (ctypes.c_char * (size * dtype.itemsize)).from_address(int(address))
+    return np.frombuffer(memory, dtype)
+
+
+def piece(array, start, stop):
+    assert 0 <= start <= stop <= array.size
+    return array[start:stop]
 
 
 def buffer(number, element=None):
@@ -202,7 +206,7 @@ def interpret(monkeypatch):
         "flag_buffer": buffer(loops.MASKED + 2 * loops.WORD, np.uint8),
         "sum_buffer": buffer(loops.LANES, np.float64),
         "weight_buffer": buffer(loops.WIDE),
-        "column_buffer": buffer(loops.SEGMENT_COLUMNS, np.float64),
+        "column_buffer": buffer(loops.SEGMENT_COLUMNS + loops.WORD, np.float64),
     }
     vectors = {
         "put_word": put_word,
@@ -220,6 +224,7 @@ def interpret(monkeypatch):
         },
         loops: {
             "array_at": array_at,
+            "piece": piece,
             "spread": spread,
             **memory,
             **stack,

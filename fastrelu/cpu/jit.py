@@ -335,34 +335,44 @@ def pointer_to(kind: types.Type) -> Any:
 
 
 @intrinsic  # type: ignore[untyped-decorator]
-def array_at(typingctx: Any, address: Any, shape: Any, dtype: Any) -> Any:
-    """Return what lies at an address as an array in C order.
+def array_at(typingctx: Any, address: Any, size: Any, dtype: Any) -> Any:
+    """Return what lies at an address as a flat array.
 
     That is Numba's `carray`, but no function to compile for each type.
     """
-    several = isinstance(shape, types.BaseTuple)
-    lengths = types.UniTuple(types.intp, len(shape)) if several else types.intp
-    kind = types.Array(parse_dtype(dtype), len(shape) if several else 1, "C")
+    kind = types.Array(parse_dtype(dtype), 1, "C")
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         pointer = builder.inttoptr(args[0], cgutils.voidptr_t)
-        shape = cgutils.unpack_tuple(builder, args[1]) if several else [args[1]]
-        return new_array(context, builder, kind, pointer, shape)
+        return new_array(context, builder, kind, pointer, args[1])
 
-    return kind(types.int64, lengths, dtype), codegen
+    return kind(types.int64, types.intp, dtype), codegen
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def piece(typingctx: Any, array: Any, start: Any, stop: Any) -> Any:
+    """Return array[start:stop] of a flat array that has all of it.
+
+    A slice, whose ends may lie anywhere, is several times the code.
+    """
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        data = context.make_array(array)(context, builder, args[0]).data
+        size = builder.sub(args[2], args[1])
+        return new_array(context, builder, array, builder.gep(data, [args[1]]), size)
+
+    return array(array, types.intp, types.intp), codegen
 
 
 def new_array(
-    context: Any, builder: Any, kind: types.Array, pointer: Any, shape: list[Any]
+    context: Any, builder: Any, kind: types.Array, pointer: Any, size: Any
 ) -> Any:
-    """Return code for an array of this kind and shape that starts at a pointer."""
+    """Return code for a flat array of this kind and size that starts at a pointer."""
     array = context.make_array(kind)(context, builder)
     itemsize = context.get_abi_sizeof(context.get_data_type(kind.dtype))
-    strides = [context.get_constant(types.intp, itemsize)]
-    for length in reversed(shape[1:]):
-        strides.insert(0, builder.mul(strides[0], length))
+    stride = context.get_constant(types.intp, itemsize)
     data = builder.bitcast(pointer, array.data.type)
-    populate_array(array, data, shape, strides, strides[-1], meminfo=None)
+    populate_array(array, data, [size], [stride], stride, meminfo=None)
     return array._getvalue()
 
 

@@ -271,8 +271,8 @@ def buffer(number: int, element: types.Type | None = None) -> Any:
             size = context.get_abi_sizeof(context.get_data_type(kind.dtype))
             lines = ir.ArrayType(_LINE, -(-number * size // 64))
             space = cgutils.alloca_once(builder, lines)
-            shape = [context.get_constant(types.intp, number)]
-            return new_array(context, builder, kind, space, shape)
+            length = context.get_constant(types.intp, number)
+            return new_array(context, builder, kind, space, length)
 
         return kind(like), codegen
 

@@ -30,6 +30,7 @@ from fastrelu.cpu.jit import (
     compile_and_keep,
     inlined,
     larger,
+    piece,
     rebuild,
     shielded,
     smaller,
@@ -52,9 +53,13 @@ TILE = 4096  # elements that are not shared: what is, is cut at their multiples
 SUMMED = 512  # elements that are summed before the rest is done
 MASKED = 1024  # elements whose bits are unpacked before the rest is done
 LANES = 32  # running sums kept side by side, so that a row's sum is vector work
-FEW = 4  # products that are summed without compensation
+FEW, FEW_ROWS = 4, 8  # products that are summed without compensation, and rows of them
 SEGMENT = 1 << 14  # elements of a row summed on their own
-BLOCK_ROWS = 64  # rows summed together where channels are the last axis
+BLOCK_ROWS = 64  # rows summed together where channels are the last axis, or more:
+BLOCK, BLOCKS = (
+    1 << 17,
+    16,
+)  # up to so many elements, as long as there are so many blocks
 SEGMENT_COLUMNS = 1024
 NARROW = 64  # rows of a weight shorter than this are better treated as columns,
 SHORT, MANY, MANY_SUMMED = 256, 4, 32  # or than this, if there are many of each weight;
@@ -69,7 +74,7 @@ _free = types.ExternalFunction("PyMem_RawFree", types.void(types.int64))
 word_buffer, rest_buffer = buffer(WORD), buffer(WORD)
 flag_buffer = buffer(MASKED + 2 * WORD, numba.uint8)
 sum_buffer = buffer(LANES, numba.float64)
-column_buffer = buffer(SEGMENT_COLUMNS, numba.float64)
+column_buffer = buffer(SEGMENT_COLUMNS + WORD, numba.float64)
 weight_buffer = buffer(WIDE)
 
 # The names the blocks and drivers below leave open; `rebuild` binds them.
@@ -115,12 +120,18 @@ def of_both(grad, saved, weights, i):
     return store(formula(load(grad[i]), load(saved[i]), weights[i]))
 
 
+@inlined
+def to_line(y):
+    """Return how many elements lie before a cache line."""
+    return -y.ctypes.data % 64 // y.itemsize
+
+
 def _to_line(y):
     """Return how many elements lie before a cache line, or 0 for a short array.
 
     Vectors that cross lines cost a tenth, less than one more loop over a short array.
     """
-    return np.uintp(-y.ctypes.data % 64 // y.itemsize if y.size >= TILE else 0)
+    return np.uintp(to_line(y) if y.size >= TILE else 0)
 
 
 def _at_once(y):
@@ -141,7 +152,7 @@ def fill_past_cache(y, x, b, s):
 
     They are made in registers, by way of a small buffer that the compiler sees through.
     """
-    lead = smaller(-y.ctypes.data % 64 // y.itemsize, x.size)
+    lead = smaller(to_line(y), x.size)
     for i in range(lead):
         y[i] = element(x, b, s, i)
     buffer = word_buffer(y)
@@ -187,7 +198,7 @@ def forward(x, b, y, slope, start):
 
 
 def backward(grad, b, y, slope, start):
-    fill(y, grad, b[start : start + grad.size], compute(slope))
+    fill(y, grad, piece(b, start, start + grad.size), compute(slope))
 
 
 @inlined
@@ -204,8 +215,8 @@ def forward_mask(x, b, y, slope, start):
     The lines of y start `lead` elements after the words of the mask.
     """
     rounded = compute(slope)
-    lead = smaller(-y.ctypes.data % 64 // y.itemsize, x.size)
-    bits = b[start // 8 :]
+    lead = smaller(to_line(y), x.size)
+    bits = piece(b, start // 8, b.size)
     shift, rest = np.uint64(lead), np.uint64(WORD - lead)
     carry = np.uint64(0)
     for i in range(lead):
@@ -239,11 +250,12 @@ def backward_mask(grad, b, y, slope, start):
         stop = _end_of_line(y, smaller(first + MASKED, grad.size))
         base = done // WORD * WORD
         words = smaller(-(-(stop - base) // WORD), (grad.size - base) // WORD)
-        bits = b[(start + base) // 8 :]
+        bits = piece(b, (start + base) // 8, b.size)
         unpack(bits, flags, words)
         for i in range(words * WORD, stop - base):
             flags[i] = (bits[i // 8] >> np.uint8(i % 8)) & np.uint8(1)
-        fill(y[done:stop], grad[done:stop], flags[done - base :], rounded)
+        active = piece(flags, done - base, flags.size)
+        fill(piece(y, done, stop), piece(grad, done, stop), active, rounded)
         done = stop
 
 
@@ -267,7 +279,7 @@ def rows(x, b, y, slope, start):
     while first < x.size:
         row = (start + first) // slope
         last = smaller((row + 1) * slope - start, x.size)
-        fill(y[first:last], x[first:last], b, b[row % b.size])
+        fill(piece(y, first, last), piece(x, first, last), b, b[row % b.size])
         first = last
 
 
@@ -294,11 +306,12 @@ def columns(x, b, y, slope, start):
             continue
         weights = b
         if length > b.size:
-            weights = weight_buffer(b)[: right - left]
-            widen(b[left // slope :], slope, weights)
+            weights = piece(weight_buffer(b), 0, right - left)
+            widen(piece(b, left // slope, b.size), slope, weights)
         for base in range(row + left, x.size, length):
             first, last = larger(base, 0), smaller(base + right - left, x.size)
-            fill(y[first:last], x[first:last], weights[first - base :], slope)
+            fit = piece(weights, first - base, last - base)
+            fill(piece(y, first, last), piece(x, first, last), fit, slope)
 
 
 # Drivers ------------------------------------------------------------------------------
@@ -326,7 +339,7 @@ def by_channel(a, w, y, size, channels, inner, slope, moved):
 
 
 def _part(a, b, y, slope, start, stop):
-    block(a[start:stop], b, y[start:stop], slope, start)
+    block(piece(a, start, stop), b, piece(y, start, stop), slope, start)
     finished()
 
 
@@ -363,11 +376,13 @@ DRIVERS = {rows: by_channel, columns: by_channel}  # flat for the others
 # of them are summed together follows from the shape alone: neither the number of
 # threads nor the width of the processor's vectors can change a bit.
 #
-# These drivers, too, take addresses; `total` is that of (2, channels) float64 sums and
-# what they have lost.  They return 0, or 1 where there is no memory for partial sums.
+# These drivers, too, take addresses; at `total` go the sums, a float64 for each channel,
+# and behind them what each has lost.  They return 0, or 1 where there is no memory for
+# partial sums.
 #
-# A piece is summed and then, while it is in the first cache, gone over again for the
-# other gradient, with the loops that write all other results.
+# A piece of a row is summed and then, while it is in the first cache, gone over again for
+# the other gradient, with the loops that write all other results.  Where each column has
+# a sum of its own, a word's two gradients are made together.
 
 
 @inlined
@@ -408,9 +423,24 @@ def _one_weight(g, x, sums, errors):
             _add(sums, errors, j, product(g, x, start + j), -0.0)
 
 
-def _own_weights(g, x, sums):
-    for i in range(x.size):
-        sums[i] += product(g, x, i)
+def _own_weights(g, x, weights, sums, results, at, column, count):
+    """Add so many elements to their columns' sums, and make the other gradient."""
+    grad, saved = piece(g, at, at + count), piece(x, at, at + count)
+    slopes, here = (
+        piece(weights, column, column + count),
+        piece(sums, column, sums.size),
+    )
+    for i in range(np.uintp(count)):
+        here[i] += product(grad, saved, i)
+    for i in range(np.uintp(count)):
+        results[i] = element(grad, saved, slopes, i)
+
+
+@inlined
+def _clear(sums, errors):
+    for i in range(sums.size):
+        sums[i] = 0.0
+        errors[i] = 0.0
 
 
 def prelu_backward_rows(g, x, w, y, total, size, channels, inner, moved):
@@ -418,47 +448,56 @@ def prelu_backward_rows(g, x, w, y, total, size, channels, inner, moved):
     grad, saved = array_at(g, size, storage), array_at(x, size, storage)
     result = array_at(y, size, storage)
     weights = array_at(w, channels, compute)
-    sums = array_at(total, (2, channels), np.float64)
     segments = -(-inner // SEGMENT)
     cells = size // inner * segments
     memory = _malloc(2 * cells * 8)
     if memory == 0:
         return 1
-    partial = array_at(memory, (2, cells), np.float64)
-    operands = grad, saved, weights, result, inner, segments, partial
+    sums = array_at(memory, cells, np.float64)
+    errors = array_at(memory + cells * 8, cells, np.float64)
+    operands = grad, saved, weights, result, inner, segments, sums, errors
     spread(part, operands, cells, 1, moved)
-    sums[:] = 0.0
+    totals = array_at(total, channels, np.float64)
+    lost = array_at(total + channels * 8, channels, np.float64)
+    _clear(totals, lost)
     for cell in range(cells):
         channel = cell // segments % channels
-        _add(sums[0], sums[1], channel, partial[0, cell], partial[1, cell])
+        _add(totals, lost, channel, sums[cell], errors[cell])
     _free(memory)
     return 0
 
 
-def _prelu_backward_rows(g, x, w, y, inner, segments, partial, first_cell, stop_cell):
-    totals, errors = sum_buffer(y), sum_buffer(y)
-    for cell in range(first_cell, stop_cell):
+def _prelu_backward_rows(g, x, w, y, inner, segments, sums, errors, first, last):
+    many, lost = sum_buffer(y), sum_buffer(y)
+    for cell in range(first, last):
         row = cell // segments
         weight = w[row % w.size]
-        totals[:] = 0.0
-        errors[:] = 0.0
+        _clear(many, lost)
         begin = row * inner + cell % segments * SEGMENT
         end = smaller(begin + SEGMENT, (row + 1) * inner)
-        grad, saved, result = g[begin:end], x[begin:end], y[begin:end]
+        grad, saved, result = (
+            piece(g, begin, end),
+            piece(x, begin, end),
+            piece(y, begin, end),
+        )
         done = 0
-        for first in range(0, end - begin, SUMMED):
-            stop = smaller(first + SUMMED, end - begin)
-            add_up(grad[first:stop], saved[first:stop], totals, errors)
+        for start in range(0, end - begin, SUMMED):
+            stop = smaller(start + SUMMED, end - begin)
+            add_up(piece(grad, start, stop), piece(saved, start, stop), many, lost)
             stop = _end_of_line(result, stop)  # a line waits until all of it is there
-            fill(result[done:stop], grad[done:stop], saved[done:stop], weight)
+            fill(
+                piece(result, done, stop),
+                piece(grad, done, stop),
+                piece(saved, done, stop),
+                weight,
+            )
             done = stop
         half = LANES // 2
         while half > 0:
             for i in range(half):
-                _add(totals, errors, i, totals[i + half], errors[i + half])
+                _add(many, lost, i, many[i + half], lost[i + half])
             half //= 2
-        partial[0, cell] = totals[0]
-        partial[1, cell] = errors[0]
+        sums[cell], errors[cell] = many[0], lost[0]
     finished()
 
 
@@ -470,66 +509,91 @@ def prelu_backward_columns(g, x, w, y, total, size, channels, inner, moved):
     grad, saved = array_at(g, size, storage), array_at(x, size, storage)
     result = array_at(y, size, storage)
     weights = array_at(w, channels, compute)
-    sums = array_at(total, (2, channels), np.float64)
-    columns = channels * inner
-    repeats = smaller(TOGETHER, size) // columns or 1
-    width = repeats * columns
-    blocks = -(-size // (width * BLOCK_ROWS))
-    across = -(-width // SEGMENT_COLUMNS)
-    copies = 3 if across == 1 else 1  # for pieces that start and end in other rows
-    memory = _malloc((2 * blocks + copies) * width * 8)
+    width = channels * inner
+    width *= smaller(TOGETHER, size) // width or 1
+    columns = smaller(width, SEGMENT_COLUMNS)
+    rows = larger(BLOCK_ROWS, smaller(size // BLOCKS, BLOCK) // columns)
+    cells = -(-size // (rows * width)) * width
+    copies = 2 if columns == width else 1  # words end in the next row
+    memory = _malloc((2 * cells + copies * width) * 8 + 64)
     if memory == 0:
         return 1
-    partial = array_at(memory, (2, blocks, width), np.float64)
-    wide = array_at(memory + 2 * blocks * width * 8, copies * width, compute)
+    start = -(-memory // 64) * 64
+    sums = array_at(start, cells, np.float64)
+    errors = array_at(start + cells * 8, cells, np.float64)
+    wide = array_at(start + cells * 16, copies * width, compute)
     widen(weights, inner, wide)
-    spread(part, (grad, saved, wide, result, partial), blocks * across, 1, moved)
-    totals, errors = partial[0, 0], partial[1, 0]
-    for place in range(1, blocks):
-        values, more = partial[0, place], partial[1, place]
+    operands = grad, saved, wide, result, width, rows, sums, errors
+    spread(part, operands, cells // width * -(-width // columns), 1, moved)
+    totals, lost = piece(sums, 0, width), piece(errors, 0, width)
+    for first in range(width, cells, width):
+        more, behind = piece(sums, first, cells), piece(errors, first, cells)
         for column in range(width):
-            _add(totals, errors, column, values[column], more[column])
-    sums[:] = 0.0
-    column = 0
-    for _ in range(repeats):
-        for channel in range(channels):
-            for _ in range(inner):
-                _add(sums[0], sums[1], channel, totals[column], errors[column])
-                column += 1
+            _add(totals, lost, column, more[column], behind[column])
+    answer = array_at(total, channels, np.float64)
+    rest = array_at(total + channels * 8, channels, np.float64)
+    _clear(answer, rest)
+    channel = 0
+    for first in range(0, width, inner):
+        for column in range(first, first + inner):
+            _add(answer, rest, channel, totals[column], lost[column])
+        channel += 1
+        if channel == channels:
+            channel = 0
     _free(memory)
     return 0
 
 
-def _prelu_backward_columns(g, x, wide, y, partial, first_cell, stop_cell):
-    few = column_buffer(y)
-    _, _, size = partial.shape
-    across = -(-size // SEGMENT_COLUMNS)
-    for cell in range(first_cell, stop_cell):
-        place = cell // across
-        left = cell % across * SEGMENT_COLUMNS
-        right = smaller(left + SEGMENT_COLUMNS, size)
-        totals = partial[0, place, left:right]
-        errors = partial[1, place, left:right]
-        totals[:] = 0.0
-        errors[:] = 0.0
-        few[: right - left] = 0.0
-        done = place * BLOCK_ROWS * size + left
-        last = smaller((place + 1) * BLOCK_ROWS, -(-g.size // size))
-        for row in range(place * BLOCK_ROWS, last):
-            start = smaller(row * size + left, g.size)
-            stop = smaller(row * size + right, g.size)
-            add_up(g[start:stop], x[start:stop], few)
-            if across > 1:
-                done = start
-            elif row < last - 1:
-                stop = _end_of_line(y, stop)
-            weights = wide[done % size : done % size + stop - done]
-            fill(y[done:stop], g[done:stop], x[done:stop], weights)
-            done = stop
-            if row % FEW == FEW - 1 or row == last - 1:
-                for i in range(right - left):
-                    _add(totals, errors, i, few[i], -0.0)
-                    few[i] = 0.0
+@inlined
+def _gather(few, totals, errors):
+    """Add sums of a few products, and start them anew."""
+    for i in range(totals.size):
+        _add(totals, errors, i, few[i], -0.0)
+        few[i] = 0.0
+
+
+def _prelu_backward_columns(g, x, wide, y, width, rows, sums, errors, first, last):
+    """Go from word to word, on into the next row; its first columns have sums twice."""
+    few, buffer = column_buffer(y), word_buffer(y)
+    segments = -(-width // SEGMENT_COLUMNS)
+    for cell in range(first, last):
+        block, left = cell // segments, cell % segments * SEGMENT_COLUMNS
+        right = smaller(left + SEGMENT_COLUMNS, width)
+        columns = right - left
+        weights = piece(wide, left, wide.size)
+        totals = piece(sums, block * width + left, block * width + right)
+        lost = piece(errors, block * width + left, block * width + right)
+        _clear(totals, lost)
+        _clear(few, few)
+        at = block * rows * width + left
+        end = smaller((block + 1) * rows * width, g.size) - width + right
+        column = done = 0
+        while at < end:
+            room = end - at if segments == 1 else columns - column
+            # Those before the first line are no word, nor are the last ones.
+            count = room if room < WORD else to_line(piece(y, at, end))
+            if count > 0:
+                add_up(g, x, weights, few, buffer, at, column, count)
+                for j in range(np.uintp(count)):
+                    y[np.uintp(at) + j] = buffer[j]
+                at += count
+                column += count
+            words = smaller((room - count) // WORD, -(-(columns - column) // WORD))
+            for _ in range(words):
+                add_up(g, x, weights, few, buffer, at, column, WORD)
+                write_word(y, np.uintp(at), buffer)
+                at += WORD
+                column += WORD
+            if column >= columns:
+                done += 1
+                if done % FEW_ROWS == 0:
+                    _gather(few, totals, lost)
+                column -= columns
+                for i in range(column):
+                    few[i] += few[columns + i]
+                    few[columns + i] = 0.0
+                at += width - columns
+        _gather(few, totals, lost)
     finished()
 
 
@@ -568,12 +632,12 @@ def widen_weights(weights, slopes, channels):
 
 
 def round_sums(total, result, channels):
-    """Round sums (2, channels) once to half floats."""
-    sums = array_at(total, (2, channels), np.float64)
+    """Round sums, and behind them what they have lost, once to half floats."""
+    sums = array_at(total, 2 * channels, np.float64)
     halves = array_at(result, channels, storage)
     for channel in range(channels):
         halves[channel] = store(
-            round_to_odd(total_of(sums[0, channel], sums[1, channel]))
+            round_to_odd(total_of(sums[channel], sums[channels + channel]))
         )
 
 
