@@ -284,7 +284,7 @@ def call_flat(self, arguments, number):
 
 
 @inlined
-def _inner(table, x, weight, axis):
+def _inner(table, x, size, weight, channels, axis):
     """Return how many elements of x in a row have one weight, or 0 to leave it."""
     if _words(axis)[_TYPE] != table[_INT] or _ndim(weight) != 1:
         return 0
@@ -292,7 +292,6 @@ def _inner(table, x, weight, axis):
     if place == -1 and _failed() != 0:
         _forget()
         return 0
-    size, channels = _size(x), _size(weight)
     ndim, inner = _ndim(x), size or 1
     if -ndim <= place < ndim:
         shape = _words(_words(x)[_SHAPE])
@@ -318,20 +317,19 @@ def _fits(table, row, weight):
 
 
 @inlined
-def _weight_bytes(table, row, weight):
-    """Return how long a weight is that fits."""
-    return _size(weight) * (table[row + _ITEM] if _kind(weight) == table[row] else 4)
+def _weight_size(table, row, weight):
+    """Return how many bytes each element of a weight has that fits."""
+    return table[row + _ITEM] if _kind(weight) == table[row] else 4
 
 
 @inlined
-def _widen(table, row, weight):
+def _widen(table, row, weight, channels):
     """Return the address of a copy in the type of the products, 0 if none is needed.
 
     -1 says that there is no memory for it.
     """
     if _kind(weight) == table[row + _WEIGHT]:
         return 0
-    channels = _size(weight)
     wide = _malloc(channels * 4)
     if wide == 0:
         return -1
@@ -363,11 +361,12 @@ def call_channels(self, arguments, number):
     row = _row(table, x)
     if row == 0 or not _fits(table, row, weight):
         return _none(table)
-    inner = _inner(table, x, weight, axis)
+    size, channels = _size(x), _size(weight)
+    inner = _inner(table, x, size, weight, channels, axis)
     if inner == 0:
         return _none(table)
-    size, channels = _size(x), _size(weight)
-    nbytes, length = size * table[row + _ITEM], _weight_bytes(table, row, weight)
+    nbytes = size * table[row + _ITEM]
+    length = channels * _weight_size(table, row, weight)
     moved = 2 * nbytes
     block = _COLUMNS * _block_of(loops.MANY, size, channels, inner)
     result = _target(table, x, _C_ORDER, nbytes, inplace, out)
@@ -380,7 +379,7 @@ def call_channels(self, arguments, number):
     loop = _loop(table, row, block, moved, target == start)
     if loop == 0:
         return _none(table)
-    wide = _widen(table, row, weight)
+    wide = _widen(table, row, weight, channels)
     if wide == -1:
         return _none(table)
     if wide != 0:
@@ -401,7 +400,7 @@ def call_channels_backward(self, arguments, number):
     if row == 0 or not _fits(table, row, weight) or not _is_like(x, grad):
         return _none(table)
     size, channels = _size(grad), _size(weight)
-    inner = _inner(table, grad, weight, axis)
+    inner = _inner(table, grad, size, weight, channels, axis)
     if inner == 0 or size == 0:
         return _none(table)
     first = second = table[_NONE]
@@ -412,7 +411,8 @@ def call_channels_backward(self, arguments, number):
             first, second = _words(out)[_ITEMS], _words(out)[_ITEMS + 1]
         else:
             return _none(table)
-    nbytes, length = size * table[row + _ITEM], _weight_bytes(table, row, weight)
+    nbytes = size * table[row + _ITEM]
+    length = channels * _weight_size(table, row, weight)
     result = _target(table, grad, _C_ORDER, nbytes, inplace, first)
     total = _target(table, weight, _C_ORDER, length, table[_FALSE], second)
     if result == -1 or total == -1:
@@ -431,7 +431,7 @@ def call_channels_backward(self, arguments, number):
     if loop == 0:
         return _none(table)
 
-    wide = _widen(table, row, weight)
+    wide = _widen(table, row, weight, channels)
     memory = _malloc(2 * channels * 8) if wide != -1 else 0
     if memory == 0:
         if wide != -1:

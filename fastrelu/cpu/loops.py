@@ -62,7 +62,7 @@ BLOCK, BLOCKS = (
 )  # up to so many elements, as long as there are so many blocks
 SEGMENT_COLUMNS = 1024
 NARROW = 64  # rows of a weight shorter than this are better treated as columns,
-SHORT, MANY, MANY_SUMMED = 256, 4, 32  # or than this, if there are many of each weight;
+SHORT, MANY, MANY_SUMMED = 256, 4, 16  # or than this, if there are many of each weight;
 WIDE = 2048  # columns whose weights are laid out at once,
 TOGETHER = 256  # and those of short rows that are summed together
 
@@ -509,8 +509,8 @@ def prelu_backward_columns(g, x, w, y, total, size, channels, inner, moved):
     grad, saved = array_at(g, size, storage), array_at(x, size, storage)
     result = array_at(y, size, storage)
     weights = array_at(w, channels, compute)
-    width = channels * inner
-    width *= smaller(TOGETHER, size) // width or 1
+    length = channels * inner
+    width = (smaller(TOGETHER, size) // length or 1) * length
     columns = smaller(width, SEGMENT_COLUMNS)
     rows = larger(BLOCK_ROWS, smaller(size // BLOCKS, BLOCK) // columns)
     cells = -(-size // (rows * width)) * width
@@ -525,21 +525,20 @@ def prelu_backward_columns(g, x, w, y, total, size, channels, inner, moved):
     widen(weights, inner, wide)
     operands = grad, saved, wide, result, width, rows, sums, errors
     spread(part, operands, cells // width * -(-width // columns), 1, moved)
-    totals, lost = piece(sums, 0, width), piece(errors, 0, width)
-    for first in range(width, cells, width):
+    totals, lost = piece(sums, 0, length), piece(errors, 0, length)
+    for first in range(length, cells, length):
         more, behind = piece(sums, first, cells), piece(errors, first, cells)
-        for column in range(width):
+        for column in range(length):
             _add(totals, lost, column, more[column], behind[column])
-    answer = array_at(total, channels, np.float64)
-    rest = array_at(total + channels * 8, channels, np.float64)
-    _clear(answer, rest)
-    channel = 0
-    for first in range(0, width, inner):
-        for column in range(first, first + inner):
-            _add(answer, rest, channel, totals[column], lost[column])
-        channel += 1
-        if channel == channels:
-            channel = 0
+    answer = array_at(total, 2 * channels, np.float64)
+    for channel in range(channels):
+        first = channel * inner
+        value, error = totals[first], lost[first]
+        for column in range(first + 1, first + inner):
+            before = value
+            value += totals[column]
+            error += _error(before, totals[column], value) + lost[column]
+        answer[channel], answer[channels + channel] = value, error
     _free(memory)
     return 0
 
@@ -554,7 +553,9 @@ def _gather(few, totals, errors):
 
 def _prelu_backward_columns(g, x, wide, y, width, rows, sums, errors, first, last):
     """Go from word to word, on into the next row; its first columns have sums twice."""
-    few, buffer = column_buffer(y), word_buffer(y)
+    few = piece(column_buffer(y), 0, smaller(width, SEGMENT_COLUMNS) + WORD)
+    _clear(few, few)
+    buffer = word_buffer(y)
     segments = -(-width // SEGMENT_COLUMNS)
     for cell in range(first, last):
         block, left = cell // segments, cell % segments * SEGMENT_COLUMNS
@@ -564,7 +565,6 @@ def _prelu_backward_columns(g, x, wide, y, width, rows, sums, errors, first, las
         totals = piece(sums, block * width + left, block * width + right)
         lost = piece(errors, block * width + left, block * width + right)
         _clear(totals, lost)
-        _clear(few, few)
         at = block * rows * width + left
         end = smaller((block + 1) * rows * width, g.size) - width + right
         column = done = 0
