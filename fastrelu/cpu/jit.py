@@ -196,7 +196,6 @@ def inlined(function: Function) -> Any:
     """
     options = {
         "nopython": True,
-        "nogil": True,
         "boundscheck": None,  # as Numba is told
         "forceinline": True,
         "error_model": "numpy",

@@ -55,11 +55,11 @@ MASKED = 1024  # elements whose bits are unpacked before the rest is done
 LANES = 32  # running sums kept side by side, so that a row's sum is vector work
 FEW, FEW_ROWS = 4, 8  # products that are summed without compensation, and rows of them
 SEGMENT = 1 << 14  # elements of a row summed on their own
-BLOCK_ROWS = 64  # rows summed together where channels are the last axis, or more:
-BLOCK, BLOCKS = (
-    1 << 17,
-    16,
-)  # up to so many elements, as long as there are so many blocks
+BLOCK_ROWS = (
+    64  # rows summed together where channels are the last axis; or more of them,
+)
+BLOCK = 1 << 17  # up to so many elements,
+BLOCKS = 16  # while there are so many blocks
 SEGMENT_COLUMNS = 1024
 NARROW = 64  # rows of a weight shorter than this are better treated as columns,
 SHORT, MANY, MANY_SUMMED = 256, 4, 16  # or than this, if there are many of each weight;
@@ -426,10 +426,8 @@ def _one_weight(g, x, sums, errors):
 def _own_weights(g, x, weights, sums, results, at, column, count):
     """Add so many elements to their columns' sums, and make the other gradient."""
     grad, saved = piece(g, at, at + count), piece(x, at, at + count)
-    slopes, here = (
-        piece(weights, column, column + count),
-        piece(sums, column, sums.size),
-    )
+    slopes = piece(weights, column, column + count)
+    here = piece(sums, column, column + count)
     for i in range(np.uintp(count)):
         here[i] += product(grad, saved, i)
     for i in range(np.uintp(count)):
@@ -475,22 +473,15 @@ def _prelu_backward_rows(g, x, w, y, inner, segments, sums, errors, first, last)
         _clear(many, lost)
         begin = row * inner + cell % segments * SEGMENT
         end = smaller(begin + SEGMENT, (row + 1) * inner)
-        grad, saved, result = (
-            piece(g, begin, end),
-            piece(x, begin, end),
-            piece(y, begin, end),
-        )
+        grad, saved = piece(g, begin, end), piece(x, begin, end)
+        result = piece(y, begin, end)
         done = 0
         for start in range(0, end - begin, SUMMED):
             stop = smaller(start + SUMMED, end - begin)
             add_up(piece(grad, start, stop), piece(saved, start, stop), many, lost)
             stop = _end_of_line(result, stop)  # a line waits until all of it is there
-            fill(
-                piece(result, done, stop),
-                piece(grad, done, stop),
-                piece(saved, done, stop),
-                weight,
-            )
+            whole = piece(result, done, stop)
+            fill(whole, piece(grad, done, stop), piece(saved, done, stop), weight)
             done = stop
         half = LANES // 2
         while half > 0:
@@ -514,7 +505,7 @@ def prelu_backward_columns(g, x, w, y, total, size, channels, inner, moved):
     columns = smaller(width, SEGMENT_COLUMNS)
     rows = larger(BLOCK_ROWS, smaller(size // BLOCKS, BLOCK) // columns)
     cells = -(-size // (rows * width)) * width
-    copies = 2 if columns == width else 1  # words end in the next row
+    copies = 2 if columns == width else 1  # where a word may end in the next row
     memory = _malloc((2 * cells + copies * width) * 8 + 64)
     if memory == 0:
         return 1
@@ -533,7 +524,7 @@ def prelu_backward_columns(g, x, w, y, total, size, channels, inner, moved):
     answer = array_at(total, 2 * channels, np.float64)
     for channel in range(channels):
         first = channel * inner
-        value, error = totals[first], lost[first]
+        value, error = totals[first], lost[first]  # in registers: memory is a long way
         for column in range(first + 1, first + inner):
             before = value
             value += totals[column]
@@ -552,7 +543,10 @@ def _gather(few, totals, errors):
 
 
 def _prelu_backward_columns(g, x, wide, y, width, rows, sums, errors, first, last):
-    """Go from word to word, on into the next row; its first columns have sums twice."""
+    """Go from word to word, and across the ends of rows.
+
+    What a word has of the next row waits behind the sums of this one.
+    """
     few = piece(column_buffer(y), 0, smaller(width, SEGMENT_COLUMNS) + WORD)
     _clear(few, few)
     buffer = word_buffer(y)
