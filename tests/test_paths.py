@@ -352,8 +352,9 @@ def frozen(x):
 def ready_for_gradients():
     """The call of PReLU's gradients"""
     call = activations._leaky_relu_backward_calls.by_channel
-    for block, in_place in product((0, 1), (False, True)):
-        call.prepare(float32, cube().nbytes, in_place=in_place, block=block)
+    # Parts of the cube may need another loop: all that is left must be for a reason.
+    for x, block, in_place in product((cube(), cube()[1:]), (0, 1), (False, True)):
+        call.prepare(float32, x.nbytes, in_place=in_place, block=block)
     return call.call
 
 
