@@ -55,9 +55,7 @@ MASKED = 1024  # elements whose bits are unpacked before the rest is done
 LANES = 32  # running sums kept side by side, so that a row's sum is vector work
 FEW, FEW_ROWS = 4, 8  # products that are summed without compensation, and rows of them
 SEGMENT = 1 << 14  # elements of a row summed on their own
-BLOCK_ROWS = (
-    64  # rows summed together where channels are the last axis; or more of them,
-)
+BLOCK_ROWS = 64  # rows summed together where channels are the last axis, or more:
 BLOCK = 1 << 17  # up to so many elements,
 BLOCKS = 16  # while there are so many blocks
 SEGMENT_COLUMNS = 1024
@@ -121,7 +119,7 @@ def of_both(grad, saved, weights, i):
 
 
 @inlined
-def to_line(y):
+def _before_line(y):
     """Return how many elements lie before a cache line."""
     return -y.ctypes.data % 64 // y.itemsize
 
@@ -131,7 +129,7 @@ def _to_line(y):
 
     Vectors that cross lines cost a tenth, less than one more loop over a short array.
     """
-    return np.uintp(to_line(y) if y.size >= TILE else 0)
+    return np.uintp(_before_line(y) if y.size >= TILE else 0)
 
 
 def _at_once(y):
@@ -152,7 +150,7 @@ def fill_past_cache(y, x, b, s):
 
     They are made in registers, by way of a small buffer that the compiler sees through.
     """
-    lead = smaller(to_line(y), x.size)
+    lead = smaller(_before_line(y), x.size)
     for i in range(lead):
         y[i] = element(x, b, s, i)
     buffer = word_buffer(y)
@@ -215,7 +213,7 @@ def forward_mask(x, b, y, slope, start):
     The lines of y start `lead` elements after the words of the mask.
     """
     rounded = compute(slope)
-    lead = smaller(to_line(y), x.size)
+    lead = smaller(_before_line(y), x.size)
     bits = piece(b, start // 8, b.size)
     shift, rest = np.uint64(lead), np.uint64(WORD - lead)
     carry = np.uint64(0)
@@ -435,10 +433,9 @@ def _own_weights(g, x, weights, sums, results, at, column, count):
 
 
 @inlined
-def _clear(sums, errors):
+def _clear(sums):
     for i in range(sums.size):
         sums[i] = 0.0
-        errors[i] = 0.0
 
 
 def prelu_backward_rows(g, x, w, y, total, size, channels, inner, moved):
@@ -457,7 +454,8 @@ def prelu_backward_rows(g, x, w, y, total, size, channels, inner, moved):
     spread(part, operands, cells, 1, moved)
     totals = array_at(total, channels, np.float64)
     lost = array_at(total + channels * 8, channels, np.float64)
-    _clear(totals, lost)
+    _clear(totals)
+    _clear(lost)
     for cell in range(cells):
         channel = cell // segments % channels
         _add(totals, lost, channel, sums[cell], errors[cell])
@@ -470,7 +468,8 @@ def _prelu_backward_rows(g, x, w, y, inner, segments, sums, errors, first, last)
     for cell in range(first, last):
         row = cell // segments
         weight = w[row % w.size]
-        _clear(many, lost)
+        _clear(many)
+        _clear(lost)
         begin = row * inner + cell % segments * SEGMENT
         end = smaller(begin + SEGMENT, (row + 1) * inner)
         grad, saved = piece(g, begin, end), piece(x, begin, end)
@@ -548,7 +547,7 @@ def _prelu_backward_columns(g, x, wide, y, width, rows, sums, errors, first, las
     What a word has of the next row waits behind the sums of this one.
     """
     few = piece(column_buffer(y), 0, smaller(width, SEGMENT_COLUMNS) + WORD)
-    _clear(few, few)
+    _clear(few)
     buffer = word_buffer(y)
     segments = -(-width // SEGMENT_COLUMNS)
     for cell in range(first, last):
@@ -558,14 +557,15 @@ def _prelu_backward_columns(g, x, wide, y, width, rows, sums, errors, first, las
         weights = piece(wide, left, wide.size)
         totals = piece(sums, block * width + left, block * width + right)
         lost = piece(errors, block * width + left, block * width + right)
-        _clear(totals, lost)
+        _clear(totals)
+        _clear(lost)
         at = block * rows * width + left
         end = smaller((block + 1) * rows * width, g.size) - width + right
         column = done = 0
         while at < end:
             room = end - at if segments == 1 else columns - column
             # Those before the first line are no word, nor are the last ones.
-            count = room if room < WORD else to_line(piece(y, at, end))
+            count = room if room < WORD else _before_line(piece(y, at, end))
             if count > 0:
                 add_up(g, x, weights, few, buffer, at, column, count)
                 for j in range(np.uintp(count)):
