@@ -849,6 +849,36 @@ FAULTS = {
             "test_threads.py::test_members_keep_off_the_callers_processor",
         ),
         Fault(
+            "                    _set_mode(mode)\n",
+            "",
+            "members compute in the floating-point mode they were started in",
+            "test_threads.py::test_threads_with_modes_of_their_own",
+        ),
+        Fault(
+            "if team[_MODE] != mode:",
+            "if mode < 0:",
+            "a piece is worked on in the mode of the loop before",
+            "test_team_model.py::test_every_schedule_of_two_modes",
+        ),
+        Fault(
+            "if mode < 0 or not _swap(",
+            "if members < 2 or not _swap(",
+            "a loop is shared whose mode is not known",
+            "test_team_model.py::test_a_mode_that_must_stay_with_its_thread",
+        ),
+        Fault(
+            "builder.select(may_trap, _WORD(-1), mode)",
+            "mode",
+            "an operation traps in a thread that its host does not know",
+            "test_threads.py::test_where_an_operation_may_trap_no_loop_is_shared",
+        ),
+        Fault(
+            "return _WORD(-1)\n",
+            "return _WORD(0)\n",
+            "a loop is shared on a processor whose modes are not known",
+            "test_threads.py::test_how_a_mode_is_read_and_written",
+        ),
+        Fault(
             "smaller(2 * team[_PAUSE] + 1, _LONGEST_PAUSE)",
             "0",
             "members are woken over and over in vain",

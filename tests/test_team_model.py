@@ -38,6 +38,7 @@ class Task:
             None  # (word, whether it is written, whether atomically): the next
         )
         self.lock = None  # what it waits for
+        self.mode = 0  # of its processor's floating-point numbers
         self.done = False
         self.thread = threading.Thread(target=self.run, daemon=True)
 
@@ -55,7 +56,7 @@ class Task:
 
     def place(self, frame):
         """Where in the team's code it is, and with what in hand."""
-        found = [self.done, self.lock, self.access]
+        found = [self.done, self.lock, self.access, self.mode]
         while frame is not None:
             if frame.f_code.co_filename == FILE:
                 held = [i for i in frame.f_locals.items() if i[0] != "team"]
@@ -67,8 +68,8 @@ class Task:
 class Loop:
     """A loop that was brought to the team."""
 
-    def __init__(self, size):
-        self.hits = [0] * size
+    def __init__(self, size, mode):
+        self.hits, self.mode = [0] * size, mode
         self.runs = True  # until its owner goes on
 
 
@@ -184,6 +185,8 @@ class Model:
         for name in ("load", "store", "add", "swap", "sleep", "wake"):
             patch.setattr(threads, f"_{name}", getattr(self, name))
         patch.setattr(threads, "_team", lambda: self.words)
+        patch.setattr(threads, "_mode", lambda: self.running.mode)
+        patch.setattr(threads, "_set_mode", self.set_mode)
         patch.setattr(threads, "_look_away", lambda: None)
         patch.setattr(threads, "_keep_away", lambda words, member: self.step())
         patch.setattr(threads, "_call_loop", self.call_loop)
@@ -210,6 +213,11 @@ class Model:
         words.poke(i, new)
         return True
 
+    def set_mode(self, mode):
+        assert mode >= 0
+        assert self.running not in self.owners, "a host's mode is changed"
+        self.running.mode = mode
+
     def sleep(self, lock, wait):
         assert wait == 1
         self.running.lock = lock
@@ -227,6 +235,7 @@ class Model:
         assert arguments == -function
         loop = self.loops[function - 1]
         self.workers.add(self.running)
+        assert self.running.mode == loop.mode, "a piece is done in another mode"
         self.step()
         for i in range(start, stop):
             assert loop.runs, "a loop is touched whose owner went on"
@@ -237,18 +246,21 @@ class Model:
     # Who brings loops -----------------------------------------------------------------
 
     def owner(self, *loops):
-        """Add a thread that brings loops of these sizes, grains and bytes moved."""
+        """Add a thread that brings loops of these sizes, grains, bytes moved and modes."""
 
         def work():
-            for size, grain, moved in loops:
-                self.loops.append(Loop(size))
+            for size, grain, moved, mode in loops:
+                owner.mode = mode
+                self.loops.append(Loop(size, mode))
                 loop, function = self.loops[-1], len(self.loops)
                 threads._share(function, -function, size, grain, moved)
                 assert loop.hits == [1] * size
+                assert owner.mode == mode
                 loop.runs = False
 
-        self.owners.append(Task(self, work))
-        self.tasks.append(self.owners[-1])
+        owner = Task(self, work)
+        self.owners.append(owner)
+        self.tasks.append(owner)
 
     def check_rest(self):
         """All is done, and whoever comes next finds everything in its place."""
@@ -310,10 +322,28 @@ MUCH, LITTLE = threads.MUCH, 2 * threads.SHARE
 def test_every_schedule_of_two(team, pieces, moved):
     def make(choose):
         model = team(2, choose)
-        model.owner((pieces, 1, moved))
+        model.owner((pieces, 1, moved, 1))
         return model
 
     assert every_schedule(make) > 1000
+
+
+def test_every_schedule_of_two_modes(team):
+    """A member that comes late to one loop may find another, with another mode."""
+
+    def make(choose):
+        model = team(2, choose)
+        model.owner((2, 1, MUCH, 1), (2, 1, MUCH, 2))
+        return model
+
+    assert every_schedule(make) > 1000
+
+
+def test_a_mode_that_must_stay_with_its_thread(team):
+    model = team(3, lambda model, ready: ready[-1])
+    model.owner((8, 1, MUCH, -1), (8, 1, 0, -1))
+    model.run()
+    assert model.words.peek(threads._LOOPS) == 0
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -331,7 +361,12 @@ def test_random_schedules_of_many(team, seed):
             sizes = [rng.randint(0, 14) for _ in range(rng.randint(1, 4))]
             model.owner(
                 *(
-                    (size, rng.randint(1, 3), rng.choice((MUCH, LITTLE, 3 * LITTLE, 0)))
+                    (
+                        size,
+                        rng.randint(1, 3),
+                        rng.choice((MUCH, LITTLE, 3 * LITTLE, 0)),
+                        rng.choice((0, 0, 1, 1, 2, -1)),
+                    )
                     for size in sizes
                 )
             )
@@ -342,7 +377,7 @@ def test_a_limit_is_kept(team):
     model = team(3, lambda model, ready: ready[-1])
     model.words.poke(threads._LIMIT, 1)
     model.limit = 1
-    model.owner((8, 1, MUCH))
+    model.owner((8, 1, MUCH, 0))
     model.run()
     assert model.words.peek(threads._LOOPS) == 0
 
@@ -410,7 +445,7 @@ def test_a_member_keeps_off_the_owners_processor(monkeypatch):
 def test_a_piece_that_two_take_is_found(team, monkeypatch):
     def make(choose):
         model = team(2, choose)
-        model.owner((2, 1, MUCH))
+        model.owner((2, 1, MUCH, 0))
 
         def swap(words, i, old, new):
             """Not in one step."""
@@ -435,7 +470,7 @@ def test_only_so_many_have_a_part(team, limit):
         model.words.poke(threads._LIMIT, 1)
         model.limit = limit
         for _ in range(2):
-            model.owner((12, 1, MUCH), (12, 1, MUCH))
+            model.owner((12, 1, MUCH, 0), (12, 1, MUCH, 1))
         model.run()
         workers |= {model.members.index(t) for t in model.workers - {*model.owners}}
     assert workers == set(range(limit - 1))

@@ -1,15 +1,19 @@
 """The team: every index once, whoever calls, and nothing that takes its host down."""
 
 import os
+import platform
 import subprocess
 import sys
 import textwrap
 import threading
+import types
 from pathlib import Path
 
+import llvmlite.binding as llvm
 import numba
 import numpy as np
 import pytest
+from llvmlite import ir
 
 from fastrelu.cpu import threads
 from fastrelu.cpu.jit import inlined
@@ -344,3 +348,205 @@ def test_numba_starts_its_threads_in_the_midst_of_a_call():
     print(np.array_equal(F.relu(x[::2]), expected[::2]), parallel._is_initialized)
     """
     assert run(PRELUDE + script) == "True True\n"
+
+
+# The floating-point mode --------------------------------------------------------------
+
+
+# Of the processor's register: what is set beside nothing.
+if platform.machine() in ("x86_64", "AMD64"):
+    REGISTER, NOTHING = ("llvm.x86.sse.stmxcsr", "llvm.x86.sse.ldmxcsr"), 0x1F80
+    MODES = {
+        "results flushed": 0x8000,
+        "subnormals are zeros": 0x40,
+        "both": 0x8040,
+        "upward": 0x4000,
+        "toward zero": 0x6000,
+    }
+elif platform.machine() in ("aarch64", "arm64"):
+    REGISTER, NOTHING = ("llvm.aarch64.get.fpcr", "llvm.aarch64.set.fpcr"), 0
+    MODES = {"both": 1 << 24, "upward": 1 << 22, "toward zero": 3 << 22}
+else:
+    REGISTER, NOTHING, MODES = (), 0, {}
+EVERY_MODE = [NOTHING, *(NOTHING | mode for mode in MODES.values())]
+needs_modes = pytest.mark.skipif(not MODES, reason="needs a processor that is known")
+
+SET_MODE = f"""
+    from llvmlite import ir
+    from numba import types
+    from numba.core import cgutils
+    from numba.extending import intrinsic
+    read, write = {REGISTER}
+    def register(builder, name, value=None):
+        word, none = ir.IntType(64), ir.VoidType()
+        if name.startswith("llvm.aarch64"):
+            kind = ir.FunctionType(word, []) if value is None else \\
+                ir.FunctionType(none, [word])
+            function = cgutils.get_or_insert_function(builder.module, kind, name)
+            return builder.call(function, [] if value is None else [value])
+        place = builder.alloca(word)
+        builder.store(word(0) if value is None else value, place)
+        kind = ir.FunctionType(none, [cgutils.voidptr_t])
+        function = cgutils.get_or_insert_function(builder.module, kind, name)
+        builder.call(function, [builder.bitcast(place, cgutils.voidptr_t)])
+        return builder.load(place)
+    @intrinsic
+    def get(typingctx):
+        return types.int64(), lambda c, b, s, a: register(b, read)
+    @intrinsic
+    def put(typingctx, mode):
+        def codegen(c, b, s, a):
+            register(b, write, a[0])
+            return c.get_dummy_value()
+        return types.void(types.int64), codegen
+    @numba.njit("i8()")
+    def get_mode():
+        return get() & ~{0x3F if NOTHING else 0}  # which tell what happened
+    @numba.njit("void(i8)")
+    def set_mode(mode):
+        put(mode)
+    def values(letter):
+        a = np.random.default_rng(1).standard_normal(1 << 20).astype(letter)
+        a[::2] *= np.finfo(a.dtype).smallest_normal  # half of them are subnormal
+        return a.reshape(8, 16, -1), np.linspace(0.1, 1.3, 16).astype(letter)
+    arrays = [values(letter) for letter in "efd"]
+    functions = lambda: [
+        result
+        for a, w in arrays
+        for result in (F.relu(a), F.leaky_relu(a, 0.37), F.prelu(a, w),
+                       F.leaky_relu_backward(a, a, 0.37), *F.prelu_backward(a, a, w))
+    ]
+    bits = lambda results: [hash(result.tobytes()) for result in results]
+    def alone():
+        numba.set_num_threads(1)
+        results = bits(functions())
+        numba.set_num_threads(numba.config.NUMBA_NUM_THREADS)
+        return results
+"""
+
+
+@several_threads
+@needs_modes
+@pytest.mark.parametrize("first", ["nothing", "both", "upward"])
+def test_every_piece_is_worked_on_in_the_callers_mode(first):
+    """Also where the team was started in another, and the caller's stays what it is."""
+    script = f"""
+    modes = {[NOTHING | MODES.get(first, 0), *EVERY_MODE]}
+    set_mode(modes[0])
+    first = bits(functions())  # which starts the team
+    expected = {{}}
+    for mode in modes + modes[::-1]:
+        set_mode(mode)
+        before = loops()
+        expected.setdefault(mode, alone())
+        assert loops() == before and get_mode() == mode
+        for _ in range(2):
+            assert bits(functions()) == expected[mode], hex(mode)
+        assert loops() > before and get_mode() == mode
+    print(first == expected[modes[0]], len(set(map(tuple, expected.values()))))
+    """
+    assert run(PRELUDE + SET_MODE + script) == f"True {len(MODES) + 1}\n"
+
+
+@several_threads
+@needs_modes
+def test_threads_with_modes_of_their_own():
+    script = f"""
+    F.relu(x)
+    wrong = []
+    def call(mode):
+        set_mode(mode)
+        expected = alone()
+        for _ in range(8):
+            wrong.extend([mode] * (bits(functions()) != expected))
+        wrong.extend([mode] * (get_mode() != mode))
+    modes = {EVERY_MODE}
+    team = [threading.Thread(target=call, args=(mode,)) for mode in modes]
+    for thread in team: thread.start()
+    for thread in team: thread.join()
+    print(wrong)
+    """
+    assert run(PRELUDE + SET_MODE + script) == "[]\n"
+
+
+@several_threads
+@pytest.mark.skipif(not MODES or NOTHING == 0, reason="needs traps that can be set")
+def test_where_an_operation_may_trap_no_loop_is_shared():
+    """Its signal would come to a thread that its host does not know."""
+    script = f"""
+    assert works()
+    before = loops()
+    set_mode({NOTHING & ~0x200})  # divisions by zero
+    fine = np.array_equal(F.relu(x), expected)
+    alone = loops() == before
+    set_mode({NOTHING})
+    print(fine, alone, works())
+    """
+    assert run(PRELUDE + SET_MODE + script) == "True True True\n"
+
+
+CHANGES = {
+    "fesetround": """
+    import ctypes
+    libm = ctypes.CDLL(ctypes.util.find_library("m"))
+    change = lambda: libm.fesetround(0xC00)  # FE_TOWARDZERO on x86
+    back = lambda: libm.fesetround(0)
+    """,
+    "torch": """
+    import torch
+    change = lambda: torch.set_flush_denormal(True)
+    back = lambda: torch.set_flush_denormal(False)
+    """,
+}
+
+
+@several_threads
+@needs_modes
+@pytest.mark.skipif(sys.platform != "linux", reason="knows Linux's libraries")
+@pytest.mark.parametrize("by", CHANGES)
+def test_other_libraries_change_the_mode(by):
+    if by == "torch":
+        pytest.importorskip("torch")
+    elif platform.machine() != "x86_64":
+        pytest.skip("knows the numbers of x86")
+    script = f"""
+    import ctypes.util
+    functions()
+    {CHANGES[by]}
+    usual = alone()
+    change()
+    changed = alone()
+    fine = [bits(functions()) == changed for _ in range(4)]
+    back()
+    fine += [bits(functions()) == usual for _ in range(4)]
+    print(all(fine), usual != changed)
+    """
+    assert run(PRELUDE + SET_MODE + script) == "True True\n"
+
+
+PROCESSORS = {
+    "x86_64-unknown-linux-gnu": ("llvm.x86.sse.stmxcsr", "llvm.x86.sse.ldmxcsr"),
+    "aarch64-unknown-linux-gnu": ("llvm.aarch64.get.fpcr", "llvm.aarch64.set.fpcr"),
+    "arm64-apple-darwin": ("llvm.aarch64.get.fpcr", "llvm.aarch64.set.fpcr"),
+    "riscv64-unknown-linux-gnu": (),  # its loops are not shared
+}
+
+
+@pytest.mark.parametrize("triple", PROCESSORS)
+def test_how_a_mode_is_read_and_written(triple, monkeypatch):
+    monkeypatch.setattr(llvm, "get_process_triple", lambda: triple)
+    word = ir.IntType(64)
+    found = []
+    for what, operands in ((threads._mode, 0), (threads._set_mode, 1)):
+        module = ir.Module()
+        kind = ir.FunctionType(word, [word] * operands)
+        function = ir.Function(module, kind, "mode")
+        builder = ir.IRBuilder(function.append_basic_block())
+        _, codegen = what._defn(None, *[None] * operands)
+        context = types.SimpleNamespace(get_dummy_value=lambda: word(0))
+        builder.ret(codegen(context, builder, None, function.args))
+        llvm.parse_assembly(str(module)).verify()
+        found.append([f.name for f in module.functions if f.is_declaration])
+        if operands == 0 and not PROCESSORS[triple]:
+            assert "ret i64 -1" in str(module)
+    assert found == ([[name] for name in PROCESSORS[triple]] or [[], []])

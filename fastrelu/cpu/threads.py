@@ -4,13 +4,15 @@ Numba's own layers do not do for a library that lives in other people's processe
 workqueue layer aborts the process when two threads enter it at once, GNU OpenMP kills
 a forked child, and TBB takes a microsecond and a half to start, a third of what there
 is to do in a loop over 100,000 elements.  The team here is started at the first large
-array.  Its members wait for the next loop with their eyes open for some microseconds
-and then sleep.  Four rules keep it harmless:
+array.  Its members spin for some microseconds until the next loop comes, and then sleep.
+Five rules keep it harmless:
 
 - Whoever brings a loop works on it, so it ends without the others too: each has a part
   of the range, takes pieces from its front, and when it has none left, from the back of
   somebody else's.
 - Nobody waits for the team.  While it is busy, a loop runs on the thread it came from.
+- All pieces of a loop are worked on in the floating-point mode of whoever brings it:
+  rounding, and what becomes of subnormals, do not depend on who takes which piece.
 - A member never touches Python, so the interpreter may end at any time.
 - After a fork the child has no team, and starts its own when it needs one.
 """
@@ -91,7 +93,7 @@ _BUSY = 0  # 1 while somebody's loop runs
 _PENDING = 8  # pieces of it not done yet
 _WAITING = 9  # 1 while its owner sleeps until they are
 _LOOPS = 16  # how many there have been
-_FUNCTION, _ARGUMENTS, _SIZE, _PIECE, _MEMBERS = range(24, 29)  # the loop
+_FUNCTION, _ARGUMENTS, _SIZE, _PIECE, _MEMBERS, _MODE = range(24, 30)  # the loop
 _WORKERS = 32  # members besides the owner
 _LIMIT = 33  # the address of Numba's get_num_threads, or 0
 _PAUSE, _LEFT_ALONE, _AWAKE = 34, 35, 36  # see _may_wake
@@ -112,7 +114,7 @@ llvm.add_symbol("fastrelu_team", _memory.ctypes.data)
 
 # Words that several threads read and write -------------------------------------------
 
-_WORD = ir.IntType(64)
+_WORD, _INT = ir.IntType(64), ir.IntType(32)
 _WORDS = types.CPointer(types.int64)
 _word = types.int64
 
@@ -178,23 +180,80 @@ def _address(typingctx, words, i):
     return _word(_WORDS, types.intp), codegen
 
 
+_X86, _ARM = ("x86_64", "i686", "amd64"), ("aarch64", "arm64")
+
+
+def _emit(builder: Any, name: str, result: Any, *operands: Any) -> Any:
+    """Return code that calls one of LLVM's own functions."""
+    kind = ir.FunctionType(result, [operand.type for operand in operands])
+    function = cgutils.get_or_insert_function(builder.module, kind, name)
+    return builder.call(function, operands)
+
+
 @intrinsic
 def _look_away(typingctx):
     """Give the processor a moment."""
 
     def codegen(context, builder, signature, args):
-        triple, hint = llvm.get_process_triple(), None
-        if triple.startswith(("x86_64", "i686", "amd64")):
-            hint, values = "llvm.x86.sse2.pause", []
-        elif triple.startswith(("aarch64", "arm64")):
-            hint, values = "llvm.aarch64.hint", [ir.IntType(32)(1)]  # yield
-        if hint is not None:
-            kind = ir.FunctionType(ir.VoidType(), [v.type for v in values])
-            function = cgutils.get_or_insert_function(builder.module, kind, hint)
-            builder.call(function, values)
+        triple = llvm.get_process_triple()
+        if triple.startswith(_X86):
+            _emit(builder, "llvm.x86.sse2.pause", ir.VoidType())
+        elif triple.startswith(_ARM):
+            _emit(builder, "llvm.aarch64.hint", ir.VoidType(), ir.IntType(32)(1))
         return context.get_dummy_value()
 
     return types.void(), codegen
+
+
+# The floating-point mode --------------------------------------------------------------
+
+_FLAGS = 0x3F  # of x86's register: what happened so far, which is no part of the mode
+
+
+@intrinsic
+def _mode(typingctx):
+    """Return the thread's mode, or -1 where a loop must not be shared.
+
+    That is where nothing is known of the processor's mode, and where an operation may
+    trap: its signal must reach the thread that asked for it.
+    """
+
+    def codegen(context, builder, signature, args):
+        triple = llvm.get_process_triple()
+        if triple.startswith(_X86):
+            place = cgutils.alloca_once(builder, _INT)
+            pointer = builder.bitcast(place, cgutils.voidptr_t)
+            _emit(builder, "llvm.x86.sse.stmxcsr", ir.VoidType(), pointer)
+            word = builder.zext(builder.load(place), _WORD)
+            mode = builder.and_(word, _WORD(~_FLAGS))
+            traps = builder.and_(builder.not_(mode), _WORD(0x1F80))  # a 1 masks one
+        elif triple.startswith(_ARM):
+            mode = _emit(builder, "llvm.aarch64.get.fpcr", _WORD)
+            traps = builder.and_(mode, _WORD(0x9F00))
+        else:
+            return _WORD(-1)
+        may_trap = builder.icmp_unsigned("!=", traps, _WORD(0))
+        return builder.select(may_trap, _WORD(-1), mode)
+
+    return _word(), codegen
+
+
+@intrinsic
+def _set_mode(typingctx, mode):
+    """Give the thread a mode that `_mode` returned."""
+
+    def codegen(context, builder, signature, args):
+        triple = llvm.get_process_triple()
+        if triple.startswith(_X86):
+            word = builder.trunc(args[0], _INT)
+            place = cgutils.alloca_once_value(builder, word)
+            pointer = builder.bitcast(place, cgutils.voidptr_t)
+            _emit(builder, "llvm.x86.sse.ldmxcsr", ir.VoidType(), pointer)
+        elif triple.startswith(_ARM):
+            _emit(builder, "llvm.aarch64.set.fpcr", ir.VoidType(), args[0])
+        return context.get_dummy_value()
+
+    return types.void(_word), codegen
 
 
 _call_loop = calling(types.intc(_word, _word, _word))
@@ -211,8 +270,12 @@ _dict_item = types.ExternalFunction("PyDict_GetItem", _word(_word, _word))
 
 
 @inlined
-def _work(team, me):
-    """Do pieces of the loop until none is left."""
+def _work(team, me, mode):
+    """Do pieces of the loop until none is left.
+
+    Take the floating-point mode that the thread has, and return the one it has then: to
+    read it for each piece would wait for all that the processor computes.
+    """
     members = _load(team, _MEMBERS)
     for other in range(members):
         part = _MEMBER + (me + other) % members * _MEMBER_SIZE
@@ -228,11 +291,15 @@ def _work(team, me):
             # A piece is taken before the loop is looked at, which therefore cannot
             # end, and give way to another, before that piece is done.
             if _swap(team, part, pieces, rest):
+                if team[_MODE] != mode:
+                    mode = team[_MODE]
+                    _set_mode(mode)
                 start = mine * team[_PIECE]
                 stop = smaller(start + team[_PIECE], team[_SIZE])
                 _call_loop(team[_FUNCTION], (team[_ARGUMENTS], start, stop))
                 if _add(team, _PENDING, -1) == 1 and _swap(team, _WAITING, 1, 0):
                     _wake(team[_MEMBER + _LOCK])
+    return mode
 
 
 @inlined
@@ -285,7 +352,8 @@ def _share(function, arguments, size, grain, moved):
     members = smaller(team[_WORKERS] + 1, smaller(moved // SHARE, -(-size // grain)))
     if members > 1 and team[_LIMIT] != 0:
         members = smaller(members, _call_int(team[_LIMIT], ()))
-    if members < 2 or not _swap(team, _BUSY, 0, 1):
+    mode = _mode() if members > 1 else -1
+    if mode < 0 or not _swap(team, _BUSY, 0, 1):
         _call_loop(function, (arguments, 0, size))
         return
     asleep = 0
@@ -299,7 +367,7 @@ def _share(function, arguments, size, grain, moved):
     piece = -(-size // (_PIECES * members * grain)) * grain
     pieces = -(-size // piece)
     team[_FUNCTION], team[_ARGUMENTS] = function, arguments
-    team[_SIZE], team[_PIECE] = size, piece
+    team[_SIZE], team[_PIECE], team[_MODE] = size, piece, mode
     _store(team, _MEMBERS, members)
     _store(team, _PENDING, pieces)
     for member in range(members):
@@ -313,7 +381,7 @@ def _share(function, arguments, size, grain, moved):
                 _keep_away(team, member)
             if _swap(team, words + _ASLEEP, 1, 0):
                 _wake(team[words + _LOCK])
-    _work(team, 0)
+    _work(team, 0, mode)
     looks = 0
     while _load(team, _PENDING) > 0:
         if looks < _LOOK:
@@ -332,7 +400,7 @@ def _member(me):
     words = _MEMBER + me * _MEMBER_SIZE
     if team[_THREAD] != 0:
         team[words + _ID] = _call_int(team[_THREAD], ())
-    seen = 0
+    seen, mode = 0, -1  # whatever it was started in
     while True:
         looks = 0
         while _load(team, _LOOPS) == seen and looks < _LOOK:
@@ -342,7 +410,7 @@ def _member(me):
         if loops != seen:
             seen = loops
             if me < _load(team, _MEMBERS):
-                _work(team, me)
+                mode = _work(team, me, mode)
             continue
         _store(team, words + _ASLEEP, 1)
         # Whoever brings a loop between these lines may have taken the 1 already: then
@@ -382,10 +450,7 @@ def spread(typingctx, body, arguments, size, grain, moved):
         )
         with inside.if_then(status.is_error, likely=False):
             # Only an index that Numba was told to check: there is nobody to tell.
-            trap = ir.FunctionType(ir.VoidType(), [])
-            inside.call(
-                cgutils.get_or_insert_function(builder.module, trap, "llvm.trap"), []
-            )
+            _emit(inside, "llvm.trap", ir.VoidType())
         inside.ret(ir.IntType(32)(0))
 
         team = _team_of(builder.module)
