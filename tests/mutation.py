@@ -879,6 +879,24 @@ FAULTS = {
             "test_threads.py::test_how_a_mode_is_read_and_written",
         ),
         Fault(
+            "if team[_MASK + i] != team[ours + i]:",
+            "if False:",
+            "a processor is put back into a mask that somebody else set",
+            "test_team_model.py::test_what_an_administrator_changes_stays_changed",
+        ),
+        Fault(
+            " or not team[_MAIN + word] & bit:",
+            ":",
+            "a processor is put back that was taken from the process",
+            "test_threads.py::test_members_stay_where_an_administrator_puts_them",
+        ),
+        Fault(
+            "not team[_MAIN + word] & bit:\n            return\n        ",
+            "not team[_MAIN + word] & bit:\n            pass\n        else:\n            ",
+            "processors are taken from a member one by one",
+            "test_team_model.py::test_where_the_main_thread_is_bound",
+        ),
+        Fault(
             "smaller(2 * team[_PAUSE] + 1, _LONGEST_PAUSE)",
             "0",
             "members are woken over and over in vain",

@@ -10,6 +10,7 @@ import random
 import sys
 import threading
 
+import numpy as np
 import pytest
 
 from fastrelu.cpu import threads
@@ -398,45 +399,115 @@ def test_wakings_that_do_not_pay_become_rare(monkeypatch):
     assert threads._may_wake(words, 1)  # it paid
 
 
-def test_a_member_keeps_off_the_owners_processor(monkeypatch):
-    """The processors of a member that may use all of 128, as its owner moves about."""
-    interpret(monkeypatch)
-    words = [0] * (threads._MEMBER + 2 * threads._MEMBER_SIZE)
-    member = threads._MEMBER + threads._MEMBER_SIZE
-    words[threads._GET_PLACES], words[threads._SET_PLACES] = "get", "set"
-    words[member + threads._FORBIDDEN] = -1
-    allowed, here, fails, calls = [*range(128)], 0, "", []
-    masks = slice(member + threads._MASK, member + threads._MASK + 2)
+class Places:
+    """Of 128 processors, those that the main thread and a member may use."""
 
-    def call(function, arguments):
-        nonlocal allowed
-        calls.append(function)
+    def __init__(self, monkeypatch):
+        self.words = words = [0] * (threads._MEMBER + 2 * threads._MEMBER_SIZE)
+        self.member = threads._MEMBER + threads._MEMBER_SIZE
+        self.main, self.allowed = {*range(128)}, {*range(128)}
+        self.here, self.fails, self.calls = 0, "", []
+        words[threads._GET_PLACES], words[threads._SET_PLACES] = "get", "set"
+        words[threads._PROCESS], words[self.member + threads._ID] = "main", "member"
+        words[self.member + threads._FORBIDDEN] = -1
+        monkeypatch.setattr(threads, "_call_loop", self.call)
+        monkeypatch.setattr(threads, "_call_int", lambda *_: self.here)
+        monkeypatch.setattr(threads, "_address", lambda words, i: i)
+
+    def call(self, function, arguments):
+        thread, size, mask = arguments
+        assert size == 8 * threads._PLACES
+        mask = slice(mask, mask + threads._PLACES)
+        self.calls.append(f"{function} {thread}")
+        if self.fails == self.calls[-1]:
+            return -1
         if function == "get":
-            words[masks] = [
-                sum(1 << place % 64 for place in allowed if place // 64 == word)
-                for word in (0, 1)
-            ]
-        elif function != fails:
-            bits = words[masks][0] | words[masks][1] << 64
-            allowed = [place for place in range(128) if bits >> place & 1]
-        return -(function == fails)
+            places = self.main if thread == "main" else self.allowed
+        else:
+            assert thread == "member"
+            words = self.words[mask]
+            places = {p for p in range(128) if words[p // 64] >> p % 64 & 1}
+            if not places:
+                return -1
+            self.allowed = places
+        bits = sum(1 << place for place in places)
+        # The words have signs, and Python's numbers have more than 64 bits.
+        words = np.frombuffer(bits.to_bytes(size, "little"), np.int64)
+        self.words[mask] = words.tolist()
+        return 8 if function == "get" else 0
 
-    monkeypatch.setattr(threads, "_call_loop", call)
-    monkeypatch.setattr(threads, "_call_int", lambda *_: here)
-    monkeypatch.setattr(threads, "_address", lambda words, i: i)
-    for here in (3, 70, 127, 0):
-        threads._keep_away(words, 1)
-        assert allowed == [place for place in range(128) if place != here]
-        assert words[member + threads._FORBIDDEN] == here
-    del calls[:]
-    threads._keep_away(words, 1)  # where it keeps off already,
-    here = 64 * threads._PLACES
-    threads._keep_away(words, 1)  # and where there is no bit for it
-    assert calls == []
-    here = 5
-    for fails in ("get", "set"):
-        threads._keep_away(words, 1)
-        assert words[member + threads._FORBIDDEN] == 0
+    @property
+    def forbidden(self):
+        return self.words[self.member + threads._FORBIDDEN]
+
+    def wake(self, here):
+        """Bring a loop on a processor; return those that the member may use then."""
+        self.here = here
+        del self.calls[:]
+        threads._keep_away(self.words, 1)
+        return self.allowed
+
+
+@pytest.fixture
+def places(monkeypatch):
+    interpret(monkeypatch)
+    return Places(monkeypatch)
+
+
+def test_a_member_keeps_off_the_owners_processor(places):
+    every = {*range(128)}
+    for here in (3, 70, 127, 63, 0):
+        assert places.wake(here) == every - {here}
+        assert places.forbidden == here
+    places.wake(0)  # where it keeps off already,
+    assert places.calls == []
+    for here in (64 * threads._PLACES, -1):  # and where there is no bit for it
+        places.wake(here)
+        assert places.calls == []
+    for places.fails in ("get member", "get main", "set member"):
+        assert places.wake(5) == every - {0}
+        assert places.forbidden == 0
+        assert places.calls[-1] == places.fails
+    places.fails = ""
+    assert places.wake(5) == every - {5}
+
+
+def test_what_an_administrator_changes_stays_changed(places):
+    every = {*range(128)}
+    assert places.wake(1) == every - {1}
+    # The whole process is narrowed, by `taskset -ap`.
+    places.main, places.allowed = {2, 3, 70}, {2, 3, 70}
+    assert places.wake(2) == {3, 70}
+    assert places.wake(3) == {2, 70}
+    # To one processor; there is no other for the member.
+    places.main, places.allowed = {2}, {2}
+    assert places.wake(2) == {2}
+    assert places.forbidden == -1
+    # To two, and then to the very processor that the member has.
+    places.main, places.allowed = {2, 3}, {2, 3}
+    assert places.wake(2) == {3}
+    places.main = {3}
+    assert places.wake(3) == {3}
+    assert places.forbidden == 2
+    # To two again, for all but the member: only now may it go back.
+    places.main = {2, 3}
+    assert places.wake(3) == {2}
+    # The member alone; what it was forbidden before is not put back.
+    places.allowed = {3, 4}
+    assert places.wake(4) == {3}
+    # To all.
+    places.main, places.allowed = every, every
+    assert places.wake(5) == every - {5}
+    assert places.wake(6) == every - {6}
+
+
+def test_where_the_main_thread_is_bound(places):
+    """Its own processor is no reason to take the others from a member one by one."""
+    every = {*range(128)}
+    assert places.wake(1) == every - {1}
+    places.main = {0}
+    for here in (2, 3, 0, 4):
+        assert places.wake(here) == every - {1}
 
 
 # The model finds what it is made for --------------------------------------------------

@@ -550,3 +550,44 @@ def test_how_a_mode_is_read_and_written(triple, monkeypatch):
         if operands == 0 and not PROCESSORS[triple]:
             assert "ret i64 -1" in str(module)
     assert found == ([[name] for name in PROCESSORS[triple]] or [[], []])
+
+
+# What an administrator changes --------------------------------------------------------
+
+
+@several_threads
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells")
+def test_members_stay_where_an_administrator_puts_them():
+    """As `taskset -ap` does; not even a processor that was forbidden here comes back."""
+    script = """
+    x = x[: 1 << 20]
+    y = np.empty_like(x)
+    every = os.sched_getaffinity(0)
+    def masks():
+        return [os.sched_getaffinity(int(t)) for t in os.listdir("/proc/self/task")]
+    def members():
+        words = (threads._MEMBER + me * threads._MEMBER_SIZE for me in team)
+        return [os.sched_getaffinity(threads._memory[w + threads._ID]) for w in words]
+    def work():
+        for _ in range(30):
+            F.relu(x, out=y)
+            time.sleep(0.001)
+    def after(places):
+        for thread in os.listdir("/proc/self/task"):
+            os.sched_setaffinity(int(thread), places)
+        work()
+        return masks()
+    work()
+    team = range(1, threads._memory[threads._WORKERS] + 1)
+    wrong = []
+    for _ in range(3):
+        for place in sorted(every)[:4]:
+            wrong += [mask for mask in after({place}) if mask != {place}]
+        wrong += [mask for mask in after(every) if len(mask) < len(every) - 1]
+        while every in members():  # until each was woken, and kept off a processor
+            work()
+        for places in members():
+            wrong += [mask for mask in after(places) if not mask <= places]
+    print(wrong, len(team))
+    """
+    assert run(PRELUDE + script, NUMBA_NUM_THREADS="3") == "[] 2\n"

@@ -100,10 +100,12 @@ _PAUSE, _LEFT_ALONE, _AWAKE = 34, 35, 36  # see _may_wake
 _PLACE, _GET_PLACES, _SET_PLACES, _THREAD = range(37, 41)  # see _LINUX; or 0
 _SHARE = 41  # the address of `_share`, or 0 while there is no team
 _NUMBA, _LAUNCHED, _TRUE = 42, 43, 44  # see `is_ready`
-_MEMBER, _MEMBER_SIZE = 48, 32  # the first member's words; the next has the next 32
+_PROCESS = 45  # its number, which is its main thread's to Linux
+_MASK, _MAIN, _PLACES = 48, 64, 16  # see `_keep_away`: 16 words of a bit a processor
+_MEMBER, _MEMBER_SIZE = 80, 32  # the first member's words; the next has the next 32
 _ASLEEP, _LOCK = 8, 9  # after its part: (first piece << 32) + the piece after the last
 _ID, _FORBIDDEN = 10, 11  # to Linux, and the processor it must not use, or -1
-_MASK, _PLACES = 16, 16  # the others: a bit each in so many words
+_OURS = 16  # the mask that was set for it then
 _MOST = 256  # members
 
 _memory = np.zeros(_MEMBER + _MOST * _MEMBER_SIZE + 8, np.int64)
@@ -322,25 +324,44 @@ def _may_wake(team, asleep):
 
 
 @inlined
+def _get_places(team, thread, mask):
+    """Write the processors that a thread may use; say whether that is known."""
+    arguments = thread, 8 * _PLACES, _address(team, mask)
+    return _call_loop(team[_GET_PLACES], arguments) >= 0
+
+
+@inlined
 def _keep_away(team, member):
     """Before a member is woken, forbid it the processor that the loop comes from.
 
-    Linux would often wake it there, where it has to wait for the loop's owner.
+    Linux would often wake it there, where it has to wait for the loop's owner.  The
+    processor that it was forbidden before is put back, but only if its mask is still
+    what was set here and the main thread may use that processor: what an administrator
+    changes stays changed.
     """
     words = _MEMBER + member * _MEMBER_SIZE
-    here = _call_int(team[_PLACE], ())
-    if here == team[words + _FORBIDDEN] or here >= 64 * _PLACES:
+    here, before = _call_int(team[_PLACE], ()), team[words + _FORBIDDEN]
+    if here == before or here < 0 or here >= 64 * _PLACES:
         return
-    places = words + _MASK
-    arguments = team[words + _ID], 8 * _PLACES, _address(team, places)
-    if _call_loop(team[_GET_PLACES], arguments) < 0:
+    ours = words + _OURS
+    if not _get_places(team, team[words + _ID], _MASK):
         return
-    before = team[words + _FORBIDDEN]
+    for i in range(_PLACES):
+        if team[_MASK + i] != team[ours + i]:
+            before = -1
+    team[words + _FORBIDDEN] = before
     if before >= 0:
-        team[places + (before >> 6)] |= 1 << (before & 63)
-    team[places + (here >> 6)] &= ~(1 << (here & 63))
+        # Where it cannot be put back, no other is taken: in the end there would be one.
+        word, bit = before >> 6, 1 << (before & 63)
+        if not _get_places(team, team[_PROCESS], _MAIN) or not team[_MAIN + word] & bit:
+            return
+        team[_MASK + word] |= bit
+    team[_MASK + (here >> 6)] &= ~(1 << (here & 63))
+    arguments = team[words + _ID], 8 * _PLACES, _address(team, _MASK)
     if _call_loop(team[_SET_PLACES], arguments) == 0:  # or there is no other
         team[words + _FORBIDDEN] = here
+        for i in range(_PLACES):
+            team[ours + i] = team[_MASK + i]
 
 
 def _share(function, arguments, size, grain, moved):
@@ -533,6 +554,7 @@ def _start() -> None:
             for word, name in _LINUX.items():
                 function = ctypes.cast(getattr(library, name), ctypes.c_void_p)
                 _memory[word] = function.value or 0
+    _memory[_PROCESS] = os.getpid()
     for me in range(min(config.NUMBA_NUM_THREADS, _MOST)):
         words = _MEMBER + me * _MEMBER_SIZE
         lock = _new_lock()
