@@ -897,6 +897,18 @@ FAULTS = {
             "test_team_model.py::test_where_the_main_thread_is_bound",
         ),
         Fault(
+            "with _sufficient_stack(), _signals_elsewhere():",
+            "with _signals_elsewhere():",
+            "members have a stack as small as the program's own threads",
+            "test_threads.py::test_a_member_has_a_sufficient_stack",
+        ),
+        Fault(
+            "    finally:\n        threading.stack_size(before)\n",
+            "    finally:\n        pass\n",
+            "the program's threads have another stack from then on",
+            "test_threads.py::test_a_member_has_a_sufficient_stack",
+        ),
+        Fault(
             "smaller(2 * team[_PAUSE] + 1, _LONGEST_PAUSE)",
             "0",
             "members are woken over and over in vain",

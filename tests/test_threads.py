@@ -591,3 +591,66 @@ def test_members_stay_where_an_administrator_puts_them():
     print(wrong, len(team))
     """
     assert run(PRELUDE + script, NUMBA_NUM_THREADS="3") == "[] 2\n"
+
+
+# Small stacks -------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells")
+@pytest.mark.parametrize(
+    ("asked", "given"), [(1 << 15, 1 << 20), (1 << 16, 1 << 20), (1 << 22, 1 << 22)]
+)
+def test_a_member_has_a_sufficient_stack(asked, given):
+    script = f"""
+    import ctypes
+    from numba.core.compiler_lock import global_compiler_lock
+    libc, members, start = ctypes.CDLL(None), [], threads._new_thread
+    def new_thread(*arguments):
+        members.append(start(*arguments))
+        return members[-1]
+    threads._new_thread = new_thread
+    threading.stack_size({asked})
+    with global_compiler_lock:  # this thread compiles, whose stack is the usual one
+        threads.ready()
+    stack, place, size = ctypes.create_string_buffer(256), *map(ctypes.c_size_t, (0, 0))
+    libc.pthread_getattr_np.argtypes = ctypes.c_ulong, ctypes.c_void_p
+    sizes = set()
+    for member in members:
+        assert libc.pthread_getattr_np(member, stack) == 0
+        libc.pthread_attr_getstack(stack, ctypes.byref(place), ctypes.byref(size))
+        sizes.add(size.value)
+    print(sizes, threading.stack_size())
+    """
+    output = run(PRELUDE + script, NUMBA_NUM_THREADS="3")
+    assert output == f"{{{given}}} {asked}\n"
+
+
+@pytest.mark.parametrize("size", [1 << 15, 1 << 16])
+def test_every_function_from_a_thread_with_a_small_stack(size):
+    """With the loops that need most of it: columns wider than what is laid out at once."""
+    script = f"""
+    import itertools
+    import fastrelu as F
+    def wide(shape, t):
+        x = np.random.default_rng(0).standard_normal(shape).astype(t)
+        w = np.linspace(-1, 2, shape[1]).astype(t)
+        def same(y, dx, dw):
+            got = (F.prelu(x, w), *F.prelu_backward(x, x, w))
+            inplace = F.prelu(x.copy(), w, inplace=True)
+            return all(map(np.array_equal, (*got, inplace), (y, dx, dw, y)))
+        expected = (F.prelu(x, w), *F.prelu_backward(x, x, w))
+        return lambda: same(*expected)
+    for shape, t in itertools.product(((300, 2100), (3, 2057, 100), (900, 700, 3)), "efd"):
+        calls.append(((shape, t), wide(shape, t)))
+    def work():
+        wrong.extend(what for what, call in calls if not call())
+        ends.append("done")
+    wrong, ends = [], []
+    work()
+    threading.stack_size({size})
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    print(wrong, ends)
+    """
+    assert run(EVERYTHING + script) == "[] ['done', 'done']\n"

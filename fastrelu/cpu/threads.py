@@ -22,6 +22,7 @@ import ctypes
 import os
 import signal
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -563,13 +564,27 @@ def _start() -> None:
         _take_lock(lock, 0)
         _memory[words + _LOCK], _memory[words + _FORBIDDEN] = lock, -1
         if me > 0:
-            with _signals_elsewhere():
+            with _sufficient_stack(), _signals_elsewhere():
                 if _new_thread(member.address, me) == _NONE:
                     break
             _memory[_WORKERS] = me
     _memory[_NUMBA], _memory[_LAUNCHED] = id(vars(parallel)), id(_launched)
     _memory[_TRUE] = id(True)
     _memory[_SHARE] = share.address
+
+
+@contextlib.contextmanager
+def _sufficient_stack(size: int = 1 << 20) -> Iterator[None]:
+    """Start threads on so large a stack at least, whatever the program set.
+
+    Where it set nothing, the system's own choice is large enough.
+    """
+    before = threading.stack_size()  # which sets it to 0, the system's choice
+    threading.stack_size(size if 0 < before < size else before)
+    try:
+        yield
+    finally:
+        threading.stack_size(before)
 
 
 @contextlib.contextmanager
