@@ -946,6 +946,25 @@ FAULTS = {
             "every process loads all that Numba compiles with",
             "test_processes.py::test_from_the_disk_nothing_is_loaded_that_compiles",
         ),
+        Fault(
+            "            global_compiler_lock.is_locked()  # by this very thread\n",
+            "            global_compiler_lock.is_locked()\n"
+            "            or threading.current_thread() is not threading.main_thread()\n",
+            "compiling overflows the stack of a small thread",
+            "test_platforms.py::test_what_is_compiled_elsewhere_for_other_threads",
+        ),
+        Fault(
+            "            with sufficient_stack():\n                worker.start()",
+            "            worker.start()",
+            "compiling overflows a stack that its host made small",
+            "test_platforms.py::test_first_calls_where_stacks_are_small[32768]",
+        ),
+        Fault(
+            "threading.stack_size(max(before, size))",
+            "threading.stack_size(size)",
+            "a larger stack that its host needs is made smaller",
+            "test_platforms.py::test_a_sufficient_stack",
+        ),
     ],
 }
 

@@ -1,5 +1,6 @@
 """What other machines and systems do, which none at hand does by itself."""
 
+import contextlib
 import ctypes
 import importlib
 import os
@@ -178,6 +179,62 @@ def test_what_is_compiled_elsewhere(thread, monkeypatch):
     module.Thread = thread
     with pytest.raises(ZeroDivisionError):
         work(6, 0)
+
+
+def test_what_is_compiled_elsewhere_for_other_threads():
+    """Compiling takes more stack than some threads have."""
+    name = jit.shielded(lambda: threading.current_thread().name)
+    answers = [name()]
+    other = threading.Thread(target=lambda: answers.append(name()))
+    other.start()
+    other.join()
+    with global_compiler_lock:  # what was begun here ends here
+        answers.append(name())
+    assert answers == ["fastrelu", "fastrelu", threading.current_thread().name]
+
+
+@pytest.mark.parametrize("size", [0, 1 << 16, 1 << 26])
+def test_a_sufficient_stack(size):
+    def now():
+        found = threading.stack_size()  # which sets it to 0
+        threading.stack_size(found)
+        return found
+
+    before = threading.stack_size(size)
+    try:
+        with jit.sufficient_stack():
+            assert now() == max(size, 1 << 24)
+            with jit.sufficient_stack(1 << 18):
+                assert now() == max(size, 1 << 24)
+            assert now() == max(size, 1 << 24)
+        assert now() == size
+        with contextlib.suppress(ZeroDivisionError), jit.sufficient_stack():
+            now(1 / 0)
+        assert now() == size
+    finally:
+        threading.stack_size(before)
+
+
+@pytest.mark.parametrize("size", [1 << 15, 1 << 16])
+def test_first_calls_where_stacks_are_small(size, tmp_path):
+    script = f"""
+    import threading
+    threading.stack_size({size})
+    def call(dtype):
+        row = np.ones(1024, dtype)
+        for x in (np.ones((3, 1024), dtype), np.ones((3000, 1024), dtype)):
+            assert np.array_equal(F.relu(x), x)
+            assert np.array_equal(F.prelu(x, row, axis=-1), x)
+            F.prelu_backward(x, x, row, axis=-1)
+            F.prelu_backward(x, x, row[:3] if len(x) == 3 else row[:1], axis=0)
+            assert np.array_equal(F.relu_backward(x, F.relu(x, return_mask=True)[1]), x)
+    call("f4")
+    other = threading.Thread(target=call, args=("f8",))
+    other.start()
+    other.join()
+    print(threading.stack_size())
+    """
+    assert run(PRELUDE + script, NUMBA_CACHE_DIR=str(tmp_path)) == f"{size}\n"
 
 
 STARTS = {

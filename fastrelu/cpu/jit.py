@@ -4,12 +4,13 @@ import contextlib
 import ctypes
 import functools
 import hashlib
+import os
 import pickle
 import sys
 import threading
 import types as python_types
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -47,6 +48,31 @@ from numpy._core import _multiarray_umath  # type: ignore[attr-defined]
 Function = Callable[..., Any]
 T = TypeVar("T")
 
+_STACK = 1 << 24  # bytes, twice what threads have by default on Linux
+_stack = threading.RLock()
+
+if hasattr(os, "register_at_fork"):  # a child needs both the lock and the usual size
+    os.register_at_fork(
+        before=_stack.acquire,
+        after_in_parent=_stack.release,
+        after_in_child=_stack.release,
+    )
+
+
+@contextlib.contextmanager
+def sufficient_stack(size: int = _STACK) -> Iterator[None]:
+    """Have threads that are started meanwhile begin with so much stack at least.
+
+    Whatever the host has set is there again afterwards.
+    """
+    with _stack:
+        before = threading.stack_size(size)  # to ask alone would set it to 0
+        try:
+            threading.stack_size(max(before, size))
+            yield
+        finally:
+            threading.stack_size(before)
+
 
 def shielded(function: Function) -> Function:
     """Make a function one that compiles: one at a time, and never stopped midway.
@@ -55,13 +81,15 @@ def shielded(function: Function) -> Function:
     the process: what it had taken from its lists and not used yet would be lost.  Only
     the main thread runs handlers, so another one compiles, and the main thread waits.
     An interruption ends the waiting; the work goes on, and the next call finds it done.
+
+    To compile also takes more stack than the threads of some hosts have, so that it is
+    done elsewhere for them, too.
     """
 
     @functools.wraps(function)
     def run(*arguments: Any) -> Any:
         if (
-            threading.get_ident() != threading.main_thread().ident
-            or global_compiler_lock.is_locked()  # by this very thread
+            global_compiler_lock.is_locked()  # by this very thread
             or sys.is_finalizing()  # no other thread runs any more
         ):
             with global_compiler_lock:  # a fork waits for it
@@ -83,7 +111,8 @@ def shielded(function: Function) -> Function:
 
         worker = threading.Thread(target=work, name="fastrelu", daemon=False)
         try:
-            worker.start()
+            with sufficient_stack():
+                worker.start()
         except RuntimeError:  # the system grants no thread
             work()
         while not done.acquire(timeout=1):
