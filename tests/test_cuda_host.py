@@ -22,6 +22,7 @@ from reference import assert_same
 import fastrelu as F
 from fastrelu import _arguments, _dispatch
 from fastrelu.activations import _leaky_relu
+from fastrelu.cpu import jit
 
 pytest.importorskip("numba_cuda", reason="needs numba-cuda: see the extra cuda13")
 import gpu as machines
@@ -633,9 +634,9 @@ def cache(monkeypatch, tmp_path):
     return tmp_path / "cache"
 
 
-def fresh():
-    options = {"element": "input", "formula": _leaky_relu, "lane": "float32"}
-    return launch.Kernel("flat", {**options, "wide": False})
+def fresh(formula=_leaky_relu, lane="float32", wide=False):
+    options = {"element": "input", "formula": formula, "lane": lane, "wide": wide}
+    return launch.Kernel("flat", options)
 
 
 @emulated
@@ -680,6 +681,45 @@ def test_two_writers(cache):
     assert [file.name for file in cache.iterdir()] == ["name"]
 
 
+LIMIT = np.array([6.0])  # whose content may change
+
+
+@emulated
+def test_what_cannot_be_known_is_not_kept(cache, monkeypatch):
+    kernel = fresh(lambda x, slope: x if x < LIMIT[0] else type(x)(LIMIT[0]))
+    assert kernel.digest((9, 0)) is None
+    assert launch.machine_code(kernel, (9, 0))[0]
+    assert not cache.exists()
+    monkeypatch.setattr(launch, "SOURCES", None)
+    assert fresh().digest((9, 0)) is None
+
+
+def test_whatever_a_kernel_is_made_of_is_in_its_digest(monkeypatch):
+    def below(limit):
+        return lambda x, slope: x if x < limit else type(x)(limit)
+
+    def digest(formula=_leaky_relu, capability=(9, 0), **more):
+        return fresh(formula, **more).digest(capability)
+
+    names = [digest()]
+    names += [digest(below(limit)) for limit in (5, 6)]
+    names += [digest(capability=(8, 0)), digest(wide=True), digest(lane="float64")]
+    for module, name, value in (
+        (launch, "THREADS", 128),
+        (launch, "SIMULATED", True),
+        (launch, "SOURCES", "others"),
+        (launch, "_versions", lambda: "others"),
+        (jit.config, "OPT", 12345),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(module, name, value)
+            names.append(digest())
+    assert None not in names
+    assert len({*names}) == len(names)
+    assert digest() == names[0]
+    assert digest(below(6)) == names[2]
+
+
 COLD = """
     import hashlib, sys
     from fastrelu.activations import _leaky_relu
@@ -689,7 +729,7 @@ COLD = """
     print("ready", flush=True)
     sys.stdin.readline()
     entry, code = launch.machine_code(kernel, (9, 0))
-    print(entry, hashlib.sha256(code).hexdigest())
+    print(entry, hashlib.sha256(code).hexdigest(), "numba.cuda" in sys.modules)
 """
 
 
@@ -708,8 +748,11 @@ def test_two_processes_at_once_on_an_empty_cache(cache, monkeypatch):
     monkeypatch.setattr(launch, "compile_ptx", None)
     entry, code = launch.machine_code(fresh(), (9, 0))
     assert file.name == fresh().digest((9, 0))
-    assert [entry, hashlib.sha256(code).hexdigest()] in results
-    assert {name for name, _ in results} == {entry}
+    assert [entry, hashlib.sha256(code).hexdigest(), "True"] in results
+    assert {name for name, *_ in results} == {entry}
+    pipes["stdin"] = subprocess.DEVNULL
+    warm = subprocess.run(command, **pipes, check=True)
+    assert warm.stdout.split()[-1] == "False"  # nothing is imported that compiles
 
 
 # The driver ---------------------------------------------------------------------------
@@ -841,7 +884,7 @@ def test_where_code_is_kept_if_nobody_says(windows, monkeypatch, tmp_path):
     for name in ("FASTRELU_CACHE_DIR", "NUMBA_CACHE_DIR"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(
-        launch, "sys", types.SimpleNamespace(platform="win32" if windows else "linux")
+        jit, "sys", types.SimpleNamespace(platform="win32" if windows else "linux")
     )
     named = "LOCALAPPDATA" if windows else "XDG_CACHE_HOME"
     monkeypatch.setenv(named, str(tmp_path))

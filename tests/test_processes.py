@@ -6,18 +6,28 @@ import signal
 import subprocess
 import sys
 import textwrap
+import zipfile
+from pathlib import Path
 
 import llvmlite.binding as llvm
+import numba
 import pytest
 from test_threads import EVERYTHING, PRELUDE, needs_fork, run
 
-from fastrelu.cpu import jit
+import fastrelu
 
 COLD = """
     import numpy as np
     import fastrelu as F
     x = np.linspace(-1, 1, 1000).astype(np.float32)
     print(np.array_equal(F.relu(x), np.maximum(x, 0)))
+"""
+
+
+# After this, whatever is not on the disk fails.
+ONLY_LOAD = """
+    from numba.core.ccallback import CFunc
+    CFunc._compile_uncached = None
 """
 
 
@@ -84,29 +94,83 @@ def test_machine_code_alone_is_kept(tmp_path):
         assert functions[0].encode() in code
 
 
-def test_a_damaged_file_is_not_believed(tmp_path):
-    files = jit._Files(tmp_path / "loop", "stamp")
-    files.save("key", list(range(50)))
-    assert files.load("key") == list(range(50))
-    (file,) = tmp_path.iterdir()
-    whole = file.read_bytes()
-    for place, byte in enumerate(whole):
-        file.write_bytes(whole[:place] + bytes([byte ^ 1]) + whole[place + 1 :])
-        assert files.load("key") is None
-    for length in range(len(whole)):
-        file.write_bytes(whole[:length])
-        assert files.load("key") is None
-
-
 def test_a_cache_of_another_version(tmp_path):
+    """Both are kept: two versions may share a folder."""
     cache = {"NUMBA_CACHE_DIR": str(tmp_path)}
     other = '    import numba\n    numba.__version__ = "0.0"\n'
     assert run(other + COLD, **cache) == "True\n"
-    before = [path.read_bytes() for path in files(tmp_path)]
+    before = {path: path.read_bytes() for path in files(tmp_path)}
     assert run(COLD, **cache) == "True\n"
-    after = [path.read_bytes() for path in files(tmp_path)]
-    assert len(after) == len(before)
-    assert all(a != b for a, b in zip(after, before, strict=True))
+    after = {path: path.read_bytes() for path in files(tmp_path)}
+    assert len(after) == 2 * len(before)
+    assert before.items() < after.items()
+    for script in (other + ONLY_LOAD + COLD, ONLY_LOAD + COLD):
+        assert run(script, **cache) == "True\n"
+
+
+def test_settings_of_numba(tmp_path):
+    """Not optimised, code is as right, and is kept beside the other."""
+    cache = {"NUMBA_CACHE_DIR": str(tmp_path)}
+    first = (
+        COLD
+        + """
+    assert np.isclose(F.prelu_backward(x, x, x[:1].copy())[1][0], (x[x < 0] ** 2).sum())
+    """
+    )
+    for script in (first, ONLY_LOAD + first):
+        assert run(script, NUMBA_OPT="0", **cache) == "True\n"
+    before = len(files(tmp_path))
+    assert run(COLD, **cache) == "True\n"
+    assert len(files(tmp_path)) == before + 2
+
+
+def archive(folder, changed="", *change):
+    """The package in a file, with a text of one of its sources replaced"""
+    home, path = Path(fastrelu.__file__).parent, folder / "library.zip"
+    with zipfile.ZipFile(path, "w") as file:
+        for source in home.rglob("*.py"):
+            text, name = source.read_text(), source.relative_to(home).as_posix()
+            if name == changed:
+                assert text.count(change[0]) == 1
+                text = text.replace(*change)
+            file.writestr(f"fastrelu/{name}", text)
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("where", "change", "result"),
+    [
+        (
+            "NUMBA_CACHE_DIR",
+            (
+                "cpu/lanes.py",
+                "_same(value):\n    return ",
+                "_same(value):\n    return 2 * ",
+            ),
+            "36.0",
+        ),
+        ("XDG_CACHE_HOME", ("cpu/jit.py", "passes.add_sroa_pass()", "pass"), "9.0"),
+    ],
+)
+def test_from_an_archive(where, change, result, tmp_path):
+    """Another process compiles nothing, unless something in the archive is new."""
+    cache = {"NUMBA_CACHE_DIR": "", where: str(tmp_path / "cache")}
+    cache["LOCALAPPDATA"] = cache[where]
+    start = f"""
+    import sys
+    sys.path.insert(0, {archive(tmp_path)!r})
+    """
+    script = """
+    import numpy as np, fastrelu as F
+    assert F.__file__.startswith(sys.path[0])
+    print(F.relu(np.ones(9)).sum(), F.relu(np.ones(9, "f4")).sum())
+    """
+    assert run(start + script, **cache) == "9.0 9.0\n"
+    assert len(files(tmp_path / "cache")) == 3
+    assert run(start + ONLY_LOAD + script, **cache) == "9.0 9.0\n"
+    archive(tmp_path, *change)
+    assert run(start + script, **cache) == f"{result} {result}\n"
+    assert len(files(tmp_path / "cache")) == 6
 
 
 def test_processes_that_start_at_once(tmp_path):
@@ -142,6 +206,68 @@ def test_a_disk_that_takes_nothing(tmp_path):
     output = run(script + COLD, NUMBA_CACHE_DIR=str(tmp_path))
     assert output == "True\n"
     assert files(tmp_path) == []
+
+
+# Copies -------------------------------------------------------------------------------
+
+SECOND = {
+    "another name": "",
+    "the same name": """
+    F.relu(x)
+    for name in [*sys.modules]:
+        if name.partition(".")[0] == "fastrelu":
+            del sys.modules[name]
+    """,
+}
+
+
+@pytest.mark.parametrize("under", SECOND)
+def test_a_second_copy_under(under, tmp_path):
+    """Each has its own team, in turns and at once, and finds its own code on the disk."""
+    name = "fastrelu"
+    if under == "another name":
+        name, home = "vendor.fastrelu", Path(fastrelu.__file__).parent
+        for source in home.rglob("*.py"):
+            path = tmp_path / "vendor" / "fastrelu" / source.relative_to(home)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(source.read_text().replace("from fastrelu", f"from {name}"))
+    script = f"""
+    import sys, threading
+    import numba, numpy as np
+    import fastrelu as F
+    from fastrelu.cpu import threads
+    x = np.random.default_rng(0).standard_normal((64, 1 << 15)).astype(np.float32)
+    positive, weight = np.maximum(x, 0), np.full(64, 0.5, np.float32)
+    gradient = np.where(x > 0, x, x / 2)
+    {SECOND[under]}
+    sys.path.insert(0, {str(tmp_path)!r})
+    import {name} as G
+    from {name}.cpu import threads as other
+    wrong = []
+    def call(k):
+        for i in range(20):
+            copy = (F, G)[(i + k) % 2]
+            fine = np.array_equal(copy.relu(x), positive)
+            dx, _ = copy.prelu_backward(x, x, weight, axis=0)
+            if not fine or not np.array_equal(dx, gradient):
+                wrong.append((k, i))
+    for k in range(2):
+        call(k)
+    team = [threading.Thread(target=call, args=(k,)) for k in range(4)]
+    for thread in team: thread.start()
+    for thread in team: thread.join()
+    def loops():
+        return np.array([int(t._memory[t._LOOPS]) for t in (threads, other)])
+    for copy in (F, G):
+        before = loops()
+        copy.leaky_relu(x)
+        print(loops() - before, wrong)
+    """
+    script = script.replace("\n    \n", "\n")
+    several = int(numba.config.NUMBA_NUM_THREADS > 1)
+    for start in ("", ONLY_LOAD):
+        printed = run(start + script, NUMBA_CACHE_DIR=str(tmp_path / "cache"))
+        assert printed == f"[{several} 0] []\n[0 {several}] []\n"
 
 
 # Fork and spawn -----------------------------------------------------------------------
@@ -275,9 +401,7 @@ FIRST_CALL = """
     import numpy as np
     import fastrelu as F
     from fastrelu.cpu import jit
-    def no_folder(_):
-        raise RuntimeError
-    jit._Cache = no_folder
+    jit._folders = lambda: ()
     x = np.random.default_rng(0).standard_normal((60, 70)).astype(np.float32)
     weight = np.full(70, 0.5, np.float32)
     halved = np.where(x > 0, x, x / 2)

@@ -11,6 +11,7 @@ once the process runs: the addresses of types, of C functions, and of compiled l
 """
 
 import ctypes
+import functools
 from typing import Any
 
 import numpy as np
@@ -26,7 +27,6 @@ from fastrelu.cpu.jit import (
     inlined,
     numpy_api,
     pointer_to,
-    rebuild,
     shielded,
 )
 from fastrelu.cpu.lanes import lane_of
@@ -569,5 +569,9 @@ def _leave_it(*arguments: Any) -> None:
 
 
 def _compile(template: Function, table: Any) -> Any:
-    name = f"{template.__name__}_{loops.SOURCES.hexdigest()[:12]}"
-    return built_in(compile_and_keep(rebuild(template, name, {}), _SIGNATURE), table)
+    return built_in(_compiled(template), table)
+
+
+@functools.cache  # all formulas share it
+def _compiled(template: Function) -> Any:
+    return compile_and_keep(template, _SIGNATURE)

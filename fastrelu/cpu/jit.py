@@ -4,6 +4,7 @@ import contextlib
 import ctypes
 import functools
 import hashlib
+import itertools
 import os
 import pickle
 import sys
@@ -15,17 +16,21 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import llvmlite.binding as llvm
-import numba
 from llvmlite import ir
-from llvmlite.binding.newpassmanagers import create_new_module_pass_manager
 from numba import types
-from numba.core import cgutils, entrypoints, serialize, sigutils
-from numba.core.caching import CompileResultCacheImpl, FunctionCache
-from numba.core.ccallback import CFunc
+from numba.extending import intrinsic
+
+from fastrelu._digest import digest, sources
+
+# isort: split
+# Nobody promises that the following stays, neither Numba nor llvmlite nor NumPy.
+# How a function is compiled: numba/core/compiler.py and the passes it names, and
+# llvmlite/binding/newpassmanagers.py for what LLVM does in between.
+from llvmlite.binding.newpassmanagers import create_new_module_pass_manager
 from numba.core.codegen import JITCodeLibrary
 from numba.core.compiler import CompilerBase
-from numba.core.compiler_lock import global_compiler_lock
 from numba.core.compiler_machinery import PassManager, register_pass
+from numba.core.lowering import Lower
 from numba.core.registry import CPUDispatcher
 from numba.core.typed_passes import (
     IRLegalization,
@@ -34,15 +39,30 @@ from numba.core.typed_passes import (
     NopythonTypeInference,
     PreLowerStripPhis,
 )
-from numba.core.typing.npydecl import parse_dtype
 from numba.core.untyped_passes import (
     FixupArgs,
     IRProcessing,
     ReconstructSSA,
     TranslateByteCode,
 )
-from numba.extending import intrinsic
+
+# isort: split
+# What is compiled for whom, and when: numba/core/ccallback.py, whose functions carry what
+# came of numba/core/compiler.py to the disk as numba/core/serialize.py pickles it.
+from numba.core import config, entrypoints, serialize, sigutils
+from numba.core.ccallback import CFunc
+from numba.core.compiler import CompileResult
+from numba.core.compiler_lock import global_compiler_lock
+
+# isort: split
+# The code for a value: numba/core/cgutils.py, typing/npydecl.py, and
+# numba/np/arrayobj.py.
+from numba.core import cgutils
+from numba.core.typing.npydecl import parse_dtype
 from numba.np.arrayobj import populate_array
+
+# isort: split
+# NumPy's table for C code: numpy/_core/src/multiarray/multiarraymodule.c.
 from numpy._core import _multiarray_umath  # type: ignore[attr-defined]
 
 Function = Callable[..., Any]
@@ -147,11 +167,25 @@ class _Library(JITCodeLibrary):  # type: ignore[misc]
         self._finalized = True
 
 
+class _Lower(Lower):  # type: ignore[misc]
+    """Have no value for an inlined function.
+
+    Numba's is its address, which ties code to a process wherever LLVM does not take it
+    out, as with NUMBA_OPT=0.
+    """
+
+    def lower_assign(self, kind: Any, inst: Any) -> Any:
+        if isinstance(getattr(kind, "dispatcher", None), _Inlined):
+            return self.context.get_dummy_value()
+        return super().lower_assign(kind, inst)
+
+
 @register_pass(mutates_CFG=True, analysis_only=False)
 class _Lowering(NativeLowering):  # type: ignore[misc]
     """Count no references: the arrays here own nothing."""
 
     _name = "fastrelu_lowering"
+    lowering_class = _Lower
 
     def run_pass(self, state: Any) -> bool:
         state.targetctx = state.targetctx.subtarget(enable_nrt=False)
@@ -250,97 +284,145 @@ def larger(a: int, b: int) -> int:
     return a if a > b else b  # noqa: FURB136
 
 
+# What is kept on the disk -------------------------------------------------------------
+
+SOURCES = sources(__package__)  # before anybody can change them
+_SETTINGS = (  # of Numba, which decide what it makes of a function
+    "BOUNDSCHECK",
+    "CUDA_DEBUGINFO_DEFAULT",
+    "DEBUGINFO_DEFAULT",
+    "DISABLE_INTEL_SVML",
+    "ENABLE_PROFILING",
+    "EXTEND_VARIABLE_LIFETIMES",
+    "LOOP_VECTORIZE",
+    "OPT",
+    "SLP_VECTORIZE",
+)
+
+
+def settings() -> str:
+    """Return what a digest must hold besides functions."""
+    return repr([(name, getattr(config, name, None)) for name in _SETTINGS])
+
+
+def _name_of_copy() -> str:
+    """Return a name that no other copy of this package has in this process.
+
+    LLVM knows what it is told of by its name alone.
+    """
+    names = (f"{__name__}.{number}" for number in itertools.count())
+    name = next(name for name in names if not llvm.address_of_symbol(name))
+    llvm.add_symbol(name, 1)
+    return name
+
+
+COPY = _name_of_copy()
+
+
 def compile_and_keep(function: Function, signature: Any) -> Any:
-    """Compile what C code calls, and keep its code in Numba's cache on the disk."""
+    """Compile what C code calls, and keep its code on the disk.
+
+    Its name there and its name to LLVM say all that it is made of.
+    """
     signature = sigutils.normalize_signature(signature)
+    made_of = COPY, settings(), SOURCES, signature, function
+    name = digest(*made_of) if SOURCES else None
+    named = rebuild(function, f"{function.__name__}_{(name or uuid.uuid4().hex)[:16]}")
     options = {"error_model": "numpy"}
-    result: Any = CFunc(function, signature, {}, options, pipeline_class=_Compiler)
-    with contextlib.suppress(RuntimeError):  # there is no folder that can be written
-        result._cache = _Cache(function)
+    result: Any = CFunc(named, signature, {}, options, pipeline_class=_Compiler)
+    if name is not None:
+        result._cache = _Cache(named.__name__, name, made_of)
     result.compile()
     return result
 
 
-class _Stored(CompileResultCacheImpl):  # type: ignore[misc]
-    """Machine code without LLVM's, which no other function takes in from the disk.
+def user_folder() -> Path:
+    """Return the folder for what can be made anew."""
+    windows = sys.platform == "win32"
+    base = os.environ.get("LOCALAPPDATA" if windows else "XDG_CACHE_HOME")
+    return Path(base or Path.home() / ".cache") / "fastrelu"
 
-    To read that took longer than all else of a load.
+
+def _folders() -> Iterator[Path]:
+    """Return where machine code may be kept, the best place first."""
+    if config.CACHE_DIR:
+        yield Path(config.CACHE_DIR) / "fastrelu"
+        return
+    yield Path(__file__).parent / "__pycache__"  # which cannot be in an archive
+    with contextlib.suppress(RuntimeError):  # not every user has a home
+        yield user_folder()
+
+
+class _Cache:
+    """The machine code of one function: a file that tells whether it is whole.
+
+    Whatever is wrong with the disk, the function is compiled.  Numba's own files are an
+    index and what it numbers: two processes that start at once may give two functions
+    one number, and a damaged file raises or crashes.
     """
 
-    def reduce(self, result: Any) -> Any:
-        (name, kind, (code, _)), *rest = super().reduce(result)
-        # Numba asks LLVM's code for one thing: whether the function is there.
-        function = result.fndesc.llvm_cfunc_wrapper_name
-        module = llvm.parse_assembly(f'define void @"{function}"() {{ ret void }}')
-        return (name, kind, (code, module.as_bitcode())), *rest
+    def __init__(self, name: str, digest: str, made_of: tuple[Any, ...]) -> None:
+        self.name, self.digest, self.made_of = name, digest, made_of
 
+    def _file(self, codegen: Any) -> tuple[str, bytes]:
+        """Return a file's name, and what its content is checked with."""
+        key = repr((self.digest, codegen.magic_tuple())).encode()
+        return f"{self.name}.{hashlib.blake2s(key).hexdigest()[:16]}.nbc", key
 
-class _Cache(FunctionCache):  # type: ignore[misc]
-    """Numba's cache, but whatever is wrong with the disk, the function is compiled."""
+    def load_overload(self, signature: Any, context: Any) -> Any:
+        """Return what was saved, or None.
 
-    _impl_class = _Stored
+        Numba would first load all that it compiles with, SciPy too where it is installed,
+        a third of a second at the start of each process.
+        """
+        name, key = self._file(context.codegen())
+        for folder in _folders():
+            with contextlib.suppress(Exception):
+                content = (folder / name).read_bytes()
+                check, data = content[:32], content[32:]
+                if check == hashlib.blake2s(key + data).digest():
+                    return CompileResult._rebuild(context, *pickle.loads(data))
+        return None
 
-    def __init__(self, function: Function) -> None:
-        super().__init__(function)
-        stamp = self._impl.locator.get_source_stamp()
-        self._cache_file = _Files(
-            Path(self.cache_path, self._impl.filename_base), stamp
-        )
-
-    def load_overload(self, sig: Any, target_context: Any) -> Any:
-        # Not super().load_overload: it first loads all that Numba compiles with, SciPy
-        # too where it is installed, a third of a second at the start of each process.
-        with contextlib.suppress(Exception):
-            return self._load_overload(sig, target_context)
-
-    def save_overload(self, sig: Any, data: Any) -> None:
-        with contextlib.suppress(OSError):
-            super().save_overload(sig, data)
-
-
-class _Files:
-    """One file for each signature, which tells whether it is whole and up to date.
-
-    Numba's own files are an index and what it numbers.  Two processes that start at
-    once may give two signatures one number, and a damaged file raises or crashes.
-    """
-
-    def __init__(self, path: Path, stamp: Any) -> None:
-        self.path, self.stamp = path, repr((numba.__version__, stamp)).encode()
-
-    def _file(self, key: Any) -> Path:
-        digest = hashlib.sha256(repr(key).encode()).hexdigest()
-        return self.path.with_name(f"{self.path.name}.{digest[:16]}.nbc")
-
-    def _digest(self, data: bytes) -> bytes:
-        return hashlib.sha256(self.stamp + data).digest()
-
-    def load(self, key: Any) -> Any:
-        """Return what was saved, or None."""
-        file = self._file(key).read_bytes()
-        digest, data = file[:32], file[32:]
-        return pickle.loads(data) if digest == self._digest(data) else None
-
-    def save(self, key: Any, data: Any) -> None:
+    def save_overload(self, signature: Any, result: Any) -> None:
         """Write a new file and put it in the old one's place."""
-        data = serialize.dumps(data)
-        file = self._file(key)
-        new = file.with_suffix(f".{uuid.uuid4().hex}")
-        try:
-            new.write_bytes(self._digest(data) + data)
-            new.replace(file)
-        finally:
-            new.unlink(missing_ok=True)
+        if result.library.has_dynamic_globals or digest(*self.made_of) != self.digest:
+            return  # it holds addresses, or was made of something else
+        name, key = self._file(result.codegen)
+        data = serialize.dumps(_reduced(result))
+        data = hashlib.blake2s(key + data).digest() + data
+        for folder in _folders():
+            with contextlib.suppress(OSError):
+                folder.mkdir(parents=folder.name == "fastrelu", exist_ok=True)
+                new = folder / f"{name}.{uuid.uuid4().hex}"
+                try:
+                    new.write_bytes(data)
+                    new.replace(folder / name)
+                finally:
+                    new.unlink(missing_ok=True)
+                return
 
 
-def rebuild(template: Function, name: str, names: dict[str, Any]) -> Function:
-    """Return a copy of a template whose open names are bound as globals.
+def _reduced(result: Any) -> Any:
+    """Return what is to be pickled, without what no loop has a use for.
 
-    Numba's disk cache never hits for a closure over a compiled function; globals do
-    not trouble it (numba#6264).  It does not look at them either, so the name of a
-    kept function must say all that the function is made of.
+    That is LLVM's code, which no other function takes in, and the environments of what
+    the loop has taken in, where these hold nothing.  Both took longer than all else of a
+    load.
     """
-    globals_ = {**template.__globals__, **names}
+    (name, kind, (code, _)), *rest, environments = result._reduce()
+    # Numba asks LLVM's code for one thing: whether the function is there.
+    function = result.fndesc.llvm_cfunc_wrapper_name
+    module = llvm.parse_assembly(f'define void @"{function}"() {{ ret void }}')
+    used = tuple(each for each in environments if each.consts)
+    return (name, kind, (code, module.as_bitcode())), *rest, used
+
+
+def rebuild(
+    template: Function, name: str, names: dict[str, Any] | None = None
+) -> Function:
+    """Return a copy of a template whose open names are bound as globals."""
+    globals_ = {**template.__globals__, **(names or {})}
     copy = python_types.FunctionType(template.__code__, globals_, name)
     copy.__qualname__, copy.__module__ = name, template.__module__
     return copy

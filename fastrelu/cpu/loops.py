@@ -13,17 +13,13 @@ gradient), `b` all of what goes with it (the saved array, mask bits, channel wei
 `a` again), and `y` receives the results.
 """
 
-import contextlib
 import functools
-import hashlib
-from pathlib import Path
 from typing import Any
 
 import numba
 import numpy as np
 from numba import types
 
-from fastrelu.cpu import threads
 from fastrelu.cpu.jit import (
     Function,
     array_at,
@@ -638,21 +634,6 @@ def round_sums(total, result, channels):
 # Building -----------------------------------------------------------------------------
 
 
-def _sources() -> Any:
-    """Return a digest of what compiled code depends on besides its formula and Numba.
-
-    That is our own code, and what of the machine's caches is a constant in it.
-    """
-    digest = hashlib.sha256(repr(threads.SHARE).encode())
-    with contextlib.suppress(OSError):  # in an archive: that does not change
-        for module in sorted(Path(__file__).parent.glob("*.py")):
-            digest.update(module.read_bytes())
-    return digest
-
-
-SOURCES = _sources()
-
-
 def _names(lane: Lane) -> dict[str, Any]:
     """Return what a lane binds."""
     return {
@@ -677,14 +658,7 @@ def bound(block: Function, formula: Function, lane: Lane, kind: str) -> Function
         "write_word": stream if kind == PAST_CACHE else store_word,
         "formula": inlined(formula),
     }
-    code, digest = formula.__code__, SOURCES.copy()
-    digest.update(repr((code.co_code, code.co_consts, code.co_names)).encode())
-    parts = driver, block, formula
-    name = [part.__name__ for part in parts] + [
-        lane.name,
-        kind,
-        digest.hexdigest()[:12],
-    ]
+    parts = *(part.__name__ for part in (driver, block, formula)), lane.name, kind
 
     def bind(name: str, template: Any) -> None:
         """Bind one more name; the template may use those before it."""
@@ -702,7 +676,7 @@ def bound(block: Function, formula: Function, lane: Lane, kind: str) -> Function
         bind("beside", BESIDE.get(block, _itself))
         bind("block", block)
         bind("part", _part)
-    return rebuild(driver, "_".join(name), names)
+    return rebuild(driver, "_".join(parts), names)
 
 
 # The outer cache answers at once.  The inner one knows what came of a call that was
@@ -723,5 +697,5 @@ def compiled(block: Function, formula: Function, lane: Lane, kind: str = PLAIN) 
 @functools.cache
 def compiled_for(lane: Lane, template: Function) -> Any:
     """Return a C function that converts a lane's weights."""
-    name = f"{template.__name__}_{lane.name}_{SOURCES.hexdigest()[:12]}"
+    name = f"{template.__name__}_{lane.name}"
     return compile_and_keep(rebuild(template, name, _names(lane)), WEIGHTS_SIGNATURE)

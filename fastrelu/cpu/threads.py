@@ -38,6 +38,7 @@ from numba.extending import intrinsic
 from numba.np.ufunc import parallel
 
 from fastrelu.cpu.jit import (
+    COPY,
     calling,
     compile_and_keep,
     inlined,
@@ -112,7 +113,8 @@ _MOST = 256  # members
 _memory = np.zeros(_MEMBER + _MOST * _MEMBER_SIZE + 8, np.int64)
 _memory = _memory[-_memory.ctypes.data % 64 // 8 :]
 keep_for_ever(_memory)  # members outlive this module
-llvm.add_symbol("fastrelu_team", _memory.ctypes.data)
+_NAME = f"{COPY}.team"  # to LLVM, which knows one of a name in a process
+llvm.add_symbol(_NAME, _memory.ctypes.data)
 
 
 # Words that several threads read and write -------------------------------------------
@@ -134,9 +136,9 @@ def _team(typingctx):
 
 def _team_of(module: Any) -> Any:
     try:
-        return module.get_global("fastrelu_team")
+        return module.get_global(_NAME)
     except KeyError:
-        return ir.GlobalVariable(module, _WORD, "fastrelu_team")
+        return ir.GlobalVariable(module, _WORD, _NAME)
 
 
 def _on_word(result: types.Type, operands: int, emit: Any) -> Any:

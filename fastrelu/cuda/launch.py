@@ -11,7 +11,6 @@ import hashlib
 import importlib
 import os
 import re
-import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from importlib import metadata
@@ -20,14 +19,15 @@ from typing import Any
 
 import numba
 
-from fastrelu.cpu.jit import shielded
+from fastrelu._digest import digest, sources
+from fastrelu.cpu.jit import settings, shielded, user_folder
 
 SIMULATED = bool(numba.config.ENABLE_CUDASIM)
 THREADS = 32 if SIMULATED else 256  # in a block; a simulated thread costs 0.2 ms
 HINT = 'pip install "fastrelu[cuda13]", or "fastrelu[cuda12]" for a driver of CUDA 12'
 
-_PACKAGES = "numba", "numba-cuda", "cuda-core", "cuda-bindings"
-_SOURCES = "kernels.py", "lanes.py"
+_PACKAGES = "numba-cuda", "cuda-core", "cuda-bindings"
+SOURCES = sources(__package__)  # before anybody can change them
 
 
 class Kernel:
@@ -43,14 +43,15 @@ class Kernel:
 
         return kernels.build(self.template, self.options, capability)
 
-    def digest(self, capability: tuple[int, int]) -> str:
-        """Name all that the compiled code depends on."""
-        parts = [sys.version, self.template, repr(capability), _versions()]
-        for name, option in sorted(self.options.items()):
-            code = getattr(option, "__code__", None)
-            value = (code.co_code, code.co_consts, code.co_names) if code else option
-            parts.append(f"{name}={value!r}")
-        return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
+    def digest(self, capability: tuple[int, int]) -> str | None:
+        """Name all that the compiled code depends on; None if that cannot be known.
+
+        The kernels themselves are not looked at: to make them would import all that
+        compiles.  They are made of the sources and the options alone.
+        """
+        made_of = self.template, tuple(sorted(self.options.items())), capability
+        around = THREADS, SIMULATED, settings(), _versions(), SOURCES
+        return digest(*made_of, *around) if SOURCES else None
 
 
 _kernels: dict[Any, Kernel] = {}
@@ -64,10 +65,7 @@ def kernel(template: str, **options: Any) -> Kernel:
 
 @functools.cache
 def _versions() -> str:
-    here = Path(__file__).parent
-    sources = [hashlib.sha256((here / name).read_bytes()) for name in _SOURCES]
-    versions = [f"{name} {metadata.version(name)}" for name in _PACKAGES]
-    return " ".join(versions + [source.hexdigest() for source in sources])
+    return " ".join(f"{name} {metadata.version(name)}" for name in _PACKAGES)
 
 
 @shielded
@@ -103,15 +101,13 @@ def folder() -> Path:
         return Path(named)
     if numba_named := os.environ.get("NUMBA_CACHE_DIR"):
         return Path(numba_named) / "fastrelu-cuda"
-    windows = sys.platform == "win32"
-    base = os.environ.get("LOCALAPPDATA" if windows else "XDG_CACHE_HOME")
-    return Path(base or Path.home() / ".cache") / "fastrelu"
+    return user_folder()
 
 
-def _read(digest: str) -> tuple[str, bytes] | None:
+def _read(name: str) -> tuple[str, bytes] | None:
     """Return (entry, code) as they were written, or None."""
     try:
-        content = (folder() / digest).read_bytes()
+        content = (folder() / name).read_bytes()
     except (OSError, RuntimeError):  # there may be no home either
         return None
     check, payload = content[:32], content[32:]
@@ -121,26 +117,26 @@ def _read(digest: str) -> tuple[str, bytes] | None:
     return entry.decode(), code
 
 
-def _write(digest: str, entry: str, code: bytes) -> None:
+def _write(name: str, entry: str, code: bytes) -> None:
     """Keep the code if that is possible; a reader finds all of it or nothing."""
     payload = entry.encode() + b"\0" + code
     with contextlib.suppress(OSError, RuntimeError):
         place = folder()
         place.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=place)
+        handle, new = tempfile.mkstemp(dir=place)
         try:
             with os.fdopen(handle, "wb") as file:
                 file.write(hashlib.sha256(payload).digest() + payload)
-            os.replace(name, place / digest)
+            os.replace(new, place / name)
         except OSError:
-            os.unlink(name)
+            os.unlink(new)
             raise
 
 
 def machine_code(kernel: Kernel, capability: tuple[int, int]) -> tuple[str, bytes]:
     """Return a kernel's entry and machine code, from the disk if it is there."""
-    digest = kernel.digest(capability)
-    kept = _read(digest)
+    name = kernel.digest(capability)
+    kept = _read(name) if name else None
     if kept is None:
         try:
             ptx, entry = compile_ptx(kernel, capability)
@@ -151,7 +147,8 @@ def machine_code(kernel: Kernel, capability: tuple[int, int]) -> tuple[str, byte
                 raise
             msg = f"fastrelu cannot compile for the GPU ({error}): {HINT}"
             raise RuntimeError(msg) from error
-        _write(digest, *kept)
+        if name:
+            _write(name, *kept)
     return kept
 
 
