@@ -6,6 +6,7 @@ hand compiles is run too: half floats converted bit by bit.
 """
 
 import ctypes
+import itertools
 import random
 import sys
 from itertools import product
@@ -320,92 +321,287 @@ def test_no_memory_for_both_gradients(interpreter, monkeypatch, gradients):
 # The pool -----------------------------------------------------------------------------
 
 
-class Books:
-    """A simple model of the pool: sizes, and what the memory behind them amounts to."""
+class Shadow:
+    """What is known of a pool from outside: who has which memory, and what is in it."""
 
-    def __init__(self, limit, left):
-        self.limit, self.left, self.idle = limit, left, []
+    def __init__(self, monkeypatch, source, limit, enough):
+        self.sources = dict(
+            zip(
+                ("malloc", "mmap"),
+                twins.interpret_pool(monkeypatch, enough),
+                strict=True,
+            )
+        )
+        self.source, self.enough = self.sources[source], enough
+        self.pool = pool.MemoryPool(limit)
+        self.words, self.address = self.pool._words, self.pool.address
+        self.words[pool._MAP] = source == "mmap"
+        self.words[pool._BELL] = 1
+        self.lent, self.peak, self.rng = {}, 0, random.Random(0)
 
-    def lend(self, size):
-        if size in self.idle:
-            self.idle.reverse()
-            self.idle.remove(size)  # the newest
-            self.idle.reverse()
-            return True
-        if size + pool._MORE > self.left:
-            self.shrink(0)
-        if size + pool._MORE > self.left:
-            return False
-        self.left -= size + pool._MORE
-        return True
+    def idle(self):
+        """Where idle blocks start, and how much they lend, the stalest first"""
+        entries = self.words[pool._LIST :].reshape(-1, pool._ENTRY)
+        return entries[: self.words[pool._COUNT], : pool._LENDS + 1].tolist()
 
-    def take_back(self, size):
-        self.idle.append(size)
-        self.shrink(self.limit)
+    def check(self):
+        idle, used = self.idle(), 0
+        pieces = [(block, block + lends + pool._PAGE) for block, lends in idle]
+        for lent in self.lent:
+            block = lent - pool._HEAD
+            size = pool._words(block)[pool._SIZE]
+            pieces.append((block, block + size + pool._PAGE))
+            used += size
+        pieces.sort()
+        assert all(a[1] <= b[0] for a, b in itertools.pairwise(pieces))
+        self.peak = max(self.peak, used)
+        assert self.pool.used_bytes() == used
+        assert self.pool.free_bytes() == sum(lends for _, lends in idle)
+        assert self.pool.free_bytes() <= self.pool.get_limit()
+        # What is joined lends the page of a head as well.
+        assert self.pool.total_bytes() <= self.peak + 4 * pool._PAGE
+        head = pool._MORE if self.source is self.sources["malloc"] else pool._PAGE
+        held = self.pool.total_bytes() + head * len(pieces)
+        assert self.source.left == self.enough - held
+        assert self.words[pool._LOCK] == 0
 
-    def shrink(self, limit):
-        while sum(self.idle) > limit:
-            self.left += self.idle.pop(0) + pool._MORE
-
-
-def test_the_pool(monkeypatch):
-    limit, enough, rng = 1 << 16, 1 << 18, random.Random(0)
-    memory = twins.interpret_pool(monkeypatch, enough)
-    tested, books, lent = pool.MemoryPool(limit), Books(limit, enough), {}
-    address = tested.address
-    assert pool.malloc(address, -1) == pool.malloc(address, sys.maxsize) == 0
-
-    def keep(place, nbytes, start):
+    def keep(self, place, nbytes, start=0):
         """Mark what was lent, from its start on, as nobody else's."""
-        mark = bytes([rng.randrange(1, 256)])
-        assert place % 64 == 0
-        ctypes.memset(place + start, mark[0], nbytes - start)
-        lent[place] = nbytes, ctypes.string_at(place, nbytes)
+        mark = self.rng.randrange(1, 256)
+        assert place % 4096 == 2048
+        ctypes.memset(place + start, mark, nbytes - start)
+        self.lent[place] = nbytes, ctypes.string_at(place, nbytes)
 
-    for _ in range(3000):
-        nbytes = rng.choice([0, 1, 4096, 5000, 1 << 14, 1 << 15])
-        size = max(1, -(-nbytes // 4096)) * 4096
-        what = rng.choice(["malloc", "calloc", "realloc", "free", "free"])
-        if what in ("malloc", "calloc") or not lent:
-            place = pool.malloc(address, nbytes)
-            if what == "calloc":
-                if books.lend(size):  # and is full of what calloc must not show
-                    ctypes.memset(place, 0xA5, nbytes)
-                    books.take_back(size)
-                pool.free(address, place, nbytes)
-                place = pool.calloc(address, nbytes, 1)
-                assert not any(ctypes.string_at(place, nbytes) if place else b"")
-            assert bool(place) == books.lend(size)
+    def lend(self, nbytes):
+        size = max(1, -(-nbytes // pool._PAGE)) * pool._PAGE
+        fitting = [
+            (lends, -i, block)
+            for i, (block, lends) in enumerate(self.idle())
+            if size <= lends <= size + size // 8
+        ]
+        place = pool.malloc(self.address, nbytes)
+        if fitting:
+            assert place == min(fitting)[2] + pool._HEAD
+        elif not place:
+            assert self.pool.free_bytes() == 0
+        if place:
+            lends = pool._words(place - pool._HEAD)[pool._SIZE]
+            assert size <= lends <= size + max(size // 8, pool._PAGE)
+            self.keep(place, nbytes)
+        return place
+
+    def some(self):
+        place = self.rng.choice(list(self.lent))
+        nbytes, content = self.lent.pop(place)
+        assert ctypes.string_at(place, nbytes) == content
+        return place, nbytes, content
+
+
+@pytest.mark.parametrize("source", ["malloc", "mmap"])
+def test_the_pool(source, monkeypatch):
+    page = pool._PAGE
+    shadow = Shadow(monkeypatch, source, 30 * page, 60 * page)
+    address, rng = shadow.address, shadow.rng
+    assert pool.malloc(address, -1) == pool.malloc(address, sys.maxsize) == 0
+    refused = 0
+    for _ in range(1500):
+        nbytes = rng.choice([0, 1, page, 5000, *(k * page for k in (4, 8, 9, 12))])
+        what = rng.choice(4 * ["malloc", "free"] + ["calloc", "realloc"])
+        if what == "malloc" or not shadow.lent:
+            refused += not shadow.lend(nbytes)
+        elif what == "calloc":
+            place = pool.calloc(address, nbytes, 1)
+            assert not any(ctypes.string_at(place, nbytes) if place else b"")
             if place:
-                keep(place, nbytes, 0)
-            continue
-        place = rng.choice(list(lent))
-        length, content = lent.pop(place)
-        assert ctypes.string_at(place, length) == content
-        before = max(1, -(-length // 4096)) * 4096
-        if what == "free":
+                shadow.keep(place, nbytes)
+        elif what == "free":
+            place, length, _ = shadow.some()
             pool.free(address, place, length)
-            books.take_back(before)
         else:
+            place, length, content = shadow.some()
+            before = pool._words(place - pool._HEAD)[pool._SIZE]
             new = pool.realloc(address, place, nbytes)
-            assert bool(new) == books.lend(size)
             if new:
                 start = min(length, nbytes)
                 assert ctypes.string_at(new, start) == content[:start]
-                books.take_back(before)
-                keep(new, nbytes, start)
+                used = shadow.pool.used_bytes() + before  # both were in use
+                shadow.peak = max(shadow.peak, used)
+                shadow.keep(new, nbytes, start)
             else:
-                lent[place] = length, content
-        assert tested.free_bytes() == sum(books.idle)
-        used = sum(max(1, -(-length // 4096)) * 4096 for length, _ in lent.values())
-        assert tested.used_bytes() == used
-        assert memory.left == books.left
-    for place, (length, _) in lent.items():
+                shadow.lent[place] = length, content
+        shadow.check()
+    assert refused > 10
+    for place, (length, _) in shadow.lent.items():
         pool.free(address, place, length)
     assert pool.realloc(address, 0, 10) != 0
     pool.free(address, 0, 0)
-    pool.shrink(address, 0)
-    assert tested.free_bytes() == 0
+    assert pool.shrink(address, 0) == 1
+    assert shadow.pool.free_bytes() == 0
+
+
+def test_a_list_that_is_full(monkeypatch):
+    """The stalest block makes room."""
+    page = pool._PAGE
+    shadow = Shadow(monkeypatch, "mmap", 100 * page, 100 * page)
+    monkeypatch.setattr(pool, "_MOST", 3)
+    places = [shadow.lend(page) for _ in range(5)]
+    for lent in places:
+        pool.free(shadow.address, lent, page)
+    idle = [block + pool._HEAD for block, _ in shadow.idle()]
+    assert idle == places[2:]
+
+
+def test_a_list_that_somebody_has(monkeypatch):
+    """Nobody waits: memory comes from the system and goes back to it."""
+    page = pool._PAGE
+    shadow = Shadow(monkeypatch, "mmap", 100 * page, 10 * page)
+    first, second = shadow.lend(page), shadow.lend(page)
+    pool.free(shadow.address, second, page)
+    assert pool.hold(shadow.address) == 1
+    assert pool.hold(shadow.address) == pool.shrink(shadow.address, 0) == 0
+    before = shadow.source.left
+    third = pool.malloc(shadow.address, page)
+    assert third not in (0, second)
+    pool.free(shadow.address, first, page)
+    assert shadow.source.left == before
+    assert pool.malloc(shadow.address, 7 * page) == 0  # nor can idle blocks go
+    shadow.words[pool._LOCK] = 0
+    assert shadow.pool.free_bytes() == page
+    pool.free(shadow.address, third, page)
+    assert pool.malloc(shadow.address, 7 * page) != 0
+
+
+@pytest.mark.parametrize("asked", [0, 14])
+def test_huge_pages_are_asked_for(asked, monkeypatch):
+    monkeypatch.setattr(pool, "_HUGE", 4 * pool._PAGE)
+    shadow = Shadow(monkeypatch, "mmap", 1 << 20, 1 << 16)
+    shadow.words[pool._HUGE_PAGES] = asked
+    pool.malloc(shadow.address, 3 * pool._PAGE)
+    assert shadow.source.advice == []
+    place = pool.malloc(shadow.address, 4 * pool._PAGE)
+    advice = place - pool._HEAD, 5 * pool._PAGE, 14
+    assert shadow.source.advice == ([advice] if asked else [])
+
+
+@pytest.mark.parametrize("why", ["the limit", "no janitor", "limited memory"])
+def test_what_is_not_kept_is_mallocs(why, monkeypatch):
+    page = pool._PAGE
+    shadow = Shadow(monkeypatch, "mmap", 8 * page, 100 * page)
+    words, malloc = shadow.words, shadow.sources["malloc"]
+    words[[pool._GET_LIMIT, pool._SPACE, pool._DATA, pool._NO_LIMIT]] = 1, 9, 2, -1
+    size = 9 if why == "the limit" else 8
+    words[pool._BELL] = why != "no janitor"
+    shadow.source.limits = {9: 1 << 30} if why == "limited memory" else {}
+    place = pool.malloc(shadow.address, size * page)
+    assert malloc.left == 100 * page - size * page - pool._MORE
+    words[pool._BELL], shadow.source.limits = 1, {}
+    pool.free(shadow.address, place, size * page)
+    assert malloc.left == shadow.source.left == 100 * page
+    assert shadow.pool.total_bytes() == 0
+    pool.malloc(shadow.address, 8 * page)
+    assert shadow.source.left == 91 * page
+
+
+class Over(Exception):
+    """Ends a janitor."""
+
+
+def test_the_janitor(monkeypatch):
+    page = pool._PAGE
+    shadow = Shadow(monkeypatch, "mmap", 100 * page, 100 * page)
+    words, address, source = shadow.words, shadow.address, shadow.source
+    words[[pool._TAKEABLE, pool._GET_LIMIT, pool._SPACE, pool._DATA]] = 8, 1, 9, 2
+    words[pool._NO_LIMIT] = -1
+    naps, rung, script = [], [], []
+
+    def sleep(bell, timeout, interruptible):
+        assert (bell, interruptible) == (1, 0)
+        naps.append(timeout)
+        if not script:
+            raise Over
+        script.pop(0)()
+
+    monkeypatch.setattr(pool, "_sleep", sleep)
+    monkeypatch.setattr(pool, "_wake", rung.append)
+
+    def live(*steps):
+        naps.clear()
+        script[:] = steps
+        with pytest.raises(Over):
+            pool.janitor(address)
+        return naps
+
+    def release():
+        words[pool._LOCK] = 0
+
+    def hold():
+        words[pool._LOCK] = 1
+
+    def nothing():
+        pass
+
+    period = words[pool._PERIOD]
+    places = [shadow.lend((i + 1) * page) for i in range(3)]
+
+    def free():
+        pool.free(address, places[0], 0)
+
+    # While nothing is idle, it sleeps until somebody rings.
+    assert live() == [-1]
+    assert words[pool._ASLEEP] == 1
+    assert live(free) == [-1, period]
+    assert (rung, words[pool._ASLEEP]) == ([1], 0)
+    # A list that somebody has is waited for, and left alone at the end of a period.
+    hold()
+    assert live(release) == [pool._SECOND // 1000, period]
+    assert live(hold) == [period, pool._SECOND // 1000]
+    assert words[pool._PERIODS] == 0
+    release()
+    # After a period or two, the system may have the pages; once.
+    assert live(nothing) == [period] * 2
+    assert source.advice == []
+    pool.free(address, places[1], 0)
+    assert rung == [1]
+    live(nothing, nothing, nothing)
+    assert source.advice == [
+        (place - pool._HEAD + page, (i + 1) * page, 8)
+        for i, place in enumerate(places[:2])
+    ]
+    # After ten, it is gone, the stalest first.
+    live(*[nothing] * 6)
+    assert (words[pool._PERIODS], shadow.pool.free_bytes()) == (10, 3 * page)
+    assert (words[pool._EARLIER], words[pool._PEAK]) == (6 * page, 3 * page)
+    live(nothing)
+    assert shadow.pool.free_bytes() == 2 * page
+    live(nothing)
+    assert shadow.pool.free_bytes() == 0
+    # A peak is remembered for two stretches of time.
+    pool.free(address, places[2], 0)
+    assert shadow.pool.free_bytes() == 3 * page
+    live(*[nothing] * 8)
+    assert (words[pool._EARLIER], words[pool._PEAK]) == (3 * page, 0)
+    # Under a limit nothing is kept, whoever finds it.
+    live(*[nothing] * 10)
+    for what in (9, 2):
+        words[pool._PEAK] = 100 * page
+        place, other = (pool.malloc(address, page) for _ in range(2))
+        pool.free(address, place, 0)
+        source.limits = {what: 1 << 30}
+        live(nothing)
+        assert shadow.pool.total_bytes() == page
+        pool.free(address, other, 0)
+        assert shadow.pool.total_bytes() == 0
+        source.limits = {}
+    assert source.left == 100 * page
+
+
+def test_a_janitor_whose_system_takes_no_pages(monkeypatch):
+    shadow = Shadow(monkeypatch, "malloc", 1 << 20, 1 << 20)
+    pool.free(shadow.address, shadow.lend(10), 0)
+    shadow.words[pool._PERIODS] = 5
+    pool._tend(shadow.address)
+    assert shadow.sources["mmap"].advice == []
+    assert shadow.pool.free_bytes() == pool._PAGE
 
 
 @pytest.mark.parametrize("fails", [None, "before", "call", "after", "call and after"])

@@ -319,18 +319,70 @@ class Memory:
         self.left += nbytes
 
 
+class Pages:
+    """What the system maps: pages of one region, side by side, and then no more"""
+
+    def __init__(self, enough):
+        self.region = np.full(enough + pool._PAGE, 0xA5, np.uint8)
+        self.start = -(-self.region.ctypes.data // pool._PAGE) * pool._PAGE
+        self.used = np.zeros(enough // pool._PAGE, bool)
+        self.advice, self.limits = [], {}  # given, and of what
+
+    @property
+    def left(self):
+        return int((~self.used).sum()) * pool._PAGE
+
+    def map(self, address, values):
+        near, nbytes, *_ = values
+        assert (near, nbytes % pool._PAGE) == (0, 0)
+        number = nbytes // pool._PAGE
+        for first in range(self.used.size - number + 1):
+            if not self.used[first : first + number].any():
+                self.used[first : first + number] = True
+                return self.start + first * pool._PAGE
+        return -1
+
+    def unmap(self, address, values):
+        start, nbytes = values
+        assert (start - self.start) % pool._PAGE == nbytes % pool._PAGE == 0
+        first, number = (start - self.start) // pool._PAGE, nbytes // pool._PAGE
+        assert self.used[first : first + number].all()
+        self.used[first : first + number] = False
+        ctypes.memset(start, 0xDD, nbytes)
+
+    def advise(self, address, values):
+        self.advice.append(values)
+
+    def get_limit(self, address, values):
+        what, answer = values
+        limit = self.limits.get(what, -1)
+        words_of(ctypes.c_int64)(answer)[0] = limit
+
+
+def exchange(words, i, value):
+    before, words[i] = words[i], value
+    return before
+
+
 def interpret_pool(monkeypatch, enough):
-    """Have the pool's functions be Python; return where they get memory from"""
-    memory = Memory(enough)
+    """Have the pool's functions be Python; return who gives and who maps memory"""
+    memory, pages = Memory(enough), Pages(enough)
     twins = {
         "_words": words_of(ctypes.c_int64),
         "_bytes": words_of(ctypes.c_uint8, 1),
+        "_exchange": exchange,
         "_call_malloc": memory.malloc,
         "_call_free": memory.free,
+        "_call_lend": lambda address, values: pool.malloc(*values),
+        "_call_take_back": lambda address, values: pool.free(*values),
+        "_call_map": pages.map,
+        "_call_unmap": pages.unmap,
+        "_call_advise": pages.advise,
+        "_call_get_limit": pages.get_limit,
     }
     for name, value in list(vars(pool).items()):
         if name in twins:
             monkeypatch.setattr(pool, name, twins[name])
         elif hasattr(value, "py_func"):
             monkeypatch.setattr(pool, name, value.py_func)
-    return memory
+    return memory, pages
