@@ -1,10 +1,18 @@
-"""The grid that the tests walk: library x dtype x shape x layout."""
+"""The grid that the tests walk: library x dtype x shape x layout; their processes."""
 
+import contextlib
+import ctypes
 import functools
 import importlib.util
 import inspect
 import math
+import os
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -28,6 +36,88 @@ SHAPES = {
 }
 LARGE = 300_001  # elements: more than one thread's share
 PAST_CACHE = 1 << 25  # bytes of one array: with another more than most caches hold
+
+
+# Processes ----------------------------------------------------------------------------
+
+PATIENCE = 600  # seconds: nothing takes so long on a busy machine; it hangs
+SOON = 10  # seconds: for what is about to end by itself
+
+# Where this is ignored, as by nohup or after a shell's &, it is in what tests start, too.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# What the processes that tests start leave behind becomes a child of this one.
+if sys.platform == "linux":
+    PR_SET_CHILD_SUBREAPER = 36
+    ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+
+
+@contextlib.contextmanager
+def started(command, **more):
+    """A process in a group of its own, which ends with the block at the latest"""
+    pipes = dict.fromkeys(("stdout", "stderr"), subprocess.PIPE) | {"text": True}
+    posix = os.name == "posix"
+    with subprocess.Popen(command, start_new_session=posix, **pipes | more) as process:
+        try:
+            yield process
+        except BaseException:
+            if posix and process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+            process.kill()
+            raise
+
+
+def run_command(command, *, timeout=PATIENCE, **more):
+    """What a process printed and how it ended; with it ends what it started."""
+    with started(command, **more) as process:
+        output, errors = process.communicate(timeout=timeout)
+    return subprocess.CompletedProcess(command, process.returncode, output, errors)
+
+
+def words_of(number):
+    return Path(f"/proc/{number}/cmdline").read_text().split("\0")
+
+
+def children():
+    """The states of the processes that are this one's, by number.
+
+    Without what Python starts for locks, of Numba's threads, say, and ends by itself.
+    """
+    found = {}
+    with contextlib.suppress(ChildProcessError):  # there is none
+        os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+        for name in filter(str.isdigit, os.listdir("/proc")):
+            with contextlib.suppress(OSError), open(f"/proc/{name}/stat") as file:
+                state, parent, *_ = file.read().rpartition(")")[2].split()
+                own = int(parent) == os.getpid()
+                if own and "resource_tracker" not in " ".join(words_of(name)):
+                    found[int(name)] = state
+    return found
+
+
+@pytest.fixture(autouse=True)
+def no_process_is_left():
+    """What a test starts has ended when the test has, or soon after."""
+    if sys.platform != "linux":
+        yield
+        return
+    before = children()
+    yield
+    end, left = time.monotonic() + SOON, []
+    while rest := {k: v for k, v in children().items() if k not in before}:
+        late = time.monotonic() > end
+        for number, state in rest.items():
+            if state != "Z" and late:
+                left.append(words_of(number))
+                os.kill(number, signal.SIGKILL)
+            if state == "Z" or late:
+                os.waitpid(number, 0)
+        time.sleep(0.01)
+    assert left == [], "processes that a test has left"
+
+
+# The grid -----------------------------------------------------------------------------
 
 
 class Library(NamedTuple):

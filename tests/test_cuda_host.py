@@ -7,16 +7,16 @@ long way, the second one the short way for plain arrays.
 import ctypes
 import hashlib
 import math
-import subprocess
 import sys
 import textwrap
 import threading
 import types
+from subprocess import DEVNULL, PIPE
 
 import numpy as np
 import pytest
 import reference
-from conftest import FLOATS, normal, place, sample
+from conftest import FLOATS, PATIENCE, normal, place, run_command, sample, started
 from reference import assert_same
 
 import fastrelu as F
@@ -736,13 +736,13 @@ COLD = """
 @emulated
 def test_two_processes_at_once_on_an_empty_cache(cache, monkeypatch):
     command = [sys.executable, "-c", textwrap.dedent(COLD)]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    pair = [subprocess.Popen(command, **pipes) for _ in "12"]
-    assert [process.stdout.readline() for process in pair] == 2 * ["ready\n"]
-    for process in pair:
-        process.stdin.write("\n")
-        process.stdin.flush()
-    results = [process.communicate(timeout=60)[0].split() for process in pair]
+    with started(command, stdin=PIPE) as one, started(command, stdin=PIPE) as other:
+        pair = one, other
+        assert [process.stdout.readline() for process in pair] == 2 * ["ready\n"]
+        for process in pair:
+            process.stdin.write("\n")
+            process.stdin.flush()
+        results = [process.communicate(timeout=PATIENCE)[0].split() for process in pair]
     assert [process.returncode for process in pair] == [0, 0]
     (file,) = cache.iterdir()
     monkeypatch.setattr(launch, "compile_ptx", None)
@@ -750,8 +750,8 @@ def test_two_processes_at_once_on_an_empty_cache(cache, monkeypatch):
     assert file.name == fresh().digest((9, 0))
     assert [entry, hashlib.sha256(code).hexdigest(), "True"] in results
     assert {name for name, *_ in results} == {entry}
-    pipes["stdin"] = subprocess.DEVNULL
-    warm = subprocess.run(command, **pipes, check=True)
+    warm = run_command(command, stdin=DEVNULL)
+    assert warm.returncode == 0, warm.stderr
     assert warm.stdout.split()[-1] == "False"  # nothing is imported that compiles
 
 

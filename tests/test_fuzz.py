@@ -12,14 +12,13 @@ import operator
 import os
 import random
 import re
-import subprocess
 import sys
 import warnings
 
 import numpy as np
 import pytest
 import reference
-from conftest import FLOATS, INTEGERS, dtype_of, floats_here, sample
+from conftest import FLOATS, INTEGERS, dtype_of, floats_here, run_command, sample
 from reference import assert_same, assert_weight_gradient, native
 
 import fastrelu as F
@@ -464,7 +463,7 @@ def main(first, count, path):
 
 def fuzz(first, count, path):
     command = [sys.executable, "-X", "faulthandler", __file__, str(first), str(count)]
-    done = subprocess.run([*command, path], capture_output=True, text=True, check=False)
+    done = run_command([*command, path], timeout=3600)
     number = np.fromfile(path, np.int64)
     assert done.returncode == 0, f"case {number}:\n{done.stderr[-3000:]}"
 

@@ -5,12 +5,12 @@ import itertools
 import os
 import re
 import signal
-import subprocess
 import sys
 import types
 
 import numpy as np
 import pytest
+from conftest import PATIENCE, run_command, started
 
 from fastrelu.__main__ import Run, load_digits, main, parser
 
@@ -24,14 +24,7 @@ ENVIRONMENT = {**os.environ, "FORCE_COLOR": "1"}
 
 
 def call(*arguments, cwd):
-    return subprocess.run(
-        [*COMMAND, *arguments],
-        capture_output=True,
-        text=True,
-        cwd=cwd,
-        env=ENVIRONMENT,
-        check=False,
-    )
+    return run_command([*COMMAND, *arguments], cwd=cwd, env=ENVIRONMENT)
 
 
 @pytest.mark.parametrize("activation", ["relu", "leaky_relu", "prelu"])
@@ -141,14 +134,7 @@ import sklearn.datasets
 sys.argv[1:] = ["train", "--epochs", "1"]
 runpy.run_module("fastrelu", run_name="__main__")
 """
-    return subprocess.run(
-        [sys.executable, "-c", source],
-        capture_output=True,
-        text=True,
-        cwd=cwd,
-        env=ENVIRONMENT,
-        check=False,
-    )
+    return run_command([sys.executable, "-c", source], cwd=cwd, env=ENVIRONMENT)
 
 
 posix = pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX signals")
@@ -171,14 +157,8 @@ def read_until(process, start):
 
 
 def start(cwd, *arguments):
-    return subprocess.Popen(
-        [*COMMAND, "train", "--epochs", "2000", *arguments],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        cwd=cwd,
-        env=ENVIRONMENT,
-    )
+    command = [*COMMAND, "train", "--epochs", "2000", *arguments]
+    return started(command, cwd=cwd, env=ENVIRONMENT)
 
 
 @posix
@@ -186,7 +166,7 @@ def test_ctrl_c_ends_with_what_was_learned(tmp_path):
     with start(tmp_path, "--plot", "curves.png") as process:
         read_until(process, "epoch    2")
         process.send_signal(signal.SIGINT)
-        output, errors = process.communicate(timeout=60)
+        output, errors = process.communicate(timeout=PATIENCE)
     assert process.returncode == 130
     assert "Interrupted in epoch" in output
     assert "Test accuracy" in output
@@ -199,7 +179,7 @@ def test_a_reader_may_leave(tmp_path):
     with start(tmp_path) as process:
         read_until(process, "epoch    1")
         process.stdout.close()
-        assert process.wait(timeout=60) == -signal.SIGPIPE
+        assert process.wait(timeout=PATIENCE) == -signal.SIGPIPE
         assert process.stderr.read() == ""
 
 
@@ -210,12 +190,9 @@ def test_a_terminal_gets_a_bar(tmp_path, columns):
 
     ours, theirs = pty.openpty()
     environment = {**os.environ, "TERM": "xterm", "COLUMNS": str(columns)}
-    with subprocess.Popen(
-        [*COMMAND, "train", "--epochs", "1"],
-        stdout=theirs,
-        cwd=tmp_path,
-        env=environment,
-    ) as process:
+    command = [*COMMAND, "train", "--epochs", "1"]
+    pipes = {"stdout": theirs, "stderr": None}
+    with started(command, cwd=tmp_path, env=environment, **pipes) as process:
         os.close(theirs)
         output = b""
         # Linux answers with an error where the other end is closed.

@@ -10,7 +10,7 @@ import time
 
 import numpy as np
 import pytest
-from conftest import floats_here
+from conftest import PATIENCE, floats_here, run_command, started
 
 from fastrelu import _peers
 from fastrelu._peers import COMMON, OPS, PEERS, Case, NumPy, Team, check, size
@@ -304,9 +304,7 @@ COMMAND = [sys.executable, "-m", "fastrelu", "bench"]
 
 
 def call(*arguments, cwd):
-    return subprocess.run(
-        [*COMMAND, *arguments], capture_output=True, text=True, cwd=cwd, check=False
-    )
+    return run_command([*COMMAND, *arguments], cwd=cwd)
 
 
 def test_the_command_prints_a_table(tmp_path):
@@ -344,18 +342,13 @@ def test_a_wrong_argument_is_one_line(arguments, tmp_path):
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX signals")
 def test_ctrl_c_shows_what_there_is(tmp_path):
-    with subprocess.Popen(
-        [*COMMAND, "--peers", "numpy", "--size", "64"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        cwd=tmp_path,
-    ) as process:
+    command = [*COMMAND, "--peers", "numpy", "--size", "64"]
+    with started(command, cwd=tmp_path) as process:
         for line in process.stderr:
             if line.startswith("3/"):
                 break
         process.send_signal(signal.SIGINT)
-        output, errors = process.communicate(timeout=60)
+        output, errors = process.communicate(timeout=PATIENCE)
     assert process.returncode == 130
     assert errors.splitlines()[-1] == "fastrelu bench: interrupted"
     assert "relu out" in output

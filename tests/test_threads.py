@@ -2,7 +2,6 @@
 
 import os
 import platform
-import subprocess
 import sys
 import textwrap
 import threading
@@ -13,6 +12,7 @@ import llvmlite.binding as llvm
 import numba
 import numpy as np
 import pytest
+from conftest import PATIENCE, run_command
 from llvmlite import ir
 
 from fastrelu.cpu import threads
@@ -93,17 +93,11 @@ def test_wakings_that_do_not_pay_become_rare(count):
     assert sum(shared[100:]) < 50
 
 
-def run(script, timeout=300, **environment):
-    """What a script prints, in a process of its own that must end well.
-
-    All that it may compile has five minutes: on a busy machine that took more than one.
-    """
-    done = subprocess.run(
+def run(script, timeout=PATIENCE, **environment):
+    """What a script prints, in a process of its own that must end well."""
+    done = run_command(
         [sys.executable, "-W", "error", "-c", textwrap.dedent(script)],
-        capture_output=True,
-        text=True,
         timeout=timeout,
-        check=False,
         env={**os.environ, **environment},
     )
     assert done.returncode == 0, done.stderr
