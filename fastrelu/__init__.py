@@ -5,7 +5,7 @@ from fastrelu import (
     activations,
 )
 from fastrelu.activations import *
-from fastrelu.cpu.pool import get_default_memory_pool as get_default_memory_pool
+from fastrelu.cpu import get_default_memory_pool as get_default_memory_pool
 from fastrelu.mask import Mask as Mask
 
 __version__ = "0.1.0"

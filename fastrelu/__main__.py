@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fastrelu import __version__, _peers, nn
+from fastrelu import __version__, _peers, cpu, nn
 from fastrelu.activations import relu
 
 Array = Any
@@ -812,6 +812,7 @@ def info(args: argparse.Namespace) -> int:
         "CPU": f"{llvmlite.binding.get_host_cpu_name()}, {platform.machine()}",
         "features": " ".join(features) or "none of those that matter here",
         "threads": str(numba.config.NUMBA_NUM_THREADS),
+        "loops": ", because ".join(filter(None, cpu.engine())),
         "CUDA": cuda(),
     }
     width = max(map(len, lines)) + 2

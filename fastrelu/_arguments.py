@@ -2,29 +2,29 @@
 
 Messages name the argument, what was expected and what came.  A wrong kind of thing is
 a TypeError, a wrong value of the right kind a ValueError.
+
+Other people's code (``__array__``, ``__index__``, properties) runs first, in `read`,
+`index` and `slope`.  What they return is ours alone, so that what is checked after them
+is what is used, whatever becomes of the arguments meanwhile.
 """
 
 import contextlib
+import ctypes
 import functools
 import math
 import numbers
 import operator
+import struct
 from collections.abc import Sequence
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from fastrelu.mask import Mask, is_foreign
+from fastrelu._dtypes import BY_NAME, FLOATS, REALS, Row, is_accepted, name_of, row_of
+from fastrelu.mask import ANSWERS, Mask, is_foreign
 
 Array = Any
-
-FLOATS = "float16, bfloat16, float32 or float64"
-REALS = f"{FLOATS}, or an integer dtype"
-_FLOAT_CODES = frozenset("efd")
-_REAL_CODES = frozenset("bBhHiIlLqQefd")
-_FLOAT_NAMES = frozenset(["float16", "bfloat16", "float32", "float64"])
-_INTEGER_NAMES = frozenset(np.dtype(code).name for code in "bBhHiIlLqQ")
 
 
 def _is(value: object, kind: type | tuple[type, ...]) -> bool:
@@ -35,7 +35,7 @@ def _is(value: object, kind: type | tuple[type, ...]) -> bool:
 def kind_of(value: object) -> str:
     """Name the type of a value, and the dtype where it has one."""
     name = type(value).__name__
-    with contextlib.suppress(Exception):  # of a broken property
+    with contextlib.suppress(*ANSWERS):  # of a broken property
         dtype = getattr(value, "dtype", None)
         return name if dtype is None else f"{name} of dtype {dtype}"
     return name
@@ -43,18 +43,9 @@ def kind_of(value: object) -> str:
 
 def shown(value: object) -> str:
     """Return a value as text, or its kind where that fails: too many digits, say."""
-    with contextlib.suppress(Exception):
+    with contextlib.suppress(*ANSWERS):
         return str(value)
     return f"a value of type {kind_of(value)}"
-
-
-def is_accepted(dtype: np.dtype[Any] | str, integers: bool) -> bool:
-    if isinstance(dtype, str):  # of an array that is not NumPy's
-        return dtype in _FLOAT_NAMES or (integers and dtype in _INTEGER_NAMES)
-    codes = _REAL_CODES if integers else _FLOAT_CODES
-    return dtype.char in codes or (
-        dtype.name == "bfloat16" and dtype.type.__module__.startswith("ml_dtypes")
-    )
 
 
 _may_be_on_gpu = functools.lru_cache(256)(is_foreign)
@@ -65,7 +56,7 @@ def is_on_gpu(value: Any) -> bool:
     kind: Any = type(value)
     if not _may_be_on_gpu(kind):
         return False
-    with contextlib.suppress(Exception):  # of a broken method: NumPy will complain
+    with contextlib.suppress(*ANSWERS):  # of a broken method: NumPy will complain
         if hasattr(kind, "__dlpack_device__"):
             return int(value.__dlpack_device__()[0]) in _CUDA
         # Numba's own arrays are told by a mark: its simulator's have no interface.
@@ -77,28 +68,44 @@ def is_on_gpu(value: Any) -> bool:
 _CUDA = 2, 13  # DLPack's kinds of devices: CUDA's own memory, and managed memory
 
 
-def array(
-    name: str, value: Any, engine: ModuleType, *, integers: bool = False
-) -> Array:
-    """Return value as an array of the engine, native and of an accepted dtype."""
-    result = _read(name, value, engine)
-    if not is_accepted(result.dtype, integers):
+# Arrays -------------------------------------------------------------------------------
+
+
+def read(
+    engine: ModuleType, *given: tuple[str, Any], in_place: bool = False
+) -> list[Array]:
+    """Return arguments, each with its name, as arrays of the engine; None stays None.
+
+    Those that are written to, which are called `out`, and the first one in place, must
+    be arrays already.
+    """
+    arrays: list[Array] = []
+    for i, (name, value) in enumerate(given):
+        if value is None and name.startswith("out"):
+            arrays.append(None)
+            continue
+        convert = not (name.startswith("out") or (in_place and i == 0))
+        try:
+            arrays.append(engine.read(value, convert=convert))
+        except (TypeError, ValueError) as error:
+            msg = f"{name} must be {engine.KIND}, {error}"
+            raise (TypeError if _is(error, TypeError) else ValueError)(msg) from error
+    return [x if x is None else engine.hold(x) for x in arrays]
+
+
+def _row(x: Array) -> Row | None:
+    return BY_NAME.get(x.dtype) if isinstance(x.dtype, str) else row_of(x.dtype)
+
+
+def accepted(name: str, x: Array, *, integers: bool = False) -> Array:
+    """Return an array as a native one; its dtype must be one that is accepted."""
+    if not is_accepted(_row(x), integers=integers):
         expected = REALS if integers else FLOATS
-        came = f"{type(value).__name__} of dtype {result.dtype}"
-        msg = f"{name} must have dtype {expected}, got {came}"
+        msg = f"{name} must have dtype {expected}, got {x.dtype}"
         raise TypeError(msg)
-    if isinstance(result, np.ndarray) and not result.dtype.isnative:
-        result = result.astype(result.dtype.newbyteorder("="))
-    return result
-
-
-def _read(name: str, value: Any, engine: ModuleType, *, convert: bool = True) -> Array:
-    """Return value as the engine sees it."""
-    try:
-        return engine.as_array(value, convert=convert)
-    except (TypeError, ValueError) as error:
-        msg = f"{name} must be {engine.KIND}, {error}"
-        raise (TypeError if _is(error, TypeError) else ValueError)(msg) from error
+    if isinstance(x, np.ndarray) and not x.dtype.isnative:
+        x = x.astype(x.dtype.newbyteorder("="))
+    return x
 
 
 def same_device(name: str, x: Array, other_name: str, other: Array) -> None:
@@ -108,25 +115,24 @@ def same_device(name: str, x: Array, other_name: str, other: Array) -> None:
         raise ValueError(msg)
 
 
-def like(
-    name: str, value: Any, other_name: str, other: Array, engine: ModuleType
-) -> Array:
-    """Return value as an array of the dtype and shape of another argument."""
-    result = array(name, value, engine, integers=True)
-    if result.dtype != other.dtype:
+def like(name: str, x: Array, other_name: str, other: Array) -> Array:
+    """Return an array that must have the dtype and shape of another argument."""
+    x = accepted(name, x, integers=True)
+    if x.dtype != other.dtype:
         msg = (
-            f"{name} must have the dtype of {other_name}, {other.dtype}, "
-            f"got {result.dtype}"
+            f"{name} must have the dtype of {other_name}, {other.dtype}, got {x.dtype}"
         )
         raise TypeError(msg)
-    if result.shape != other.shape:
+    if x.shape != other.shape:
         msg = (
-            f"{name} must have the shape of {other_name}, {other.shape}, "
-            f"got {result.shape}"
+            f"{name} must have the shape of {other_name}, {other.shape}, got {x.shape}"
         )
         raise ValueError(msg)
-    same_device(name, result, other_name, other)
-    return result
+    same_device(name, x, other_name, other)
+    return x
+
+
+# Flags and numbers --------------------------------------------------------------------
 
 
 def flag(name: str, value: object) -> bool:
@@ -137,72 +143,115 @@ def flag(name: str, value: object) -> bool:
     return bool(value)
 
 
-def slope(value: Any) -> float:
-    """Return a finite real slope as a float."""
-    real = _is(value, (numbers.Real, np.floating, np.integer))
-    if not real or _is(value, (bool, np.timedelta64)):
-        msg = f"negative_slope must be a real number, got {kind_of(value)}"
-        raise TypeError(msg)
-    try:
-        number = float(value)
-    except OverflowError:
-        number = math.inf
-    except Exception as error:
-        msg = f"negative_slope must be a real number, got {kind_of(value)}"
-        raise TypeError(msg) from error
+def index(name: str, value: Any) -> int:
+    """Return an integer that is none but an integer."""
+    if type(value) is int:
+        return value
+    if not _is(value, (bool, np.bool_)):
+        with contextlib.suppress(*ANSWERS):
+            return operator.index(value)
+    msg = f"{name} must be an integer, got {kind_of(value)}"
+    raise TypeError(msg)
+
+
+class Slope(NamedTuple):
+    """A real number, rounded once to each type that products are computed in."""
+
+    float64: float
+    float32: float
+
+    def of(self, x: Array) -> float:
+        """Return the number that goes with an array."""
+        row = _row(x)
+        compute = "float64" if row is None else row.compute
+        number: float = getattr(self, compute)
+        if not math.isfinite(number):
+            msg = f"negative_slope must be finite in {compute}, got {self.float64}"
+            raise ValueError(msg)
+        return number
+
+
+def slope(value: Any) -> Slope:
+    """Return a finite real number as it is rounded to float64 and to float32."""
+    if type(value) is float:
+        number = value
+    else:
+        value = _real(value)
+        try:
+            number = float(value)
+        except OverflowError:
+            number = math.inf
+        except ANSWERS as error:
+            msg = f"negative_slope must be a real number, got {kind_of(value)}"
+            raise TypeError(msg) from error
     if not math.isfinite(number):
         msg = f"negative_slope must be finite, got {shown(value)}"
         raise ValueError(msg)
-    return number
+    return Slope(number, ctypes.c_float(_odd(number, value)).value)
 
 
-def output(
-    inplace: object,
-    out: Any,
-    name: str,
-    original: Any,
-    checked: Array,
-    engine: ModuleType,
-) -> tuple[Any, Array | None]:
-    """Return the object to give back and the array to write to; None for a fresh one.
+def _real(value: Any) -> Any:
+    """Return a real number that compares with floats exactly, or refuse it."""
+    if _is(value, np.ndarray) and value.ndim == 0:
+        value = value[()]
+    if _is(value, np.generic):
+        row = row_of(value.dtype)
+        real = row is not None or _is(value, np.longdouble)
+        if row is not None:  # exact: NumPy would round an integer to compare it
+            value = float(value) if row.kind == "f" else int(value)
+    else:
+        real = _is(value, numbers.Real) and not _is(value, bool)
+    if not real:
+        msg = f"negative_slope must be a real number, got {kind_of(value)}"
+        raise TypeError(msg)
+    return value
 
-    `original` is the first argument as it came, `checked` what `array` made of it.
+
+def _odd(number: float, value: Any) -> float:
+    """Return the double nearest to a value so that it may be rounded once more.
+
+    Where something was lost, the last bit is odd: a tie that is none cannot arise.
     """
-    if flag("inplace", inplace):
-        if out is not None:
-            msg = "inplace=True and out= were both given; out= the first array is in place"
-            raise ValueError(msg)
-        return original, writeable(name, original, checked, engine)
-    if out is None:
-        return None, None
-    return out, writeable("out", out, checked, engine)
+    if number == value:
+        return number
+    other = math.nextafter(number, math.inf if number < value else -math.inf)
+    return number if struct.pack("<d", number)[0] & 1 else other
 
 
-def writeable(name: str, value: Any, model: Array, engine: ModuleType) -> Array:
-    """Return value as an array that can take a result shaped and typed like model."""
-    # In place, what `array` made of it serves again.
-    same = getattr(model, "given", None) is value
-    result = model if same else _read(name, value, engine, convert=False)
-    native = isinstance(result.dtype, str) or result.dtype.isnative
-    if result.dtype != model.dtype or not native:
-        came = result.dtype if native else f"byte-swapped {result.dtype}"
+# What is written to -------------------------------------------------------------------
+
+
+def in_place(inplace: object, out: Any) -> bool:
+    """Say whether the first array is to be overwritten."""
+    overwrite = flag("inplace", inplace)
+    if overwrite and out is not None:
+        msg = "inplace=True and out= were both given; out= the first array is in place"
+        raise ValueError(msg)
+    return overwrite
+
+
+def writeable(name: str, x: Array, model: Array) -> Array:
+    """Return an array that can take a result shaped and typed like model."""
+    native = isinstance(x.dtype, str) or x.dtype.isnative
+    if x.dtype != model.dtype or not native:
+        came = x.dtype if native else f"byte-swapped {x.dtype}"
         msg = f"{name} must have the native dtype {model.dtype}, got {came}"
         raise TypeError(msg)
-    if result.shape != model.shape:
-        msg = f"{name} must have shape {model.shape}, got {result.shape}"
+    if x.shape != model.shape:
+        msg = f"{name} must have shape {model.shape}, got {x.shape}"
         raise ValueError(msg)
-    places = _places(result)
+    places = _places(x)
     if not places.flags.writeable:
         msg = f"{name} must be writeable, got a read-only array"
         raise ValueError(msg)
-    same_device(name, result, "the result", model)
+    same_device(name, x, "the result", model)
     if _shares_elements(places):
         msg = (
             f"{name} must not share memory between its own elements, got shape "
-            f"{result.shape} with strides {result.strides}"
+            f"{x.shape} with strides {x.strides}"
         )
         raise ValueError(msg)
-    return result
+    return x
 
 
 def _places(x: Array) -> Array:
@@ -244,45 +293,55 @@ def distinct(first_name: str, first: Array, second_name: str, second: Array) -> 
         raise ValueError(msg)
 
 
-def saved(value: Any, name: str, model: Array, engine: ModuleType) -> Array | Mask:
-    """Return the saved state: a mask of the right shape, or an array like model."""
-    if not _is(value, Mask):
-        return like("saved", value, name, model, engine)
+def pair(value: Any) -> Sequence[Any]:
+    """Return prelu_backward's out as (grad_input, grad_weight)."""
+    if _is(value, tuple):
+        if len(value) != 2:
+            msg = (
+                f"out must be one array or (grad_input, grad_weight), got {len(value)}"
+            )
+            raise ValueError(msg)
+        return tuple(value)
+    return value, None
+
+
+# What goes with an array --------------------------------------------------------------
+
+
+def unchanged(mask: Mask) -> Mask:
+    """Return a mask that is still as it was made, as one of our own."""
     try:
-        mask = Mask(value.bits, value.shape)  # both may have been changed since
-    except MemoryError:
-        raise
-    except Exception as error:
+        return Mask(mask.bits, mask.shape)
+    except ANSWERS as error:
         msg = f"saved must be a mask that is still as it was made: {shown(error)}"
         raise (ValueError if _is(error, ValueError) else TypeError)(msg) from error
+
+
+def bits_of(mask: Mask, bits: Array, name: str, model: Array) -> Array:
+    """Return a mask's bits, which must be those of an array like model."""
     if mask.shape != model.shape:
         msg = (
             f"saved must be a mask of shape {model.shape}, as {name} is, "
             f"got one of shape {mask.shape}"
         )
         raise ValueError(msg)
-    mask.bits = array("saved", mask.bits, engine, integers=True)
-    same_device("saved", mask.bits, name, model)
-    return mask
+    bits = accepted("saved", bits, integers=True)
+    if name_of(bits.dtype) != "uint8" or bits.shape != (mask.nbytes,):
+        msg = "saved must be a mask whose bits stay as they are during the call"
+        raise ValueError(msg)
+    same_device("saved", bits, name, model)
+    return bits
 
 
-def weight(value: Any, x: Array, axis: Any, engine: ModuleType) -> tuple[Array, Array]:
-    """Return the weight as an array, and reshaped to broadcast against x."""
-    given = array("weight", value, engine)
+def weight(given: Array, x: Array, position: int) -> tuple[Array, Array]:
+    """Return the weight as a native array, and reshaped to broadcast against x."""
+    given = accepted("weight", given)
     same_device("weight", given, "x", x)
     mixed = str(given.dtype) == "float32" and x.itemsize == 2
     if given.dtype != x.dtype and not mixed:
         expected = f"{x.dtype} or float32" if x.itemsize == 2 else str(x.dtype)
         msg = f"weight must have the dtype of x, {expected}, got {given.dtype}"
         raise TypeError(msg)
-    if _is(axis, (bool, np.bool_)):
-        msg = f"axis must be an integer, got {kind_of(axis)}"
-        raise TypeError(msg)
-    try:
-        position = operator.index(axis)
-    except Exception as error:
-        msg = f"axis must be an integer, got {kind_of(axis)}"
-        raise TypeError(msg) from error
     if given.ndim > 1:
         lengths = zip(given.shape[::-1], x.shape[::-1], strict=False)
         grows = any(size not in (1, length) for size, length in lengths)
@@ -313,15 +372,3 @@ def weight(value: Any, x: Array, axis: Any, engine: ModuleType) -> tuple[Array, 
             raise ValueError(msg)
         shape[position] = given.size
     return given, given.reshape(shape)
-
-
-def pair(value: Any) -> Sequence[Any]:
-    """Return prelu_backward's out as (grad_input, grad_weight)."""
-    if _is(value, tuple):
-        if len(value) != 2:
-            msg = (
-                f"out must be one array or (grad_input, grad_weight), got {len(value)}"
-            )
-            raise ValueError(msg)
-        return tuple(value)
-    return value, None

@@ -174,7 +174,7 @@ class _Walk:
     def _named(self, value: Any) -> Any:
         if not _is_of_a_library(value):
             raise _Unknown
-        return "library", value.__module__, value.__qualname__
+        return "library", *_place(value)
 
     def _intrinsic(self, value: Any) -> Any:
         options = value._prefer_literal, tuple(value._ctor_kwargs.items())
@@ -253,14 +253,21 @@ def _is_in_a_library(module: str) -> bool:
     return module.partition(".")[0] in _LIBRARIES
 
 
+def _place(value: Any) -> tuple[Any, str]:
+    """Return the module of a function or class, and its name there."""
+    if isinstance(value, np.ufunc):  # some of NumPy's do not say
+        return "numpy", value.__name__
+    return getattr(value, "__module__", None), getattr(value, "__qualname__", "<")
+
+
 def _is_of_a_library(value: Any) -> bool:
     """Say whether a function or class is what a library has under its name."""
-    module = getattr(value, "__module__", None)
+    module, name = _place(value)
     if type(module) is not str or not _is_in_a_library(module):
         return False
     found: Any = sys.modules.get(module)
-    for name in getattr(value, "__qualname__", "<").split("."):
-        found = getattr(found, name, None)
+    for part in name.split("."):
+        found = getattr(found, part, None)
     return found is value
 
 

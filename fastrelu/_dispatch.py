@@ -12,8 +12,10 @@ import numpy as np
 from numpy import ndarray
 
 from fastrelu import cpu
-from fastrelu._arguments import is_accepted, is_on_gpu
-from fastrelu.mask import Mask
+from fastrelu._arguments import is_on_gpu
+from fastrelu._dtypes import is_accepted, row_of
+from fastrelu.cpu.abi import Unproven
+from fastrelu.mask import ANSWERS, Mask
 
 _ON_GPU: set[type] = set()  # the types of arrays on a GPU that came so far
 
@@ -37,7 +39,13 @@ def _cuda() -> ModuleType:
             "CUDA 12"
         )
         raise ImportError(msg)
-    return importlib.import_module("fastrelu.cuda")
+    return importlib.import_module(f"{__package__}.cuda")
+
+
+def _is_plain(mask: Mask) -> bool:
+    """Say whether to compare a mask's shape runs no code of other people."""
+    shape = getattr(mask, "shape", None)
+    return type(shape) is tuple and all(type(length) is int for length in shape)
 
 
 class PlainCalls:
@@ -79,9 +87,10 @@ class PlainCalls:
             return self._again(self.flat, x, slope, inplace, out)
         if return_mask is not True:
             return None
+        shape = x.shape
         try:
             bits = cpu.empty_bytes((x.size + 7) >> 3)
-        except MemoryError:  # another argument may be wrong as well
+        except (MemoryError, Unproven):  # another argument may be wrong as well
             return None
         y = self.masked.call(x, slope, inplace, out, bits)
         if y is None:
@@ -89,7 +98,7 @@ class PlainCalls:
             if y is None:
                 return None
         mask = Mask.__new__(Mask)
-        mask.shape, mask.bits = x.shape, bits
+        mask.shape, mask.bits = shape, bits
         return y, mask
 
     def backward(
@@ -100,18 +109,20 @@ class PlainCalls:
             return calls and calls.backward(grad, saved, slope, inplace, out)
         call = self.flat
         if type(saved) is Mask:
-            try:  # what was changed since the mask was made may be anything
+            try:
                 if saved.shape != grad.shape:
                     return None
                 call, saved = self.masked, saved.bits
-            except Exception:  # noqa: BLE001
-                return None
+            except (*ANSWERS, MemoryError):
+                if _is_plain(saved):  # a signal's handler has raised that
+                    raise
+                return None  # what was changed since it was made may be anything
         dx = call.call(grad, slope, inplace, out, saved)
         return self._again(call, grad, slope, inplace, out, saved) if dx is None else dx
 
     def _again(
         self,
-        call: cpu.Call,
+        call: Any,
         a: Any,
         slope: Any,
         inplace: Any,
@@ -120,15 +131,21 @@ class PlainCalls:
         block: int = 0,
     ) -> Any:
         """Call once more with what was missing, if that is why nothing came of it."""
-        if type(a) is not ndarray or not a.flags.forc or not self._takes(a.dtype):
+        if not cpu.is_fast() or type(a) is not ndarray:
+            return None
+        if not a.flags.forc or not self._takes(a.dtype):
             return None
         target = out[0] if type(out) is tuple and out else out
         in_place = inplace is True or target is a
-        call.prepare(a.dtype, a.nbytes, in_place=in_place, block=block)
+        try:
+            call.prepare(a.dtype, a.nbytes, in_place=in_place, block=block)
+        except Unproven as error:
+            cpu.give_up(error)
+            return None
         return call.call(a, slope, inplace, out, *others)
 
     def _takes(self, dtype: np.dtype[Any]) -> bool:
-        return is_accepted(dtype, self.integers) and dtype.isnative
+        return is_accepted(row_of(dtype), integers=self.integers) and dtype.isnative
 
     def channels(
         self, a: Any, weight: Any, axis: Any, inplace: Any, out: Any, *x: Any

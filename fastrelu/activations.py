@@ -197,9 +197,9 @@ def leaky_relu(
         float16, bfloat16, float32 or float64.  Without `inplace`, also anything
         ``numpy.asarray`` makes such an array of.
     negative_slope : float
-        Any finite number; negative ones and those above 1 too.  It is rounded once to
-        float64 for float64 arrays and to float32 for the others, which are computed in
-        float32.
+        Any finite number; negative ones and those above 1 too.  Of whatever type, also
+        a 0-d array, it is rounded once to float64 for float64 arrays and to float32 for
+        the others, which are computed in float32.
     inplace : bool
         Overwrite `x` and return it.
     out : array, optional
@@ -220,7 +220,8 @@ def leaky_relu(
     TypeError
         For another kind of argument or dtype.
     ValueError
-        If `negative_slope` is not finite, and for `out` as `relu` does.
+        If `negative_slope` is not finite once it is rounded, and for `out` as `relu`
+        does.
 
     References
     ----------
@@ -280,8 +281,8 @@ def leaky_relu_backward(
     TypeError
         For another kind of argument, or if `saved` has another dtype.
     ValueError
-        If `saved` has another shape, `negative_slope` is not finite, and for `out` as
-        `relu` does.
+        If `saved` has another shape, `negative_slope` is not finite once it is rounded,
+        and for `out` as `relu` does.
 
     Examples
     --------
@@ -367,13 +368,15 @@ def prelu(
     if y is not None:
         return y
     engine = engine_of(x)
-    checked = _arguments.array("x", x, engine)
-    _, broadcast = _arguments.weight(weight, checked, axis, engine)
-    given, target = _arguments.output(inplace, out, "x", x, checked, engine)
-    if target is None:
-        given, target = _fresh(engine, checked)
+    position = _arguments.index("axis", axis)
+    overwrite = _arguments.in_place(inplace, out)
+    arrays = ("x", x), ("weight", weight), ("out", out)
+    given, slopes, target = _arguments.read(engine, *arrays, in_place=overwrite)
+    checked = _arguments.accepted("x", given)
+    _, broadcast = _arguments.weight(slopes, checked, position)
+    y, target = _target(engine, "x", (x, out), (given, target), checked, overwrite)
     engine.prelu(_leaky_relu, checked, broadcast, target)
-    return given
+    return y
 
 
 def prelu_backward(
@@ -444,32 +447,60 @@ def prelu_backward(
     if gradients is not None:
         return gradients
     engine = engine_of(grad_output)
-    grad = _arguments.array("grad_output", grad_output, engine)
-    checked = _arguments.like("x", x, "grad_output", grad, engine)
-    slopes, broadcast = _arguments.weight(weight, checked, axis, engine)
+    position = _arguments.index("axis", axis)
     out_input, out_weight = _arguments.pair(out)
-    grad_input, target = _arguments.output(
-        inplace, out_input, "grad_output", grad_output, grad, engine
+    overwrite = _arguments.in_place(inplace, out_input)
+    given, saved, slopes, target, sums = _arguments.read(
+        engine,
+        ("grad_output", grad_output),
+        ("x", x),
+        ("weight", weight),
+        ("out", out_input),
+        ("out[1]", out_weight),
+        in_place=overwrite,
     )
-    if out_weight is not None:
-        sums = _arguments.writeable("out[1]", out_weight, slopes, engine)
-        if target is not None:
-            _arguments.distinct("out[0]", target, "out[1]", sums)
+    grad = _arguments.accepted("grad_output", given)
+    checked = _arguments.like("x", saved, "grad_output", grad)
+    slopes, broadcast = _arguments.weight(slopes, checked, position)
+    objects, views = (grad_output, out_input), (given, target)
+    if sums is not None:
+        _arguments.writeable("out[1]", sums, slopes)
+        written = given if overwrite else target
+        if written is not None:
+            _arguments.distinct("out[0]", written, "out[1]", sums)
     else:
         out_weight, sums = _fresh(engine, slopes)
-    if target is None:
-        grad_input, target = _fresh(engine, grad)
+    dx, target = _target(engine, "grad_output", objects, views, grad, overwrite)
     engine.prelu_backward(_leaky_relu_gradient, grad, checked, broadcast, target, sums)
-    return grad_input, out_weight
+    return dx, out_weight
 
 
-# The long way: every check, then the engine -------------------------------------------
+# The long way, with all checks --------------------------------------------------------
 
 
-def _fresh(engine: ModuleType, x: Any) -> tuple[Array, Any]:
+def _fresh(engine: ModuleType, x: Any) -> tuple[Any, Any]:
     """Return a new array like x, and what the engine sees of it."""
     y = engine.empty_like(x)
-    return y, engine.as_array(y)
+    return y, engine.read(y)
+
+
+def _target(
+    engine: ModuleType,
+    name: str,
+    objects: tuple[Any, Any],
+    views: tuple[Any, Any],
+    model: Any,
+    overwrite: bool,
+) -> tuple[Any, Any]:
+    """Return the object to give back, and the array to write to.
+
+    `objects` are the first argument and `out` as they came, `views` what was read.
+    """
+    if overwrite:
+        return objects[0], _arguments.writeable(name, views[0], model)
+    if views[1] is not None:
+        return objects[1], _arguments.writeable("out", views[1], model)
+    return _fresh(engine, model)
 
 
 def _forward(
@@ -483,13 +514,15 @@ def _forward(
     integers: bool = False,
 ) -> Any:
     engine = engine_of(x)
-    checked = _arguments.array("x", x, engine, integers=integers)
     slope = _arguments.slope(negative_slope)
     want_mask = _arguments.flag("return_mask", return_mask)
-    y, target = _arguments.output(inplace, out, "x", x, checked, engine)
-    if target is None:
-        y, target = _fresh(engine, checked)
-    bits = engine.forward(formula, checked, slope, target, want_mask=want_mask)
+    overwrite = _arguments.in_place(inplace, out)
+    arrays = ("x", x), ("out", out)
+    given, target = _arguments.read(engine, *arrays, in_place=overwrite)
+    checked = _arguments.accepted("x", given, integers=integers)
+    number = slope.of(checked)
+    y, target = _target(engine, "x", (x, out), (given, target), checked, overwrite)
+    bits = engine.forward(formula, checked, number, target, want_mask=want_mask)
     if not want_mask:
         return y
     mask = Mask.__new__(Mask)  # without its checks: they could still want memory
@@ -508,18 +541,22 @@ def _backward(
     integers: bool = False,
 ) -> Any:
     engine = engine_of(grad_output)
-    grad = _arguments.array("grad_output", grad_output, engine, integers=integers)
-    kept = _arguments.saved(saved, "grad_output", grad, engine)
     slope = _arguments.slope(negative_slope)
-    dx, target = _arguments.output(
-        inplace, out, "grad_output", grad_output, grad, engine
-    )
-    if target is None:
-        dx, target = _fresh(engine, grad)
-    if isinstance(kept, Mask):
-        engine.backward_mask(gradient, grad, kept.bits, slope, target)
+    overwrite = _arguments.in_place(inplace, out)
+    mask = _arguments.unchanged(saved) if issubclass(type(saved), Mask) else None
+    kept = saved if mask is None else mask.bits
+    arrays = ("grad_output", grad_output), ("saved", kept), ("out", out)
+    given, kept, target = _arguments.read(engine, *arrays, in_place=overwrite)
+    grad = _arguments.accepted("grad_output", given, integers=integers)
+    number = slope.of(grad)
+    if mask is None:
+        kept = _arguments.like("saved", kept, "grad_output", grad)
     else:
-        engine.backward(gradient, grad, kept, slope, target)
+        kept = _arguments.bits_of(mask, kept, "grad_output", grad)
+    objects, views = (grad_output, out), (given, target)
+    dx, target = _target(engine, "grad_output", objects, views, grad, overwrite)
+    run = engine.backward if mask is None else engine.backward_mask
+    run(gradient, grad, kept, number, target)
     return dx
 
 

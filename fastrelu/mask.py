@@ -6,7 +6,22 @@ from typing import Any
 
 import numpy as np
 
+from fastrelu._dtypes import name_of
+
 __all__ = ["Mask"]
+
+# What other people's code raises where it cannot answer.  Anything else that comes
+# while it runs is not its answer but a signal handler's, say, and passes unchanged.
+ANSWERS = (
+    TypeError,
+    ValueError,
+    ArithmeticError,
+    AttributeError,
+    BufferError,
+    LookupError,
+    RuntimeError,
+    Warning,  # which may be made an error
+)
 
 
 def is_foreign(kind: type) -> bool:
@@ -62,13 +77,13 @@ class Mask:
         elif not is_foreign(kind) or not hasattr(bits, "dtype"):
             msg = f"bits must be an array of uint8, got {kind.__name__}"
             raise TypeError(msg)
-        if str(plain.dtype).removeprefix("torch.") != "uint8":
+        if name_of(plain.dtype) != "uint8":
             msg = f"bits must be an array of uint8, got {plain.dtype}"
             raise TypeError(msg)
         try:
             lengths = shape if issubclass(type(shape), tuple) else (shape,)
             checked = tuple(operator.index(length) for length in lengths)
-        except Exception as error:
+        except ANSWERS as error:
             msg = f"shape must be an integer or a tuple of integers: {error}"
             raise TypeError(msg) from error
         try:

@@ -72,7 +72,8 @@ def backward(name, g, x, **parameter):
 
 
 def active(x):
-    return x.astype(compute_type(x.dtype)) > 0
+    with np.errstate(invalid="ignore"):  # of a signalling NaN, where that is told
+        return x.astype(compute_type(x.dtype)) > 0
 
 
 def mask_bits(x):

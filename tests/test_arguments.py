@@ -1,6 +1,10 @@
 """Everything that can be wrong with an argument, and all that only looks wrong."""
 
 import inspect
+import itertools
+import signal
+import time
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -10,7 +14,7 @@ from numpy.lib.stride_tricks import as_strided
 from reference import assert_same
 
 import fastrelu as F
-from fastrelu import activations
+from fastrelu import activations, cpu
 from fastrelu._dispatch import PlainCalls
 from fastrelu.activations import ACTIVATIONS
 
@@ -218,6 +222,72 @@ def test_slopes(function, slope):
     given = sound(function) | {"negative_slope": value}
     refuses(error, "negative_slope", function, given)
     refuses(error, "negative_slope", function, given | {"inplace": True})
+
+
+FINITE = {  # in float64, and in float32 nearest to the last number before an infinity
+    "1e39": 1e39,
+    "-1e39": -1e39,
+    "integer": 10**39,
+    "double": np.float64(3.5e38),
+    "half way": 2.0**128 - 2.0**103,
+}
+
+
+@pytest.mark.parametrize("slope", FINITE)
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+@takes("negative_slope")
+def test_slopes_that_float32_has_not(function, dtype, slope):
+    """With float64 they are as good as any; a call before makes the quick way ready."""
+    given = sound(function, dtype=np.dtype(dtype)) | {"negative_slope": FINITE[slope]}
+    call(function, given | {"negative_slope": 0.5})
+    refuses(ValueError, "negative_slope", function, given)
+    double = sound(function, dtype=np.dtype(float)) | {"negative_slope": FINITE[slope]}
+    assert np.isfinite(call(function, double)).all()
+
+
+@takes("negative_slope")
+def test_the_largest_slope_of_float32(function):
+    largest = np.nextafter(2.0**128 - 2.0**103, 0)
+    given = sound(function)
+    given = {name: np.full_like(a, -1) for name, a in given.items()}
+    got = call(function, given | {"negative_slope": float(largest)})
+    assert (abs(got) == np.finfo(np.float32).max).all()
+
+
+# Beside a tie of float32, by less than float64 has.
+TIES = {
+    "integer": (2**60 + 2**36 + 1, 2.0**60 + 2.0**37),
+    "integer below": (2**60 + 3 * 2**36 - 1, 2.0**60 + 2.0**37),
+    "negative integer": (-(2**60) - 2**36 - 1, -(2.0**60) - 2.0**37),
+    "tie": (2**60 + 2**36, 2.0**60),
+    "numpy integer": (np.int64(2**60 + 2**36 + 1), 2.0**60 + 2.0**37),
+    "fraction": (Fraction(2**60 + 2**36 + 1, 2**61), 0.5 + 2.0**-24),
+    "long double": (
+        np.longdouble(2.0**60 + 2.0**36) + np.longdouble(1),
+        2.0**60 + (2.0**37 if np.finfo(np.longdouble).nmant > 60 else 0),
+    ),
+}
+
+
+@pytest.mark.parametrize("tie", TIES)
+def test_a_slope_is_rounded_once(tie):
+    value, expected = TIES[tie]
+    x = np.full(3, -1.0, np.float32)
+    assert F.leaky_relu(x, value).tolist() == [-expected] * 3
+    assert F.leaky_relu_backward(x, x, value).tolist() == [-expected] * 3
+    assert F.leaky_relu(x.astype(float), value).tolist() == [-float(value)] * 3
+
+
+SCALARS = ["int8", "uint64", "float16", "bfloat16", "float32", "float64", "longdouble"]
+
+
+@pytest.mark.parametrize("dtype", SCALARS)
+def test_slopes_of_numpy(dtype):
+    if dtype == "bfloat16":
+        dtype = pytest.importorskip("ml_dtypes").bfloat16
+    x = np.array([-1.0, 2.0], np.float32)
+    for slope in (np.array(3, dtype)[()], np.array(3, dtype)):
+        assert F.leaky_relu(x, slope).tolist() == [-3.0, 2.0]
 
 
 FLAGS = {"1": 1, "0.0": 0.0, "None": None, "str": "no", "array": np.array(True)}
@@ -812,7 +882,8 @@ def test_integer_types_of_one_size(first):
     """C's long and long long are one dtype by ==, but two to a ufunc."""
     relu = PlainCalls(activations._relu, gradient=False, integers=True)
     for code in (first, *np.typecodes["AllInteger"]):
-        y = relu.forward(np.array([1, 2], code), 0.0, False, None, False)
+        x = np.array([1, 2], code)
+        y = relu.forward(x, 0.0, False, None, False) if cpu.is_fast() else F.relu(x)
         assert y.tolist() == [1, 2]
         assert y.dtype.char == np.dtype(code).char
 
@@ -849,3 +920,135 @@ def test_matrix(function):
     got = call(function, given | {first: matrix, "inplace": True})
     assert several(got)[0] is matrix
     assert_same(matrix, expected)
+
+
+def test_in_place_with_the_other_gradient_in_the_same_memory():
+    x, weight = normal((2, 3), FLOAT32), normal(3, FLOAT32, 1)
+    memory = normal((2, 3), FLOAT32, 2)
+    for grad in (memory, memory[:, ::-1]):  # the quick and the long way
+        given = {"grad_output": grad, "x": x, "weight": weight}
+        given |= {"inplace": True, "out": (None, memory[1])}
+        refuses(ValueError, "out", "prelu_backward", given)
+        given["out"] = None, np.empty(3, np.float32)
+        assert F.prelu_backward(grad.copy(), x, weight, out=given["out"])[1].size == 3
+
+
+# Arguments that change while they are looked at ---------------------------------------
+
+
+def regrow(x, size):
+    """Give an array other memory, as nobody should."""
+    x.resize(size, refcheck=False)
+
+
+CHANGES = {
+    "larger": lambda x: regrow(x, (64, 3)),
+    "smaller": lambda x: regrow(x, (1, 3)),
+    "gone": lambda x: regrow(x, (0, 3)),
+    "another dtype": lambda x: setattr(x, "dtype", np.float16),
+    "another shape": lambda x: setattr(x, "shape", (3, -1)),
+    "read-only": lambda x: setattr(x.flags, "writeable", False),
+}
+
+
+class Subclass(np.ndarray):
+    """Whose views are made before anything else is looked at"""
+
+
+@pytest.mark.filterwarnings("ignore:Setting the:DeprecationWarning")  # NumPy 2.5
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("kind", [np.ndarray, Subclass])
+@pytest.mark.parametrize("where", ["axis", "weight"])
+@takes("weight")
+def test_code_of_an_argument_changes_another_one(function, where, kind, change):
+    """What `__index__` and `__array__` do comes before all that is looked at."""
+    given = sound(function, (40, 3))
+    first = next(iter(given))
+    owner = np.array(given[first]).view(kind)  # of memory that may be given back
+    weight = given["weight"].copy()
+
+    class Changes:
+        def __index__(self):
+            CHANGES[change](owner)
+            return 1
+
+        def __array__(self, dtype=None, copy=None):
+            CHANGES[change](owner)
+            return weight
+
+    given |= {first: owner, where: Changes()}
+    if change == "read-only":
+        call(function, given)
+        owner.flags.writeable = True
+        refuses(ValueError, first, function, given | {"inplace": True})
+        return
+    for more in ({}, {"inplace": True}):
+        given[first] = owner = np.array(sound(function, (40, 3))[first]).view(kind)
+        try:
+            result = several(call(function, given | more))[0]
+        except (TypeError, ValueError):
+            continue  # it no longer goes with the others
+        assert result.shape == owner.shape
+
+
+@pytest.mark.filterwarnings("ignore:Setting the:DeprecationWarning")  # NumPy 2.5
+@pytest.mark.parametrize("change", ["another dtype", "another shape", "read-only"])
+@each_function
+def test_an_argument_changes_after_the_checks(function, change, monkeypatch):
+    """By another thread, or a finalizer: what was checked is what is used."""
+    given = sound(function, (6, 4)) | {"inplace": np.False_}  # not for the quick way
+    expected = [a.copy() for a in several(call(function, given))]
+    empty_like = cpu.empty_like
+
+    def make(x):
+        made = empty_like(x)
+        for name in ("x", "grad_output", "saved"):
+            if name in given:
+                CHANGES[change](given[name])
+        return made
+
+    monkeypatch.setattr(cpu, "empty_like", make)
+    if function == "prelu_backward":
+        given["out"] = None, given["weight"].copy()  # or it would change twice
+    for got, value in zip(several(call(function, given)), expected, strict=True):
+        assert_same(got, value)
+
+
+class Stop(Exception):
+    """What a signal's handler may raise"""
+
+
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="needs a timer")
+@each_function
+def test_what_a_handler_raises_arrives(function):
+    """At any moment of a call, whichever way it takes."""
+    given = sound(function, (2, 8))
+    double = {name: a.astype(float)[:, ::2] for name, a in given.items() if a.ndim > 1}
+    ways = [given, given | double] if "weight" not in given else [given]
+    ways += [given | {"axis": np.int64(1)}] if "weight" in given else []
+    if "negative_slope" in inspect.signature(FUNCTIONS[function]).parameters:
+        ways += [given | {"negative_slope": 1}, given | {"negative_slope": np.int8(1)}]
+    if "saved" in given:
+        _, mask = F.relu(given["saved"], return_mask=True)
+        ways.append(given | {"saved": mask})
+
+    def handler(*_):
+        raise Stop
+
+    for way in ways:
+        call(function, way)
+    before = signal.signal(signal.SIGALRM, handler)
+    caught, end = 0, time.monotonic() + 1
+    moments = itertools.cycle(np.geomspace(5e-6, 5e-4, 97).tolist())
+    try:
+        while time.monotonic() < end:
+            try:
+                signal.setitimer(signal.ITIMER_REAL, next(moments))
+                while True:
+                    for way in ways:
+                        call(function, way)
+            except Stop:
+                caught += 1
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    assert caught > 100

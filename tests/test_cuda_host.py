@@ -79,7 +79,7 @@ def short_way(patch):
     def refuse(*arguments, **more):
         raise AssertionError("a plain array went the long way")
 
-    patch.setattr(_arguments, "array", refuse)
+    patch.setattr(_arguments, "accepted", refuse)
 
 
 # The short way ------------------------------------------------------------------------

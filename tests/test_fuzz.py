@@ -322,6 +322,8 @@ def understood(name, given):
     more = {}
     if "negative_slope" in given:
         slope = given["negative_slope"]
+        if issubclass(type(slope), np.ndarray) and slope.ndim == 0:
+            slope = slope[()]
         kind = type(slope)
         real = issubclass(kind, (int, float, fractions.Fraction, np.number))
         need(real and not issubclass(kind, (bool, np.timedelta64, np.complexfloating)))
@@ -330,6 +332,9 @@ def understood(name, given):
         except OverflowError:
             need(None)
         need(math.isfinite(more["negative_slope"]))
+        with np.errstate(over="ignore"):
+            rounded = reference.compute_type(first.dtype).type(float(slope))
+        need(bool(np.isfinite(rounded)))
     second = given.get("saved", given.get("x") if names[0] == "grad_output" else None)
     if type(second) is F.Mask and "saved" in given:
         try:

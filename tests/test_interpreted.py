@@ -31,7 +31,7 @@ from test_paths import (
 import fastrelu as F
 from fastrelu import activations
 from fastrelu.activations import ACTIVATIONS
-from fastrelu.cpu import calls, lanes, loops, pool, threads
+from fastrelu.cpu import calls, halves, loops, pool, threads
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered:RuntimeWarning")
 SIZES = 0, 1, 8, 64, 77, 1158  # the last one is past the cache
@@ -642,15 +642,15 @@ def test_a_call_from_the_pool(fails, monkeypatch):
 def test_every_half_float():
     bits = np.arange(2**16, dtype=np.uint16)
     with np.errstate(all="ignore"):
-        got = np.array([lanes._half_to_float_by_bits(half) for half in bits])
+        got = np.array([halves.half_to_float(half) for half in bits])
         assert_same(got, bits.view(np.float16).astype(np.float32))
-        back = np.array([lanes._float_to_half_by_bits(value) for value in got])
+        back = np.array([halves.float_to_half(value) for value in got])
     assert_same(back.view(np.float16), bits.view(np.float16))
 
 
 @pytest.mark.parametrize("value", [65519, 65520, 65536, 7e4, 131071, 131072, 3e38])
 def test_numbers_beyond_half_floats(value):
-    got = lanes._float_to_half_by_bits(np.float32(value))
+    got = halves.float_to_half(np.float32(value))
     with np.errstate(over="ignore"):
         assert got == np.float16(value).view(np.uint16)
 
@@ -673,6 +673,6 @@ def test_every_way_to_round_to_half():
             np.nextafter(b, a),
         ):
             with np.errstate(all="ignore"):
-                got = [lanes._float_to_half_by_bits(-v) for v in value]
+                got = [halves.float_to_half(-v) for v in value]
                 expected = (-value).astype(np.float16)
             assert_same(np.array(got, np.uint16).view(np.float16), expected)

@@ -20,8 +20,8 @@ from conftest import FLOATS, normal, place, run_loop, sample
 from reference import assert_same
 
 import fastrelu as F
-from fastrelu import activations, cpu
-from fastrelu.cpu import calls, loops, pool, threads
+from fastrelu import activations
+from fastrelu.cpu import calls, fast, loops, pool, threads
 from fastrelu.cpu.lanes import lane_of
 
 float32 = np.dtype(np.float32)
@@ -278,7 +278,7 @@ def test_other_arguments_are_left_to_python(name, leaky):
 
 def test_a_call_that_gives_no_answer_passes_for_no_result():
     with pytest.raises(RuntimeError, match="a bug of fastrelu"):
-        cpu._call(types.SimpleNamespace(call=lambda: None), [])
+        fast._run(types.SimpleNamespace(call=lambda: None))
 
 
 def test_the_quick_call_knows_a_dtype_by_what_it_is(leaky):

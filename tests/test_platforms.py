@@ -1,5 +1,6 @@
 """What other machines and systems do, which none at hand does by itself."""
 
+import _thread
 import contextlib
 import ctypes
 import importlib
@@ -15,8 +16,8 @@ from numba.core import config
 from numba.core.compiler_lock import global_compiler_lock
 from test_threads import EVERYTHING, PRELUDE, run, several_threads
 
-from fastrelu import _interpreter, activations, cpu
-from fastrelu.cpu import calls, jit, lanes, loops, threads
+from fastrelu import _interpreter, activations
+from fastrelu.cpu import calls, fast, lanes, loops, shield, threads
 from fastrelu.cpu.calls import Call
 
 HINTS = {
@@ -110,8 +111,8 @@ def test_members_leave_signals_to_their_host():
 
 
 WITHOUT = {
-    "locks": ("", "threads._new_lock = lambda: None"),
-    "threads": ("", "threads._new_thread = lambda *_: threads._NONE"),
+    "locks": ("", "threads.new_lock = lambda: None"),
+    "threads": ("", "threads.new_thread = lambda *_: threads.NO_THREAD"),
     "masks of signals": ("", "import signal; del signal.pthread_sigmask"),
     "a function of Linux": ("", "threads._LINUX = {threads._PLACE: 'none_of_these'}"),
     "Linux": ("", "import types; threads.sys = types.SimpleNamespace(platform='none')"),
@@ -144,52 +145,104 @@ def test_a_fork_has_the_locks_of_compilers(monkeypatch):
             log.append("given back")
 
     monkeypatch.setattr(threads, "_memory", memory)
-    monkeypatch.setattr(threads, "_compiling", (Lock(), Lock()))
-    threads._before_fork()
-    threads._after_fork()
+    monkeypatch.setattr(shield, "_compiling", (Lock(), Lock()))
+    shield._before_fork()
+    shield._after_fork()
     assert log == ["taken"] * 2 + ["given back"] * 2
     assert memory.all()
-    threads._before_fork()
     threads._after_fork_in_child()
-    assert log == (["taken"] * 2 + ["given back"] * 2) * 2
     assert not memory.any()
 
 
-class Gone(threading.Thread):
-    """What a child of fork has of its parent's threads"""
+@pytest.mark.parametrize("which", ["thread", "child", "none"])
+def test_what_is_compiled_elsewhere(which, monkeypatch):
+    """In another thread, in a child's own, or where no thread can be had, in this."""
+    here, start = threading.get_ident(), _thread.start_new_thread
 
-    def start(self):
-        jit.threading.Thread = threading.Thread
+    def gone(*_):
+        """What a child of fork has of its parent's threads"""
+        shield._thread.start_new_thread = start
+        shield.os.getpid = lambda: 0
+
+    first = gone if which == "child" else start
+    bare = types.SimpleNamespace(start_new_thread=first)
+    monkeypatch.setattr(shield, "_thread", bare)
+    monkeypatch.setattr(shield, "os", types.SimpleNamespace(getpid=lambda: 1))
+    monkeypatch.setattr(shield, "_tasks", tasks := {})
+    work = shield.shielded(lambda a, b: (a / b, threading.get_ident() == here))
+    before = threading.stack_size(1 << 46 if which == "none" else 0)  # nobody has that
+    try:
+        assert work(6, 2) == (3, which == "none")
+        with pytest.raises(ZeroDivisionError):
+            work(6, 0)
+    finally:
+        threading.stack_size(before)
+    assert [key[0] for key in tasks] == [1] * (which == "child")  # the parent's
+    shield._finish()
 
 
-class Refused(threading.Thread):
-    def start(self):
+def test_what_is_compiled_elsewhere_can_be_debugged(monkeypatch):
+    traced, task = [], shield._Task(list, ())
+    monkeypatch.setattr(shield, "sys", types.SimpleNamespace(settrace=traced.append))
+    task.run_elsewhere()
+    assert traced == [threading.gettrace()]
+    assert task.wait()
+    assert task.result == []
+
+
+def test_what_a_handler_raises_while_a_thread_starts(monkeypatch):
+    """It is no refusal of the system's, whatever it is; the next call does it all."""
+
+    def interrupted(*_):
         raise RuntimeError("can't start new thread")
 
+    work = shield.shielded(lambda a: a + 1)
+    with monkeypatch.context() as patch:
+        start = types.SimpleNamespace(start_new_thread=interrupted)
+        patch.setattr(shield, "_thread", start)
+        with pytest.raises(RuntimeError, match="can't start"):
+            work(1)
+    assert work(1) == 2
 
-@pytest.mark.parametrize("thread", [threading.Thread, Gone, Refused])
-def test_what_is_compiled_elsewhere(thread, monkeypatch):
-    """In another thread, in its second one, or where no thread can be had, in this."""
-    here = threading.get_ident()
-    module = types.SimpleNamespace(**{**vars(threading), "Thread": thread})
-    monkeypatch.setattr(jit, "threading", module)
-    work = jit.shielded(lambda a, b: (a / b, threading.get_ident() == here))
-    assert work(6, 2) == (3, thread is Refused)
-    module.Thread = thread
-    with pytest.raises(ZeroDivisionError):
-        work(6, 0)
+
+def test_two_who_want_the_same():
+    """The second one waits for the work of the first, even if that gave up waiting."""
+    gate, begun, ran = threading.Event(), threading.Event(), []
+
+    def function(a):
+        ran.append(a)
+        begun.set()
+        gate.wait()
+        return a + 1
+
+    work, results = shield.shielded(function), []
+    team = [threading.Thread(target=lambda: results.append(work(1))) for _ in range(3)]
+    team[0].start()
+    begun.wait()
+    for other in team[1:]:
+        other.start()
+    while len(next(iter(shield._tasks.values())).waiting) < 3:
+        threading.Event().wait(0.001)
+    gate.set()
+    for each in team:
+        each.join()
+    assert (ran, results) == ([1], [2] * 3)
 
 
 def test_what_is_compiled_elsewhere_for_other_threads():
     """Compiling takes more stack than some threads have."""
-    name = jit.shielded(lambda: threading.current_thread().name)
-    answers = [name()]
-    other = threading.Thread(target=lambda: answers.append(name()))
+    ident, answers = shield.shielded(threading.get_ident), []
+
+    def ask():
+        answers.append(ident() == threading.get_ident())
+
+    ask()
+    other = threading.Thread(target=ask)
     other.start()
     other.join()
     with global_compiler_lock:  # what was begun here ends here
-        answers.append(name())
-    assert answers == ["fastrelu", "fastrelu", threading.current_thread().name]
+        ask()
+    assert answers == [False, False, True]
 
 
 @pytest.mark.parametrize("size", [0, 1 << 16, 1 << 26])
@@ -201,13 +254,13 @@ def test_a_sufficient_stack(size):
 
     before = threading.stack_size(size)
     try:
-        with jit.sufficient_stack():
+        with shield.sufficient_stack():
             assert now() == max(size, 1 << 24)
-            with jit.sufficient_stack(1 << 18):
+            with shield.sufficient_stack(1 << 18):
                 assert now() == max(size, 1 << 24)
             assert now() == max(size, 1 << 24)
         assert now() == size
-        with contextlib.suppress(ZeroDivisionError), jit.sufficient_stack():
+        with contextlib.suppress(ZeroDivisionError), shield.sufficient_stack():
             now(1 / 0)
         assert now() == size
     finally:
@@ -298,11 +351,11 @@ def test_a_call_that_leaves_flat_arrays_to_python():
     """Numba may have started threads just now: once that is known, it must not."""
     answers = [None, "done"]
     call = types.SimpleNamespace(call=lambda *arguments: answers.pop(0))
-    cpu._call(call, [], 1)
+    fast._run(call, 1)
     assert answers == []
     answers += [None, None]
     with pytest.raises(RuntimeError, match="this is a bug of fastrelu"):
-        cpu._call(call, [], 1)
+        fast._run(call, 1)
 
 
 def test_a_call_is_made_once_by_two_threads():

@@ -21,7 +21,7 @@ from test_threads import run
 
 import fastrelu as F
 from fastrelu.cpu import pool
-from fastrelu.cpu.jit import numpy_api
+from fastrelu.cpu.abi import numpy_api
 
 float32 = np.dtype(np.float32)
 LARGE = pool.SMALLEST // 4 + 3
@@ -321,10 +321,10 @@ def test_a_program_that_runs_with_numpy(kind, function):
     x, held = np.ones(24 << 18, np.float32), []
     def call(x):
         return F.relu(x) if "{function}" == "F.relu" else np.maximum(x, 0)
-    for i in range(2):
-        call(x)
+    for size in (8, 24):  # all loops are there: a thread that loads one reserves some
+        call(x[: size << 18])
     F.get_default_memory_pool().free_all_blocks()
-    time.sleep(0.5)  # threads that start reserve some
+    time.sleep(0.5)  # as those of the team do
     with open("/proc/self/status") as file:
         lines = dict(line.split(":", 1) for line in file)
     name = dict(RLIMIT_AS="VmSize", RLIMIT_DATA="VmData")["{kind}"]
@@ -638,9 +638,9 @@ def test_an_exit_beside_a_janitor():
         assert run(script) == ""
 
 
-@pytest.mark.parametrize("missing", ["_new_lock", "_new_thread"])
+@pytest.mark.parametrize("missing", ["new_lock", "new_thread"])
 def test_without_a_janitor_nothing_is_kept(missing, empty_pool, monkeypatch):
-    answer = {"_new_lock": None, "_new_thread": pool._NONE}[missing]
+    answer = {"new_lock": None, "new_thread": pool.NO_THREAD}[missing]
     monkeypatch.setattr(pool, missing, lambda *_: answer)
     y = empty_pool.empty_like(normal(LARGE, float32))
     y[:] = 1
@@ -678,11 +678,11 @@ def test_a_janitor_leaves_signals_to_its_host():
     assert run(script, OPENBLAS_NUM_THREADS="1") == "[1, 1]\n"
 
 
-def test_a_janitor_has_a_usual_stack(empty_pool, monkeypatch):
+def test_a_janitor_has_a_sufficient_stack(empty_pool, monkeypatch):
     """Whatever the process asked for its own threads, and gets after that."""
     sizes = []
     monkeypatch.setattr(
-        pool, "_new_thread", lambda *_: sizes.append(threading.stack_size(1 << 16))
+        pool, "new_thread", lambda *_: sizes.append(threading.stack_size(1 << 16))
     )
     before = threading.stack_size(1 << 17)
     try:
@@ -690,7 +690,7 @@ def test_a_janitor_has_a_usual_stack(empty_pool, monkeypatch):
         sizes.append(threading.stack_size())
     finally:
         threading.stack_size(before)
-    assert sizes == [0, 1 << 17]
+    assert sizes == [pool._STACK, 1 << 17]
 
 
 # The limit ----------------------------------------------------------------------------
@@ -842,9 +842,9 @@ class Scarce:
     """Has NumPy make so many arrays and no more"""
 
     def __init__(self):
-        default = ctypes.py_object.from_address(numpy_api(pool._DEFAULT_HANDLER)).value
-        place = pool.capsule_pointer(default, pool._CAPSULE)
-        source = pool._Handler.from_address(place)
+        default = ctypes.py_object.from_address(numpy_api(pool.DEFAULT_HANDLER)).value
+        place = pool.capsule_pointer(default, pool.HANDLER_CAPSULE)
+        source = pool.Handler.from_address(place)
         self.left = 0
         self.made = [
             kind(functools.partial(self._answer, kind(address)))
@@ -852,12 +852,12 @@ class Scarce:
         ]
         malloc, calloc = (ctypes.cast(function, _pointer) for function in self.made)
         rest = source.realloc, source.free
-        self.handler = pool._Handler(
+        self.handler = pool.Handler(
             b"scarce", 1, source.context, malloc.value, calloc.value, *rest
         )
-        self.capsule = pool._new_capsule(self.handler, pool._CAPSULE, None)
+        self.capsule = pool._new_capsule(self.handler, pool.HANDLER_CAPSULE, None)
         kind = ctypes.PYFUNCTYPE(ctypes.py_object, ctypes.py_object)
-        self.set_handler = kind(numpy_api(pool._SET))
+        self.set_handler = kind(numpy_api(pool.SET_HANDLER))
 
     def _answer(self, function, *arguments):
         self.left -= 1

@@ -15,6 +15,7 @@ from conftest import (
     sample,
 )
 from reference import assert_same, assert_weight_gradient
+from test_threads import run
 
 import fastrelu as F
 from fastrelu.cpu import loops
@@ -382,3 +383,29 @@ def test_a_sum_is_rounded_once(bits):
     compiled.ctypes(extremes.ctypes.data, result.ctypes.data, 5)
     expected = np.array([np.inf, -np.inf, np.inf, np.nan, 0.0])
     assert_same(result.view(dtype), expected.astype(dtype))
+
+
+def test_other_threads_find_no_pair_that_is_not_whole():
+    """The garbage collector knows every tuple there is while the loop runs."""
+    script = """
+    import gc, threading
+    import numpy as np
+    import fastrelu as F
+    x = np.linspace(-1, 1, 1 << 20).astype(np.float32)
+    weight = np.full(1, 0.5, np.float32)
+    gc.collect()
+    gc.freeze()  # what was there before
+    ended, seen = threading.Event(), set()
+    def walk():
+        while not ended.is_set():
+            for pair in [t for t in gc.get_objects() if type(t) is tuple and len(t) == 2]:
+                seen.add(tuple(map(type, pair)))
+    walker = threading.Thread(target=walk)
+    walker.start()
+    for _ in range(300):
+        dx, dw = F.prelu_backward(x, x, weight)
+    ended.set()
+    walker.join()
+    print((np.ndarray, np.ndarray) in seen)
+    """
+    assert run(script) == "True\n"

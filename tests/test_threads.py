@@ -216,7 +216,7 @@ def test_the_first_call_may_take_the_long_way():
 def test_without_further_threads():
     """As many as the system grants are enough, and none is too."""
     script = """
-    threads._new_thread = lambda *_: threads._NONE
+    threads.new_thread = lambda *_: threads.NO_THREAD
     print(np.array_equal(F.relu(x), expected), loops())
     """
     assert run(PRELUDE + script) == "True 0\n"
@@ -598,11 +598,11 @@ def test_a_member_has_a_sufficient_stack(asked, given):
     script = f"""
     import ctypes
     from numba.core.compiler_lock import global_compiler_lock
-    libc, members, start = ctypes.CDLL(None), [], threads._new_thread
+    libc, members, start = ctypes.CDLL(None), [], threads.new_thread
     def new_thread(*arguments):
         members.append(start(*arguments))
         return members[-1]
-    threads._new_thread = new_thread
+    threads.new_thread = new_thread
     threading.stack_size({asked})
     with global_compiler_lock:  # this thread compiles, whose stack is the usual one
         threads.ready()

@@ -15,7 +15,7 @@ from numba.core.types import ExternalFunction
 from numba.extending import _Intrinsic
 
 from fastrelu import activations
-from fastrelu.cpu import calls, lanes, loops, pool, threads
+from fastrelu.cpu import calls, halves, lanes, loops, pool, portable, threads
 from fastrelu.cpu.jit import rebuild
 
 CALLS = [
@@ -96,10 +96,8 @@ def twin_of(lane):
         assert values.size == loops.WORD
         return reference.mask_bits(values).view(np.uint64)[0]
 
-    load, store = lane.load, lane.store
-    if lane.name == "float16":
-        load, store = lanes._half_to_float_by_bits, lanes._float_to_half_by_bits
-    load, store = (getattr(f, "py_func", f) for f in (load, store))
+    plain = portable._itself, portable._itself
+    load, store = portable._HALVES.get(lane.name, plain)
     return dataclasses.replace(lane, active=active, load=load, store=store)
 
 
@@ -111,12 +109,12 @@ def referred(address):
     return ctypes.cast(address, ctypes.py_object).value
 
 
-def of_python(name):
-    """A C function of Python that takes and returns an address or a size"""
-    function = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p)(
+def of_python(name, *more):
+    """A C function of Python that takes and returns addresses or sizes"""
+    function = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p, *more)(
         (name, ctypes.pythonapi)
     )
-    return lambda value: function(int(value))
+    return lambda *values: function(*map(int, values))
 
 
 class Interpreter:
@@ -142,14 +140,20 @@ class Interpreter:
             self.given.remove(address)
             self.raw_free(address)
 
-    def let_go(self):
+    def save_thread(self):
         assert self.held
         self.held = False
         return 7
 
-    def take_back(self, thread):
+    def restore_thread(self, thread):
         assert (thread, self.held) == (7, False)
         self.held = True
+
+    def set_item(self, pair, i, address):
+        """Only what nobody else can see yet may change."""
+        assert self.held
+        place = ctypes.c_ssize_t, ctypes.c_void_p
+        of_python("PyTuple_SetItem", *place)(pair, i, address)
 
     def as_integer(self, address):
         value = referred(address)
@@ -217,12 +221,9 @@ def interpret(monkeypatch):
         "fence": lambda: None,
     }
     twins = {
-        lanes: {
-            "_float_bits": lambda value: np.float32(value).view(np.uint32),
-            "_bits_float": lambda bits: np.uint32(bits).view(np.float32),
-            **vectors,
-        },
+        lanes: vectors,
         loops: {
+            "round_to_odd": halves.round_to_odd,
             "array_at": array_at,
             "piece": piece,
             "spread": spread,
@@ -238,12 +239,16 @@ def interpret(monkeypatch):
             "_call_backward": call,
             "_call_weights": call,
             "_call_empty_like": python.empty_like,
-            "_keep": of_python("Py_IncRef"),
-            "_drop": of_python("Py_DecRef"),
+            "_incref": of_python("Py_IncRef"),
+            "_decref": of_python("Py_DecRef"),
             "_new_tuple": of_python("PyTuple_New"),
+            "_length": of_python("PyTuple_Size"),
+            "_item": of_python("PyTuple_GetItem", ctypes.c_ssize_t),
+            "_set_item": python.set_item,
             **memory,
-            "_let_go": python.let_go,
-            "_take_back": python.take_back,
+            "_save_thread": python.save_thread,
+            "_restore_thread": python.restore_thread,
+            "_as_float": referred,
             "_as_integer": python.as_integer,
             "_failed": python.failed,
             "_forget": python.forget,

@@ -1,46 +1,110 @@
-"""The NumPy engine: lays arrays flat and hands them to the right loop."""
+"""The NumPy engine: lays arrays flat and hands them to loops.
+
+There are two kinds of loops.  Those of `fast` rest on facts about CPython, NumPy and
+Numba, which are proven once in each process.  Where one does not hold, those of
+`portable`, plain Numba, give the same results.
+"""
 
 import functools
-import math
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+import os
+import warnings
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any, TypeVar
 
 import numpy as np
 
 from fastrelu._arguments import is_on_gpu, kind_of, shown
-from fastrelu.cpu import loops, threads
-from fastrelu.cpu.calls import Call, kind_of_loop
-from fastrelu.cpu.lanes import Lane, lane_of
-from fastrelu.cpu.pool import SMALLEST, empty_bytes, empty_like
+from fastrelu.cpu import abi, portable
+from fastrelu.cpu.layout import added_up, channels_of, flat, lay_flat, slopes_of
+from fastrelu.mask import ANSWERS
 
 Array = Any  # numpy.ndarray of any dtype; its own generic type says nothing more here
 Function = Callable[..., Any]
-
-__all__ = [
-    "KIND",
-    "SMALLEST",
-    "Call",
-    "as_array",
-    "backward",
-    "backward_mask",
-    "channel_call",
-    "empty_bytes",
-    "empty_like",
-    "flat_call",
-    "forward",
-    "lane_of",
-    "mask_call",
-    "prelu",
-    "prelu_backward",
-]
+F = TypeVar("F", bound=Function)
 
 KIND = "an array in the host's memory"
+
+
+# Which loops --------------------------------------------------------------------------
+
+
+def _choose() -> tuple[ModuleType, str]:
+    """Return the loops to use, and why they are not the fast ones."""
+    asked = os.environ.get("FASTRELU_ENGINE", "").strip().lower()
+    if asked == "portable":
+        return portable, "FASTRELU_ENGINE asks for it"
+    if asked not in ("", "fast"):
+        msg = f"FASTRELU_ENGINE must be fast or portable, got {asked!r}"
+        warnings.warn(msg, RuntimeWarning, stacklevel=2)
+    doubt = abi.doubt()
+    if doubt:
+        return portable, doubt
+    try:
+        from fastrelu.cpu import fast
+    except ANSWERS_OF_NUMBA as error:
+        return portable, f"{type(error).__name__}: {error}"
+    return fast, ""
+
+
+ANSWERS_OF_NUMBA = (*ANSWERS, ImportError, AssertionError)
+
+_loops, _why = _choose()
+
+
+def engine() -> tuple[str, str]:
+    """Return the name of the loops in use, and why they are not the fast ones."""
+    return _loops.__name__.rpartition(".")[2], _why
+
+
+def is_fast() -> bool:
+    """Say whether the fast loops are in use."""
+    return _loops is not portable
+
+
+def give_up(error: abi.Unproven) -> None:
+    """From here on use the portable loops for what is not compiled yet."""
+    global _loops, _why
+    _loops, _why = portable, f"at first use, {error}"
+
+
+def get_default_memory_pool() -> Any:
+    """Return the pool that large results come from.
+
+    Returns
+    -------
+    MemoryPool
+
+    Examples
+    --------
+    >>> import fastrelu
+    >>> fastrelu.get_default_memory_pool().used_bytes() >= 0
+    True
+    """
+    return _pool_of()
+
+
+_pool_of = _loops.get_default_memory_pool
+
+
+def _or_portable(function: F) -> F:
+    """Have a function, which has done nothing until its loops are ready, try again."""
+
+    @functools.wraps(function)
+    def run(*arguments: Any, **options: Any) -> Any:
+        try:
+            return function(*arguments, **options)
+        except abi.Unproven as error:
+            give_up(error)
+            return function(*arguments, **options)
+
+    return run  # type: ignore[return-value]
 
 
 # The protocol of the arguments' checks ------------------------------------------------
 
 
-def as_array(value: Any, *, convert: bool = True) -> Array:
+def read(value: Any, *, convert: bool = True) -> Array:
     """Return a value as a numpy.ndarray: itself, or what NumPy makes of it."""
     is_array = issubclass(type(value), np.ndarray)
     if is_array and issubclass(type(value), np.ma.MaskedArray):
@@ -49,225 +113,106 @@ def as_array(value: Any, *, convert: bool = True) -> Array:
     if is_on_gpu(value):
         msg = f"as the others are, got {kind_of(value)} on a GPU"
         raise TypeError(msg)
-    if not convert and not is_array:
+    if is_array:
+        return value
+    if not convert:
         msg = f"a numpy.ndarray, to be written to, got {kind_of(value)}"
         raise TypeError(msg)
     try:
         return np.asarray(value)
-    except MemoryError:
-        raise
-    except Exception as error:
+    except ANSWERS as error:
         msg = f"got {kind_of(value)}: {shown(error)}"
         raise TypeError(msg) from error
 
 
-# Quick calls --------------------------------------------------------------------------
+def hold(x: Array) -> Array:
+    """Return a view that is ours alone: nobody else can give it another shape."""
+    return np.ndarray.view(x, np.ndarray)
 
 
-@functools.cache
-def flat_call(formula: Function, *, gradient: bool) -> Call:
-    """Return ``call(x, slope, inplace, out)`` or ``call(g, slope, ..., saved)``."""
-    return Call(formula, loops.backward if gradient else loops.forward)
+@_or_portable
+def empty_like(x: Array) -> Array:
+    """Return a new array of x's shape, dtype and memory order."""
+    return _loops.empty_like(x)
 
 
-@functools.cache
-def mask_call(formula: Function, *, gradient: bool) -> Call:
-    """Return the same with a mask's bits, which are written or for a gradient read."""
-    return Call(formula, loops.backward_mask if gradient else loops.forward_mask)
+# Quick calls, made when the catalogue is ----------------------------------------------
 
-
-@functools.cache
-def channel_call(formula: Function, *, gradient: bool) -> Call:
-    """Return ``call(x, weight, inplace, out, axis)`` or ``call(g, ..., axis, x)``."""
-    if gradient:
-        return Call(formula, loops.prelu_backward_rows, loops.prelu_backward_columns)
-    return Call(formula, loops.rows, loops.columns)
-
-
-# Layout -------------------------------------------------------------------------------
-
-
-def _memory_order(x: Array) -> list[int]:
-    """Return the axes from the one with the largest stride to the smallest."""
-    return sorted(range(x.ndim), key=lambda axis: -abs(x.strides[axis]))
-
-
-def _flat(x: Array, order: Sequence[int]) -> Array | None:
-    """Return x as a 1-D view along `order`, or None if it does not lie so."""
-    x = x.transpose(order)
-    if not x.flags.c_contiguous or not x.flags.aligned:
-        return None
-    # NumPy has two names for some integers, which calls would take for two dtypes.
-    return x.reshape(-1).view(x.dtype if x.dtype.kind == "V" else x.dtype.str)
-
-
-def _lay_flat(
-    y: Array, inputs: Sequence[Array], *, c_order: bool = False, may_wait: bool = True
-) -> tuple[Array, list[int], list[Array], list[tuple[Array, Array]]]:
-    """Return where to write, its order of axes, and y and the inputs flat along it.
-
-    An input that lies exactly where y does becomes the same object as flat y.  What is
-    laid out otherwise, or overlaps y in part, is worked on in a copy.  That of the
-    first input may wait where its result will be: the last value has what to copy,
-    (to, from), when nothing can fail any more, for until then y must not change.
-    """
-    order = list(range(y.ndim)) if c_order else _memory_order(y)
-    flat_y = _flat(y, order)
-    on_y = [x is y or _lies_on(x, y) for x in inputs]
-    if flat_y is None or any(
-        np.may_share_memory(x, y)
-        for x, same in zip(inputs, on_y, strict=True)
-        if not same
-    ):
-        y = empty_like(y, "C" if c_order else "K")
-        order = list(range(y.ndim)) if c_order else _memory_order(y)
-        flat_y = _flat(y, order)
-        on_y = [False] * len(inputs)
-    flats, waiting = [flat_y], []
-    for x, same in zip(inputs, on_y, strict=True):
-        flat = flat_y if same else _flat(x, order)
-        if flat is None and x is inputs[0] and not any(on_y) and may_wait:
-            flat = flat_y
-            waiting.append((y, x))
-        elif flat is None:
-            copy = empty_like(y)
-            np.copyto(copy, x)
-            flat = _flat(copy, order)
-        flats.append(flat)
-    return y, order, flats, waiting
-
-
-def _lies_on(x: Array, y: Array) -> bool:
-    """Say whether two arrays are the same elements of the same memory."""
-    return bool(
-        np.may_share_memory(x, y)
-        and x.ctypes.data == y.ctypes.data
-        and x.dtype == y.dtype
-        and (x.strides == y.strides or (x.flags.c_contiguous and y.flags.c_contiguous))
-    )
+flat_call, mask_call = _loops.flat_call, _loops.mask_call
+channel_call, empty_bytes = _loops.channel_call, _loops.empty_bytes
 
 
 # Elementwise --------------------------------------------------------------------------
 
 
-def _run(call: Call, waiting: Any, a: Array, slope: float, y: Array, *b: Array) -> None:
-    """Run a call over flat arrays, which leave it no question."""
-    call.prepare(a.dtype, a.nbytes, in_place=y is a)
-    _call(call, waiting, a, slope, False, y, *b)
-
-
-def _call(call: Call, waiting: Any, *arguments: Any) -> None:
-    """Copy what waited until nothing can fail any more, and call."""
+def _finish(run: Function, waiting: Any, y: Array, out: Array) -> None:
+    """Copy what waited until nothing can fail any more, and run a loop over y."""
     for pair in waiting:
         np.copyto(*pair)
-    if call.call(*arguments) is None:
-        threads.ready()  # no more: Numba may have started its own threads just now
-        if call.call(*arguments) is None:  # an answer left out is no result
-            msg = "a quick call left flat arrays to Python: this is a bug of fastrelu"
-            raise RuntimeError(msg)
+    run()
+    if y is not out:
+        np.copyto(out, y)
 
 
+@_or_portable
 def forward(
     formula: Function, x: Array, slope: float, out: Array, *, want_mask: bool
 ) -> Array | None:
     """Write formula(x, slope) into out; return the mask bits if they are wanted."""
-    y, _, (flat_y, flat_x), waiting = _lay_flat(out, [x], c_order=want_mask)
+    laid = lay_flat(out, [x], _loops.empty_like, c_order=want_mask)
+    y, _, (flat_y, flat_x), waiting = laid
     bits = None
     if want_mask:
-        bits = empty_bytes(-(-x.size // 8))
-        call = mask_call(formula, gradient=False)
-        _run(call, waiting, flat_x, slope, flat_y, bits)
+        bits = _loops.empty_bytes(-(-x.size // 8))
+        run = _loops.forward_mask(formula, flat_x, slope, flat_y, bits)
     else:
-        _run(flat_call(formula, gradient=False), waiting, flat_x, slope, flat_y)
-    if y is not out:
-        np.copyto(out, y)
+        run = _loops.forward(formula, flat_x, slope, flat_y)
+    _finish(run, waiting, y, out)
     return bits
 
 
+@_or_portable
 def backward(
     gradient: Function, grad: Array, saved: Array, slope: float, out: Array
 ) -> None:
     """Write gradient(grad, saved, slope) into out."""
-    y, _, (flat_y, flat_grad, flat_saved), waiting = _lay_flat(out, [grad, saved])
-    call = flat_call(gradient, gradient=True)
-    _run(call, waiting, flat_grad, slope, flat_y, flat_saved)
-    if y is not out:
-        np.copyto(out, y)
+    laid = lay_flat(out, [grad, saved], _loops.empty_like)
+    y, _, (flat_y, flat_grad, flat_saved), waiting = laid
+    run = _loops.backward(gradient, flat_grad, slope, flat_y, flat_saved)
+    _finish(run, waiting, y, out)
 
 
+@_or_portable
 def backward_mask(
     gradient: Function, grad: Array, bits: Array, slope: float, out: Array
 ) -> None:
     """Write gradient(grad, 1 or 0, slope) into out; the bits are in C order."""
     if np.may_share_memory(bits, out):
         bits = bits.copy()
-    y, _, (flat_y, flat_grad), waiting = _lay_flat(out, [grad], c_order=True)
+    laid = lay_flat(out, [grad], _loops.empty_like, c_order=True)
+    y, _, (flat_y, flat_grad), waiting = laid
     bits = np.ascontiguousarray(bits)
-    call = mask_call(gradient, gradient=True)
-    _run(call, waiting, flat_grad, slope, flat_y, bits)
-    if y is not out:
-        np.copyto(out, y)
+    run = _loops.backward_mask(gradient, flat_grad, slope, flat_y, bits)
+    _finish(run, waiting, y, out)
 
 
 # A weight for each channel ------------------------------------------------------------
 
 
-class _Channels(NamedTuple):
-    """An array seen as (outer, channel, inner), with one weight a channel.
-
-    The channels are the axes from the first to the last along which the weight varies.
-    An axis between them along which it does not, in `spread`, is counted with them.
-    """
-
-    axes: slice
-    span: tuple[int, ...]  # the lengths of these axes
-    spread: tuple[int, ...]  # places in `span`
-    channels: int
-    inner: int
-
-
-@functools.lru_cache(1024)
-def _channels(shape: tuple[int, ...], weight: tuple[int, ...]) -> _Channels:
-    """Return the view for a weight of as many axes, each as long as x's or 1."""
-    vary = [axis for axis, size in enumerate(weight) if size > 1]
-    first, last = (vary[0], vary[-1] + 1) if vary else (0, 0)
-    span = shape[first:last]
-    spread = tuple(
-        axis - first
-        for axis in range(first, last)
-        if weight[axis] == 1 and shape[axis] > 1
-    )
-    channels, inner = math.prod(span), math.prod(shape[last:])
-    return _Channels(slice(first, last), span, spread, channels, inner)
-
-
-def _widen(weight: Array, view: _Channels, lane: Lane) -> Array:
-    """Return a copy with one weight for each channel, in the type of the products."""
-    if view.spread:
-        weight = weight.reshape(weight.shape[view.axes])
-        weight = np.broadcast_to(weight, view.span)
-    return np.array(weight, lane.product, order="C").reshape(-1)
-
-
+@_or_portable
 def prelu(formula: Function, x: Array, weight: Array, out: Array) -> None:
     """Write formula(x, weight of x's channel) into out."""
-    y, order, (flat_y, flat_x), waiting = _lay_flat(out, [x])
+    y, order, (flat_y, flat_x), waiting = lay_flat(out, [x], _loops.empty_like)
     if x.size == 0:
         return
     weight = weight.transpose(order)
-    view = _channels(y.transpose(order).shape, weight.shape)
-    slopes = _widen(weight, view, lane_of(x.dtype))
-    call = channel_call(formula, gradient=False)
-    inner = view.inner
-    block = call.block_of(x, view.channels, inner)
-    call.prepare(x.dtype, x.nbytes, in_place=flat_y is flat_x, block=block)
-    shape = -1, slopes.size, inner
-    flat_x, flat_y = flat_x.reshape(shape), flat_y.reshape(shape)
-    _call(call, waiting, flat_x, slopes, False, flat_y, 1)
-    if y is not out:
-        np.copyto(out, y)
+    view = channels_of(y.transpose(order).shape, weight.shape)
+    slopes = slopes_of(weight, view, x)
+    run = _loops.prelu(formula, flat_x, slopes, flat_y, view.inner)
+    _finish(run, waiting, y, out)
 
 
+@_or_portable
 def prelu_backward(
     gradient: Function,
     grad: Array,
@@ -280,32 +225,22 @@ def prelu_backward(
     if x.size == 0:
         out_weight[...] = 0
         return
-    laid = _lay_flat(out, [grad, x], may_wait=False)
+    laid = lay_flat(out, [grad, x], _loops.empty_like, may_wait=False)
     y, order, (flat_y, flat_grad, flat_x), _ = laid
-    lane = lane_of(x.dtype)
     weight = weight.transpose(order)
-    view = _channels(y.transpose(order).shape, weight.shape)
-    slopes = _widen(weight, view, lane)
+    view = channels_of(y.transpose(order).shape, weight.shape)
+    slopes = slopes_of(weight, view, x)
     sums = np.empty((2, view.channels))
     # Nothing may fail once out is written, so that sums of sums are for another array.
     finite = None if view.spread else np.empty(view.span, bool)
     if view.spread and y is out:
-        y = empty_like(y)
-        flat_y = _flat(y, order)
-    call = channel_call(gradient, gradient=True)
-    moved = call.streams * x.nbytes
-    driver = call.blocks[call.block_of(x, view.channels, view.inner)]
-    kind = loops.KINDS[kind_of_loop(threads.CACHE, moved, flat_y is flat_grad)]
-    loop = loops.compiled(driver, gradient, lane, kind)
-    threads.ready(moved)
-    operands = flat_grad, flat_x, slopes, flat_y, sums
-    if loop.ctypes(
-        *[a.ctypes.data for a in operands], x.size, view.channels, view.inner, moved
-    ):
-        raise MemoryError
+        y = _loops.empty_like(y)
+        flat_y = flat(y, order)
+    operands = flat_grad, flat_x, slopes, flat_y, view.inner, sums
+    _loops.prelu_backward(gradient, *operands)()
     axes = sorted(range(x.ndim), key=order.__getitem__)
     with np.errstate(all="ignore"):
-        sums = _added_up(sums.reshape(2, *view.span), view.spread)
+        sums = added_up(sums.reshape(2, *view.span), view.spread)
         # Past an infinity or a NaN the errors are NaN and say nothing.
         total, errors = sums[0, ...], sums[1, ...]
         np.add(total, errors, out=total, where=np.isfinite(total, out=finite))
@@ -313,16 +248,3 @@ def prelu_backward(
         if y is not out:
             np.copyto(out, y)
         out_weight[...] = total  # beyond a half float it is an infinity
-
-
-def _added_up(sums: Array, spread: Sequence[int]) -> Array:
-    """Return compensated sums, (2, ...), added up along the axes in `spread`."""
-    for axis in sorted(spread, reverse=True):
-        parts = np.moveaxis(sums, 1 + axis, 0)
-        total, errors = parts[0]
-        for more, error in parts[1:]:
-            before, total = total, total + more
-            shadow = total - before
-            errors = errors + ((before - (total - shadow)) + (more - shadow) + error)
-        sums = np.stack([total, errors])
-    return sums

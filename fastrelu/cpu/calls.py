@@ -10,47 +10,50 @@ A call is a built-in function with a *table*, an array of words that holds what 
 once the process runs: the addresses of types, of C functions, and of compiled loops.
 """
 
-import ctypes
 import functools
 from typing import Any
 
 import numpy as np
 from numba import types
 
-from fastrelu.cpu import loops, pool, threads
-from fastrelu.cpu.jit import (
+from fastrelu.cpu import abi, loops, pool, threads
+from fastrelu.cpu.abi import (
+    ALIGNED,
+    ANY_ORDER,
+    C_ORDER,
     DATA,
+    DTYPE,
+    FLAGS,
+    KEEP_ORDER,
+    KIND,
+    NDIM,
+    SHAPE,
+    TYPE,
+    WRITEABLE,
+)
+from fastrelu.cpu.jit import (
     Function,
     built_in,
     calling,
     compile_and_keep,
     inlined,
-    numpy_api,
     pointer_to,
     shielded,
 )
 from fastrelu.cpu.lanes import lane_of
 from fastrelu.cpu.pool import SMALLEST
 
-_BRIEF = 1 << 15  # bytes: to let the interpreter go would take longer than the work
-_KEEP_ORDER = 2  # NPY_KEEPORDER
-_C_ORDER, _ANY_ORDER, _ALIGNED, _WRITEABLE = 1, 3, 0x100, 0x400  # NPY_ARRAY_...
-
-# Words of an object: its type; an array's (PyArrayObject_fields), a float's.
-_TYPE = DATA - 1
-_NDIM, _SHAPE, _DTYPE, _FLAGS = (DATA + i for i in (1, 2, 5, 6))
-_KIND = DATA + 1  # a dtype's (PyArray_Descr): its number and byte order in one word
-_VALUE = DATA
-_LENGTH, _ITEMS = DATA, DATA + 1  # a tuple's
+_BRIEF = 1 << 15  # bytes: releasing the GIL would take longer than the work
 
 # Words of a table.  A row is what is known of one dtype; its loops are 0 until needed.
 _NONE, _FALSE, _TRUE, _ARRAY, _FLOAT, _INT, _TUPLE, _BYTE, _EMPTY_LIKE = range(9)
 _POOL, _BESIDE, _CACHE, _KNOWN, _ROWS = range(9, 14)
-_ITEM, _WEIGHT, _WIDEN, _ROUND, _LOOP = range(1, 6)  # the dtype comes first
+_ITEM, _WEIGHT, _WIDEN, _ROUND, _SINGLE, _LOOP = range(1, 7)  # the dtype comes first
 _PLAIN, _PAST_CACHE, _IN_PLACE = range(len(loops.KINDS))  # added to _LOOP, as is
 _COLUMNS = len(loops.KINDS)
 _ROW = _LOOP + 2 * _COLUMNS
 _MOST = 32  # rows: there are fewer dtypes
+_BEYOND_SINGLE = 2.0**128 - 2.0**103  # rounded to float32, an infinity
 
 _NOTHING, _SAVED, _BITS = range(3)  # what lies beside the first array
 
@@ -62,14 +65,20 @@ _call_backward = calling(loops.BACKWARD_SIGNATURE)
 _call_weights = calling(loops.WEIGHTS_SIGNATURE)
 _address = types.int64
 _call_empty_like = calling(_address(_address, types.intc, _address, types.intc))
-_keep = types.ExternalFunction("Py_IncRef", types.void(_address))
-_let_go = types.ExternalFunction("PyEval_SaveThread", _address())
-_take_back = types.ExternalFunction("PyEval_RestoreThread", types.void(_address))
+_incref = types.ExternalFunction("Py_IncRef", types.void(_address))
+_save_thread = types.ExternalFunction("PyEval_SaveThread", _address())
+_restore_thread = types.ExternalFunction("PyEval_RestoreThread", types.void(_address))
+_as_float = types.ExternalFunction("PyFloat_AsDouble", types.float64(_address))
 _as_integer = types.ExternalFunction("PyLong_AsSsize_t", types.intp(_address))
 _failed = types.ExternalFunction("PyErr_Occurred", _address())
 _forget = types.ExternalFunction("PyErr_Clear", types.void())
-_drop = types.ExternalFunction("Py_DecRef", types.void(_address))
+_decref = types.ExternalFunction("Py_DecRef", types.void(_address))
 _new_tuple = types.ExternalFunction("PyTuple_New", _address(types.intp))
+_length = types.ExternalFunction("PyTuple_Size", types.intp(_address))
+_item = types.ExternalFunction("PyTuple_GetItem", _address(_address, types.intp))
+_set_item = types.ExternalFunction(
+    "PyTuple_SetItem", types.intc(_address, types.intp, _address)
+)
 _malloc = types.ExternalFunction("PyMem_RawMalloc", _address(types.intp))
 _free = types.ExternalFunction("PyMem_RawFree", types.void(_address))
 
@@ -79,25 +88,25 @@ _free = types.ExternalFunction("PyMem_RawFree", types.void(_address))
 
 @inlined
 def _ndim(x):
-    return _words(x)[_NDIM] & 0xFFFFFFFF
+    return _words(x)[NDIM] & 0xFFFFFFFF
 
 
 @inlined
 def _kind(x):
-    return _words(_words(x)[_DTYPE])[_KIND]
+    return _words(_words(x)[DTYPE])[KIND]
 
 
 @inlined
 def _order(table, x):
     """Return the flags of the orders in which a plain array lies flat, if any."""
-    if _words(x)[_TYPE] != table[_ARRAY] or not _words(x)[_FLAGS] & _ALIGNED:
+    if _words(x)[TYPE] != table[_ARRAY] or not _words(x)[FLAGS] & ALIGNED:
         return 0
-    return _words(x)[_FLAGS] & _ANY_ORDER
+    return _words(x)[FLAGS] & ANY_ORDER
 
 
 @inlined
 def _size(x):
-    size, shape = 1, _words(_words(x)[_SHAPE])
+    size, shape = 1, _words(_words(x)[SHAPE])
     for axis in range(_ndim(x)):
         size *= shape[axis]
     return size
@@ -108,7 +117,7 @@ def _is_like(x, y):
     """Say whether two arrays have one dtype and one shape."""
     if _kind(x) != _kind(y) or _ndim(x) != _ndim(y):
         return False
-    shape, other = _words(_words(x)[_SHAPE]), _words(_words(y)[_SHAPE])
+    shape, other = _words(_words(x)[SHAPE]), _words(_words(y)[SHAPE])
     for axis in range(_ndim(x)):
         if shape[axis] != other[axis]:
             return False
@@ -137,12 +146,12 @@ def _target(table, x, order, nbytes, inplace, out):
     if out != table[_NONE]:
         if inplace != table[_FALSE] or not _order(table, out) & order:
             return -1
-        if not _is_like(out, x) or not _words(out)[_FLAGS] & _WRITEABLE:
+        if not _is_like(out, x) or not _words(out)[FLAGS] & WRITEABLE:
             return -1
         start, target = _words(x)[DATA], _words(out)[DATA]
         return -1 if start != target and _meet(start, nbytes, target, nbytes) else out
     if inplace == table[_TRUE]:
-        return x if _words(x)[_FLAGS] & _WRITEABLE else -1
+        return x if _words(x)[FLAGS] & WRITEABLE else -1
     if inplace != table[_FALSE] or (nbytes >= SMALLEST and not _is_pool_ready(table)):
         return -1
     return 0
@@ -183,14 +192,14 @@ def _loop(table, row, block, moved, in_place):
 
 @inlined
 def _none(table):
-    _keep(table[_NONE])
+    _incref(table[_NONE])
     return table[_NONE]
 
 
 @inlined
 def _empty_like(table, x, nbytes):
     """Return a new array, or 0."""
-    arguments = x, _KEEP_ORDER, 0, 0
+    arguments = x, KEEP_ORDER, 0, 0
     if nbytes < SMALLEST:
         return _call_empty_like(table[_EMPTY_LIKE], arguments)
     before = pool.borrow(table[_POOL])
@@ -208,32 +217,33 @@ def _own(table, x, result, nbytes):
     """
     if result == 0:
         return _empty_like(table, x, nbytes)
-    _keep(result)
+    _incref(result)
     return result
 
 
 @inlined
-def _let_others(moved):
-    """Let the interpreter go for a loop, unless that is brief; `_go_on` takes it back."""
-    return _let_go() if moved >= _BRIEF else 0
+def _release_gil(moved):
+    """Release the GIL for a loop, unless that is brief; return what takes it again."""
+    return _save_thread() if moved >= _BRIEF else 0
 
 
 @inlined
-def _go_on(thread):
+def _take_gil(thread):
     if thread != 0:
-        _take_back(thread)
+        _restore_thread(thread)
 
 
 @inlined
 def _run(table, loop, x, other, result, size, channels, inner, slope, nbytes, moved):
     """Run a loop; return a new reference to its result, or 0."""
+    start = _words(x)[DATA]
     result = _own(table, x, result, nbytes)
     if result == 0:
         return 0
-    start, target = _words(x)[DATA], _words(result)[DATA]
-    thread = _let_others(moved)
+    target = _words(result)[DATA]
+    thread = _release_gil(moved)
     _call_loop(loop, (start, other, target, size, channels, inner, slope, moved))
-    _go_on(thread)
+    _take_gil(thread)
     return result
 
 
@@ -245,11 +255,14 @@ def call_flat(self, arguments, number):
     table, given = _words(_words(self)[DATA]), _words(arguments)
     a, slope, inplace, out = given[0], given[1], given[2], given[3]
     order = _order(table, a)
-    if order == 0 or _words(slope)[_TYPE] != table[_FLOAT]:
+    if order == 0 or _words(slope)[TYPE] != table[_FLOAT]:
         return _none(table)
-    factor = _floats(slope)[_VALUE]
+    factor = _as_float(slope)
     row = _row(table, a)
-    if row == 0 or not abs(factor) < np.inf:
+    if row == 0:
+        return _none(table)
+    beyond = _BEYOND_SINGLE if table[row + _SINGLE] != 0 else np.inf
+    if not abs(factor) < beyond:
         return _none(table)
     size = _size(a)
     nbytes = size * table[row + _ITEM]
@@ -259,7 +272,7 @@ def call_flat(self, arguments, number):
         b = given[4]
         order &= _order(table, b)
         if table[_BESIDE] == _BITS:
-            order &= _C_ORDER
+            order &= C_ORDER
         if order == 0:
             return _none(table)
         other, length = _words(b)[DATA], nbytes
@@ -286,7 +299,7 @@ def call_flat(self, arguments, number):
 @inlined
 def _inner(table, x, size, weight, channels, axis):
     """Return how many elements of x in a row have one weight, or 0 to leave it."""
-    if _words(axis)[_TYPE] != table[_INT] or _ndim(weight) != 1:
+    if _words(axis)[TYPE] != table[_INT] or _ndim(weight) != 1:
         return 0
     place = _as_integer(axis)
     if place == -1 and _failed() != 0:
@@ -294,7 +307,7 @@ def _inner(table, x, size, weight, channels, axis):
         return 0
     ndim, inner = _ndim(x), size or 1
     if -ndim <= place < ndim:
-        shape = _words(_words(x)[_SHAPE])
+        shape = _words(_words(x)[SHAPE])
         place += ndim if place < 0 else 0
         if channels != 1:
             if shape[place] != channels or size == 0:
@@ -356,7 +369,7 @@ def call_channels(self, arguments, number):
     """Take (x, weight, inplace, out, axis); the weight is one-dimensional."""
     table, given = _words(_words(self)[DATA]), _words(arguments)
     x, weight, inplace, out, axis = given[0], given[1], given[2], given[3], given[4]
-    if not _order(table, x) & _order(table, weight) & _C_ORDER:
+    if not _order(table, x) & _order(table, weight) & C_ORDER:
         return _none(table)
     row = _row(table, x)
     if row == 0 or not _fits(table, row, weight):
@@ -369,7 +382,7 @@ def call_channels(self, arguments, number):
     length = channels * _weight_size(table, row, weight)
     moved = 2 * nbytes
     block = _COLUMNS * _block_of(loops.MANY, size, channels, inner)
-    result = _target(table, x, _C_ORDER, nbytes, inplace, out)
+    result = _target(table, x, C_ORDER, nbytes, inplace, out)
     if result == -1:
         return _none(table)
     start, other = _words(x)[DATA], _words(weight)[DATA]
@@ -394,7 +407,7 @@ def call_channels_backward(self, arguments, number):
     table, given = _words(_words(self)[DATA]), _words(arguments)
     grad, weight, inplace = given[0], given[1], given[2]
     out, axis, x = given[3], given[4], given[5]
-    if not _order(table, grad) & _order(table, weight) & _order(table, x) & _C_ORDER:
+    if not _order(table, grad) & _order(table, weight) & _order(table, x) & C_ORDER:
         return _none(table)
     row = _row(table, grad)
     if row == 0 or not _fits(table, row, weight) or not _is_like(x, grad):
@@ -405,16 +418,16 @@ def call_channels_backward(self, arguments, number):
         return _none(table)
     first = second = table[_NONE]
     if out != table[_NONE]:
-        if _words(out)[_TYPE] == table[_ARRAY]:
+        if _words(out)[TYPE] == table[_ARRAY]:
             first = out
-        elif _words(out)[_TYPE] == table[_TUPLE] and _words(out)[_LENGTH] == 2:
-            first, second = _words(out)[_ITEMS], _words(out)[_ITEMS + 1]
+        elif _words(out)[TYPE] == table[_TUPLE] and _length(out) == 2:
+            first, second = _item(out, 0), _item(out, 1)
         else:
             return _none(table)
     nbytes = size * table[row + _ITEM]
     length = channels * _weight_size(table, row, weight)
-    result = _target(table, grad, _C_ORDER, nbytes, inplace, first)
-    total = _target(table, weight, _C_ORDER, length, table[_FALSE], second)
+    result = _target(table, grad, C_ORDER, nbytes, inplace, first)
+    total = _target(table, weight, C_ORDER, length, table[_FALSE], second)
     if result == -1 or total == -1:
         return _none(table)
     start, saved, slopes = _words(grad)[DATA], _words(x)[DATA], _words(weight)[DATA]
@@ -445,21 +458,26 @@ def call_channels_backward(self, arguments, number):
     pair = _new_tuple(2) if total != 0 else 0
     failed = 1
     if pair != 0:
-        target = _words(result)[DATA]
+        # Whole before the GIL is released: other threads find every tuple there is.
+        _set_item(pair, 0, result)
+        _set_item(pair, 1, total)
+        target, into = _words(result)[DATA], _words(total)[DATA]
         operands = start, saved, slopes, target, memory, size, channels, inner, moved
-        thread = _let_others(moved)
+        thread = _release_gil(moved)
         failed = _call_backward(loop, operands)
-        _go_on(thread)
-    if failed == 0:
-        _round(table, row, memory, _words(total)[DATA], channels, wide != 0)
-        _words(pair)[_ITEMS], _words(pair)[_ITEMS + 1] = result, total
+        _take_gil(thread)
+        if failed == 0:
+            _round(table, row, memory, into, channels, wide != 0)
     _free(memory)
     _free(wide)
     if failed == 0:
         return pair
-    for thing in (result, total, pair):
-        if thing != 0:
-            _drop(thing)
+    if pair != 0:
+        _decref(pair)
+    else:
+        for thing in (result, total):
+            if thing != 0:
+                _decref(thing)
     if _failed() != 0:
         return 0
     return _none(table)
@@ -469,7 +487,7 @@ def call_channels_backward(self, arguments, number):
 
 
 def _kind_of(dtype: np.dtype[Any]) -> int:
-    return ctypes.c_int64.from_address(id(dtype) + 8 * _KIND).value
+    return abi.word(dtype, KIND)
 
 
 _known = {
@@ -481,7 +499,7 @@ _known = {
     _INT: id(int),
     _TUPLE: id(tuple),
     _BYTE: _kind_of(np.dtype(np.uint8)),
-    _EMPTY_LIKE: numpy_api(277),  # PyArray_NewLikeArray
+    _EMPTY_LIKE: abi.numpy_api(abi.NEW_LIKE_ARRAY),
     _POOL: pool.ADDRESS,
 }
 _SIGNATURE = _address(_address, _address, types.intp)
@@ -537,6 +555,7 @@ class Call:
         table, row = self.table, _ROWS + _ROW * len(self.rows)
         lane = lane_of(dtype)
         table[row : row + _WIDEN] = kind, dtype.itemsize, _kind_of(lane.product)
+        table[row + _SINGLE] = lane.product == np.float32
         if len(self.blocks) > 1 and lane.product != lane.storage:
             for word, template in _OF_HALVES.items():
                 table[row + word] = loops.compiled_for(lane, template).address

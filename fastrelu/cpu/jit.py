@@ -8,8 +8,6 @@ import itertools
 import os
 import pickle
 import sys
-import threading
-import types as python_types
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,128 +19,56 @@ from numba import types
 from numba.extending import intrinsic
 
 from fastrelu._digest import digest, sources
-
-# isort: split
-# Nobody promises that the following stays, neither Numba nor llvmlite nor NumPy.
-# How a function is compiled: numba/core/compiler.py and the passes it names, and
-# llvmlite/binding/newpassmanagers.py for what LLVM does in between.
-from llvmlite.binding.newpassmanagers import create_new_module_pass_manager
-from numba.core.codegen import JITCodeLibrary
-from numba.core.compiler import CompilerBase
-from numba.core.compiler_machinery import PassManager, register_pass
-from numba.core.lowering import Lower
-from numba.core.registry import CPUDispatcher
-from numba.core.typed_passes import (
+from fastrelu._functions import rebuild
+from fastrelu.cpu import abi, shield
+from fastrelu.cpu.abi import (
+    CFunc,
+    CompilerBase,
+    CompileResult,
+    CPUDispatcher,
+    FixupArgs,
     IRLegalization,
+    IRProcessing,
+    JITCodeLibrary,
+    Lower,
     NativeLowering,
     NoPythonBackend,
     NopythonTypeInference,
+    PassManager,
     PreLowerStripPhis,
-)
-from numba.core.untyped_passes import (
-    FixupArgs,
-    IRProcessing,
     ReconstructSSA,
     TranslateByteCode,
+    cgutils,
+    config,
+    create_new_module_pass_manager,
+    parse_dtype,
+    populate_array,
+    register_pass,
+    serialize,
+    sigutils,
 )
-
-# isort: split
-# What is compiled for whom, and when: numba/core/ccallback.py, whose functions carry what
-# came of numba/core/compiler.py to the disk as numba/core/serialize.py pickles it.
-from numba.core import config, entrypoints, serialize, sigutils
-from numba.core.ccallback import CFunc
-from numba.core.compiler import CompileResult
-from numba.core.compiler_lock import global_compiler_lock
-
-# isort: split
-# The code for a value: numba/core/cgutils.py, typing/npydecl.py, and
-# numba/np/arrayobj.py.
-from numba.core import cgutils
-from numba.core.typing.npydecl import parse_dtype
-from numba.np.arrayobj import populate_array
-
-# isort: split
-# NumPy's table for C code: numpy/_core/src/multiarray/multiarraymodule.c.
-from numpy._core import _multiarray_umath  # type: ignore[attr-defined]
 
 Function = Callable[..., Any]
 T = TypeVar("T")
 
-_STACK = 1 << 24  # bytes, twice what threads have by default on Linux
-_stack = threading.RLock()
-
-if hasattr(os, "register_at_fork"):  # a child needs both the lock and the usual size
-    os.register_at_fork(
-        before=_stack.acquire,
-        after_in_parent=_stack.release,
-        after_in_child=_stack.release,
-    )
-
-
-@contextlib.contextmanager
-def sufficient_stack(size: int = _STACK) -> Iterator[None]:
-    """Have threads that are started meanwhile begin with so much stack at least.
-
-    Whatever the host has set is there again afterwards.
-    """
-    with _stack:
-        before = threading.stack_size(size)  # to ask alone would set it to 0
-        try:
-            threading.stack_size(max(before, size))
-            yield
-        finally:
-            threading.stack_size(before)
-
 
 def shielded(function: Function) -> Function:
-    """Make a function one that compiles: one at a time, and never stopped midway.
+    """Make a function one that compiles, as in `shield`; what fails there is unproven.
 
-    A signal's handler that raises, as Ctrl-C's does, would break Numba for the rest of
-    the process: what it had taken from its lists and not used yet would be lost.  Only
-    the main thread runs handlers, so another one compiles, and the main thread waits.
-    An interruption ends the waiting; the work goes on, and the next call finds it done.
-
-    To compile also takes more stack than the threads of some hosts have, so that it is
-    done elsewhere for them, too.
+    It relies on what Numba does not promise.
     """
 
     @functools.wraps(function)
-    def run(*arguments: Any) -> Any:
-        if (
-            global_compiler_lock.is_locked()  # by this very thread
-            or sys.is_finalizing()  # no other thread runs any more
-        ):
-            with global_compiler_lock:  # a fork waits for it
-                return function(*arguments)
-        # What extends Numba is imported here: this thread may be importing it already.
-        entrypoints.init_all()
-        result: list[Any] = []
-        errors: list[BaseException] = []
-        done = threading.Lock()
-        done.acquire()
-
-        def work() -> None:
-            with global_compiler_lock:
-                try:
-                    result.append(function(*arguments))
-                except BaseException as error:  # noqa: BLE001
-                    errors.append(error)
-                done.release()
-
-        worker = threading.Thread(target=work, name="fastrelu", daemon=False)
+    def compiles(*arguments: Any) -> Any:
         try:
-            with sufficient_stack():
-                worker.start()
-        except RuntimeError:  # the system grants no thread
-            work()
-        while not done.acquire(timeout=1):
-            if not worker.is_alive():  # a handler forked, and this is the child
-                return run(*arguments)
-        if errors:
-            raise errors[0]
-        return result[0]
+            return function(*arguments)
+        except (MemoryError, abi.Unproven):
+            raise
+        except Exception as error:
+            msg = f"{type(error).__name__}: {error}"
+            raise abi.Unproven(msg) from error
 
-    return run
+    return shield.shielded(compiles)
 
 
 class _Library(JITCodeLibrary):  # type: ignore[misc]
@@ -418,16 +344,6 @@ def _reduced(result: Any) -> Any:
     return (name, kind, (code, module.as_bitcode())), *rest, used
 
 
-def rebuild(
-    template: Function, name: str, names: dict[str, Any] | None = None
-) -> Function:
-    """Return a copy of a template whose open names are bound as globals."""
-    globals_ = {**template.__globals__, **(names or {})}
-    copy = python_types.FunctionType(template.__code__, globals_, name)
-    copy.__qualname__, copy.__module__ = name, template.__module__
-    return copy
-
-
 # Addresses ----------------------------------------------------------------------------
 
 
@@ -510,40 +426,18 @@ def calling(signature: Any) -> Any:
     return call
 
 
-# Python's and NumPy's C interfaces ----------------------------------------------------
-
-DATA = object.__basicsize__ // 8  # the word of an array that says where its memory is
-_METH_FASTCALL = 0x80
-
-
-class _Method(ctypes.Structure):  # PyMethodDef
-    _fields_ = [
-        ("name", ctypes.c_char_p),
-        ("function", ctypes.c_void_p),
-        ("flags", ctypes.c_int),
-        ("doc", ctypes.c_char_p),
-    ]
-
+# Python's C interface -----------------------------------------------------------------
 
 _new_function = ctypes.PYFUNCTYPE(
-    ctypes.py_object, ctypes.POINTER(_Method), ctypes.py_object, ctypes.c_void_p
+    ctypes.py_object, ctypes.POINTER(abi.Method), ctypes.py_object, ctypes.c_void_p
 )(("PyCFunction_NewEx", ctypes.pythonapi))
-capsule_pointer = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.py_object, ctypes.c_char_p)(
-    ("PyCapsule_GetPointer", ctypes.pythonapi)
-)
 
 
 def built_in(compiled: Any, table: Any) -> Any:
     """Return compiled code as a function of Python that finds its table in `self`."""
-    method = _Method(b"call", compiled.address, _METH_FASTCALL, None)
+    method = abi.Method(b"call", compiled.address, abi.METH_FASTCALL, None)
     keep_for_ever((compiled, method, table))
     return _new_function(method, table, None)
-
-
-def numpy_api(index: int) -> int:
-    """Return an entry, most of them functions, of NumPy's table for C code."""
-    table = capsule_pointer(_multiarray_umath._ARRAY_API, None)
-    return ctypes.cast(table, ctypes.POINTER(ctypes.c_void_p))[index] or 0
 
 
 def keep_for_ever(value: T) -> T:

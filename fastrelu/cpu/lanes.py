@@ -10,13 +10,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import llvmlite.binding as llvm
-import numba
 import numpy as np
 from llvmlite import ir
 from numba import types
-from numba.core import cgutils, config
 from numba.extending import intrinsic
 
+from fastrelu._dtypes import BY_NAME, Row, row_of
+from fastrelu._functions import rebuild
+from fastrelu.cpu import halves
+from fastrelu.cpu.abi import cgutils, config
 from fastrelu.cpu.jit import inlined, new_array
 
 WORD = 64  # elements whose mask bits are packed at once; every chunk is cut at one
@@ -48,68 +50,21 @@ _bits_float = _conversion(
 
 
 @inlined
-def round_to_odd(value):
-    """Return a float64 as a float32 that may be rounded once more, to a half float.
-
-    Cut off, and odd if anything was: so a tie is one, and what is beside it is not.
-    """
-    nearest = np.float32(value)
-    bits = _float_bits(nearest)
-    if np.isnan(value) or np.float64(nearest) == value:
-        return nearest
-    if abs(np.float64(nearest)) > abs(value):
-        bits -= np.uint32(1)
-    return _bits_float(np.uint32(bits | np.uint32(1)))
-
-
-@inlined
 def _same(value):
     return value
 
 
-@inlined
-def _bfloat16_to_float(bits):
-    return _bits_float(np.uint32(bits) << np.uint32(16))
+def _by_bits(template: Callable[..., Any]) -> Any:
+    """Compile one of the functions of `halves` for the loops here."""
+    names = {"float_bits": _float_bits, "bits_float": _bits_float}
+    return inlined(rebuild(template, template.__name__, names))
 
 
-@inlined
-def _float_to_bfloat16(value):
-    bits = _float_bits(value)
-    # Half a unit in the last place, less one where the kept bit is even: ties to even.
-    half = np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))
-    rounded = bits | np.uint32(0x400000) if np.isnan(value) else np.uint32(bits + half)
-    return np.uint16(rounded >> np.uint32(16))
-
-
-@inlined
-def _half_to_float_by_bits(half):
-    magnitude = np.uint32(half & np.uint16(0x7FFF)) << np.uint32(13)
-    sign = np.uint32(half & np.uint16(0x8000)) << np.uint32(16)
-    if magnitude >= np.uint32(0x0F800000):  # infinity or NaN
-        return _bits_float(sign | magnitude | np.uint32(0x7F800000))
-    scaled = _bits_float(magnitude) * np.float32(2.0**112)  # exact, subnormals included
-    return _bits_float(sign | _float_bits(scaled))
-
-
-@inlined
-def _float_to_half_by_bits(value):
-    bits = _float_bits(value)
-    sign = (bits >> np.uint32(16)) & np.uint32(0x8000)
-    magnitude = bits & np.uint32(0x7FFFFFFF)
-    if magnitude > np.uint32(0x7F800000):
-        half = np.uint32(0x7E00)
-    elif magnitude >= np.uint32(0x47800000):  # 65536 and above
-        half = np.uint32(0x7C00)
-    elif magnitude < np.uint32(0x38800000):  # subnormal: let the addition round
-        half = _float_bits(_bits_float(magnitude) + np.float32(0.5)) - np.uint32(
-            0x3F000000
-        )
-    else:  # a carry out of the fraction is the right exponent, up to infinity
-        odd = (magnitude >> np.uint32(13)) & np.uint32(1)
-        half = (
-            magnitude - np.uint32(0x38000000) + np.uint32(0xFFF) + odd
-        ) >> np.uint32(13)
-    return np.uint16(sign | half)
+round_to_odd = _by_bits(halves.round_to_odd)
+_bfloat16_to_float = _by_bits(halves.bfloat16_to_float)
+_float_to_bfloat16 = _by_bits(halves.float_to_bfloat16)
+_half_to_float_by_bits = _by_bits(halves.half_to_float)
+_float_to_half_by_bits = _by_bits(halves.float_to_half)
 
 
 def _has_half_instructions() -> bool:
@@ -202,41 +157,36 @@ def _positive_bits(infinity: int) -> Callable[[Any, Any], Any]:
     return positive
 
 
-_active_float = _tester(lambda b, v: b.fcmp_ordered(">", v, _splat(v, 0.0)))
-_active_signed = _tester(lambda b, v: b.icmp_signed(">", v, _splat(v, 0)))
-_active_unsigned = _tester(lambda b, v: b.icmp_unsigned("!=", v, _splat(v, 0)))
+_ACTIVE = {
+    "f": _tester(lambda b, v: b.fcmp_ordered(">", v, _splat(v, 0.0))),
+    "i": _tester(lambda b, v: b.icmp_signed(">", v, _splat(v, 0))),
+    "u": _tester(lambda b, v: b.icmp_unsigned("!=", v, _splat(v, 0))),
+}
+_HALVES = {
+    "float16": (_half_to_float, _float_to_half, _tester(_positive_bits(0x7C00))),
+    "bfloat16": (
+        _bfloat16_to_float,
+        _float_to_bfloat16,
+        _tester(_positive_bits(0x7F80)),
+    ),
+}
 
 
-def _lane(dtype: np.dtype[Any]) -> Lane:
-    active = {"f": _active_float, "i": _active_signed, "u": _active_unsigned}
-    compute = numba.float32 if dtype == np.float32 else numba.float64
-    return Lane(dtype.name, dtype, compute, _same, _same, active[dtype.kind])
+def _lane(row: Row) -> Lane:
+    words = _HALVES.get(row.name, (_same, _same, _ACTIVE[row.kind]))
+    return Lane(row.name, row.storage, getattr(types, row.compute), *words)
 
 
-_UINT16 = np.dtype(np.uint16)
-_FLOAT16 = Lane(
-    "float16",
-    _UINT16,
-    numba.float32,
-    _half_to_float,
-    _float_to_half,
-    _tester(_positive_bits(0x7C00)),
-)
-_BFLOAT16 = Lane(
-    "bfloat16",
-    _UINT16,
-    numba.float32,
-    _bfloat16_to_float,
-    _float_to_bfloat16,
-    _tester(_positive_bits(0x7F80)),
-)
-_LANES = {np.dtype(code): _lane(np.dtype(code)) for code in "bBhHiIlLqQfd"}
-_LANES[np.dtype(np.float16)] = _FLOAT16
+_LANES = {row: _lane(row) for row in BY_NAME.values()}
 
 
 def lane_of(dtype: np.dtype[Any]) -> Lane:
     """Return the lane of a native dtype that the arguments' check has let through."""
-    return _LANES.get(dtype, _BFLOAT16)
+    row = row_of(dtype)
+    if row is None:
+        msg = f"no loops are known for dtype {dtype}: this is a bug of fastrelu"
+        raise TypeError(msg)
+    return _LANES[row]
 
 
 @intrinsic

@@ -20,6 +20,7 @@ import numba
 import numpy as np
 from numba import types
 
+from fastrelu._functions import rebuild
 from fastrelu.cpu.jit import (
     Function,
     array_at,
@@ -27,7 +28,6 @@ from fastrelu.cpu.jit import (
     inlined,
     larger,
     piece,
-    rebuild,
     shielded,
     smaller,
 )
@@ -398,7 +398,9 @@ def _product(g, x, i):
     """Return the part of element i in its weight's gradient."""
     value = load(x[i])
     product = numba.float64(value) * numba.float64(load(g[i]))
-    return 0.0 if value > 0 else product
+    if value > 0:  # Python 3.14 makes two ways of a conditional expression here
+        product = 0.0
+    return product
 
 
 def _one_weight(g, x, sums, errors):

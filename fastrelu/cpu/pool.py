@@ -37,7 +37,6 @@ import mmap
 import operator
 import os
 import sys
-import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -48,24 +47,39 @@ import numpy as np
 from numba import types
 from numba.extending import intrinsic
 
-from fastrelu.cpu.jit import (
+from fastrelu.cpu.abi import (
     DATA,
+    DEFAULT_HANDLER,
+    HANDLER_CAPSULE,
+    SET_HANDLER,
+    Handler,
+    asks_for_huge_pages,
+    capsule_pointer,
+    numpy_api,
+)
+from fastrelu.cpu.jit import (
     built_in,
     calling,
-    capsule_pointer,
     compile_and_keep,
     inlined,
     keep_for_ever,
     larger,
-    numpy_api,
     pointer_to,
     shielded,
     smaller,
 )
-from fastrelu.cpu.threads import _signals_elsewhere
+from fastrelu.cpu.shield import (
+    NO_THREAD,
+    new_lock,
+    new_thread,
+    signals_elsewhere,
+    sufficient_stack,
+    take_lock,
+)
 
 _resource = importlib.import_module("resource") if os.name == "posix" else None
 
+_STACK = 1 << 18  # bytes of the janitor's
 SMALLEST = 1 << 20  # bytes; what is smaller, malloc recycles by itself
 _HUGE = 1 << 22  # bytes from which on NumPy asks for huge pages
 _PAGE = mmap.PAGESIZE
@@ -568,30 +582,16 @@ def _compiled() -> dict[Callable[..., Any], Any]:
 # The pool -----------------------------------------------------------------------------
 
 
-class _Handler(ctypes.Structure):  # PyDataMem_Handler
-    _fields_ = [
-        ("name", ctypes.c_char * 127),
-        ("version", ctypes.c_uint8),
-        ("context", ctypes.c_void_p),
-        ("malloc", ctypes.c_void_p),
-        ("calloc", ctypes.c_void_p),
-        ("realloc", ctypes.c_void_p),
-        ("free", ctypes.c_void_p),
-    ]
-
-
-_CAPSULE = b"mem_handler"
-_SET, _DEFAULT_HANDLER = 304, 306  # PyDataMem_..., in NumPy's table
 _new_capsule = ctypes.PYFUNCTYPE(
-    ctypes.py_object, ctypes.POINTER(_Handler), ctypes.c_char_p, ctypes.c_void_p
+    ctypes.py_object, ctypes.POINTER(Handler), ctypes.c_char_p, ctypes.c_void_p
 )(("PyCapsule_New", ctypes.pythonapi))
 
 
 def _sources() -> dict[int, int]:
     """Return where memory comes from and goes to, for the words of a pool."""
-    default = ctypes.py_object.from_address(numpy_api(_DEFAULT_HANDLER)).value
+    default = ctypes.py_object.from_address(numpy_api(DEFAULT_HANDLER)).value
     keep_for_ever(default)
-    source = _Handler.from_address(capsule_pointer(default, _CAPSULE))
+    source = Handler.from_address(capsule_pointer(default, HANDLER_CAPSULE))
     found = {_CONTEXT: source.context or 0, _MALLOC: source.malloc, _FREE: source.free}
     if _resource is None:
         return found
@@ -604,10 +604,11 @@ def _sources() -> dict[int, int]:
     }.items():
         function = ctypes.cast(getattr(library, name), ctypes.c_void_p)
         found[word] = function.value or 0
-    numpy_asks = getattr(np._core.multiarray, "_get_madvise_hugepage", lambda: False)
     found[_ACCESS] = mmap.PROT_READ | mmap.PROT_WRITE
     found[_FLAGS] = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
-    found[_HUGE_PAGES] = getattr(mmap, "MADV_HUGEPAGE", 0) if numpy_asks() else 0
+    found[_HUGE_PAGES] = (
+        getattr(mmap, "MADV_HUGEPAGE", 0) if asks_for_huge_pages() else 0
+    )
     found[_TAKEABLE] = getattr(mmap, "MADV_FREE", 0)
     found[_DATA] = _resource.RLIMIT_DATA
     found[_SPACE] = getattr(_resource, "RLIMIT_AS", _resource.RLIMIT_DATA)
@@ -670,12 +671,15 @@ class MemoryPool:
             return
         functions = _compiled()
         if not self._handler:
-            for word, value in {**_sources(), _SET_HANDLER: numpy_api(_SET)}.items():
+            for word, value in {
+                **_sources(),
+                _SET_HANDLER: numpy_api(SET_HANDLER),
+            }.items():
                 self._words[word] = value
             answers = [functions[f].address for f in (malloc, calloc, realloc, free)]
             self._words[[_LENDER, _TAKER]] = answers[0], answers[3]
-            handler = _Handler(b"fastrelu", 1, self.address, *answers)
-            capsule = _new_capsule(handler, _CAPSULE, None)
+            handler = Handler(b"fastrelu", 1, self.address, *answers)
+            capsule = _new_capsule(handler, HANDLER_CAPSULE, None)
             keep_for_ever((handler, capsule))
             self._call = built_in(functions[call], self._words)
             self._handler = id(capsule)
@@ -689,13 +693,13 @@ class MemoryPool:
         There is none where the system grants no thread.  Nor is there where memory is
         limited: its stack might be missed, and it would have nothing to do.
         """
-        lock = None if _is_told_a_limit() else _new_lock()
+        lock = None if _is_told_a_limit() else new_lock()
         if lock is not None:
-            _take_lock(lock, 0)
+            take_lock(lock, 0)
             self._words[_BELL] = lock
-            with _signals_elsewhere(), _usual_stacks():
-                ident = _new_thread(_compiled()[janitor].address, self.address)
-            if ident == _NONE:
+            with signals_elsewhere(), sufficient_stack(_STACK):
+                ident = new_thread(_compiled()[janitor].address, self.address)
+            if ident == NO_THREAD:
                 self._words[_BELL] = 0
 
     def _borrow(self, function: Callable[..., Any], *arguments: Any) -> Any:
@@ -809,16 +813,6 @@ def _checked(name: str, size: Any) -> int:
 
 # The janitor's thread -----------------------------------------------------------------
 
-_python = ctypes.pythonapi
-_new_lock = _python.PyThread_allocate_lock
-_new_lock.restype = ctypes.c_void_p
-_take_lock = _python.PyThread_acquire_lock
-_take_lock.argtypes = ctypes.c_void_p, ctypes.c_int
-_new_thread = _python.PyThread_start_new_thread
-_new_thread.argtypes = ctypes.c_void_p, ctypes.c_void_p
-_new_thread.restype = ctypes.c_ulong
-_NONE = ctypes.c_ulong(-1).value
-
 
 def _is_told_a_limit() -> bool:
     """Say whether the process's address space or data is limited."""
@@ -829,19 +823,6 @@ def _is_told_a_limit() -> bool:
         getattr(_resource, "RLIMIT_AS", _resource.RLIMIT_DATA),
     )
     return any(_resource.getrlimit(k)[0] != _resource.RLIM_INFINITY for k in kinds)
-
-
-@contextlib.contextmanager
-def _usual_stacks() -> Iterator[None]:
-    """Start threads with the system's stacks, whatever the process asked for its own.
-
-    A small one would not hold what the libraries of the process put there.
-    """
-    before = threading.stack_size()  # from here on it is the system's
-    try:
-        yield
-    finally:
-        threading.stack_size(before)
 
 
 # How much may be kept -----------------------------------------------------------------
@@ -927,18 +908,7 @@ _DEFAULT = MemoryPool()
 
 
 def get_default_memory_pool() -> MemoryPool:
-    """Return the pool that large results come from.
-
-    Returns
-    -------
-    MemoryPool
-
-    Examples
-    --------
-    >>> import fastrelu
-    >>> fastrelu.get_default_memory_pool().get_limit() > 0
-    True
-    """
+    """Return the pool that large results come from."""
     return _DEFAULT
 
 

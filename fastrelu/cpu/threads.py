@@ -20,23 +20,17 @@ Five rules keep it harmless:
 import contextlib
 import ctypes
 import os
-import signal
 import sys
-import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import llvmlite.binding as llvm
 import numpy as np
 from llvmlite import ir
-from llvmlite.binding import ffi
 from numba import types
-from numba.core import cgutils, config
-from numba.core.compiler_lock import global_compiler_lock
 from numba.extending import intrinsic
-from numba.np.ufunc import parallel
 
+from fastrelu.cpu.abi import cgutils, config, parallel
 from fastrelu.cpu.jit import (
     COPY,
     calling,
@@ -45,6 +39,14 @@ from fastrelu.cpu.jit import (
     keep_for_ever,
     shielded,
     smaller,
+)
+from fastrelu.cpu.shield import (
+    NO_THREAD,
+    new_lock,
+    new_thread,
+    signals_elsewhere,
+    sufficient_stack,
+    take_lock,
 )
 
 
@@ -81,6 +83,7 @@ CACHE = _last_level(_cache_size(3, 1 << 25), PRIVATE_CACHE, os.cpu_count() or 1)
 SHARE = PRIVATE_CACHE // 4
 MUCH = 8 << 20
 
+_STACK = 1 << 20  # bytes of a member's, many times what the loops' buffers take
 _PIECES = 4  # of each member's part: what another may take over
 # Times that a thread looks for work before it sleeps: about 50 us, as long as waking it
 # takes.  The others' last pieces must be done in less: a team that falls asleep between
@@ -516,16 +519,6 @@ _LINUX = {  # the last one says that all are there
 
 _functions: list[Any] = []  # must never be freed
 
-_python = ctypes.pythonapi
-_new_lock = _python.PyThread_allocate_lock
-_new_lock.restype = ctypes.c_void_p
-_take_lock = _python.PyThread_acquire_lock
-_take_lock.argtypes = ctypes.c_void_p, ctypes.c_int
-_new_thread = _python.PyThread_start_new_thread
-_new_thread.argtypes = ctypes.c_void_p, ctypes.c_void_p
-_new_thread.restype = ctypes.c_ulong
-_NONE = ctypes.c_ulong(-1).value
-
 
 def ready(moved: int = 2 * SHARE) -> None:
     """Start the team, if it is not, before a loop that it may share."""
@@ -560,14 +553,14 @@ def _start() -> None:
     _memory[_PROCESS] = os.getpid()
     for me in range(min(config.NUMBA_NUM_THREADS, _MOST)):
         words = _MEMBER + me * _MEMBER_SIZE
-        lock = _new_lock()
+        lock = new_lock()
         if lock is None:
             break
-        _take_lock(lock, 0)
+        take_lock(lock, 0)
         _memory[words + _LOCK], _memory[words + _FORBIDDEN] = lock, -1
         if me > 0:
-            with _sufficient_stack(), _signals_elsewhere():
-                if _new_thread(member.address, me) == _NONE:
+            with sufficient_stack(_STACK), signals_elsewhere():
+                if new_thread(member.address, me) == NO_THREAD:
                     break
             _memory[_WORKERS] = me
     _memory[_NUMBA], _memory[_LAUNCHED] = id(vars(parallel)), id(_launched)
@@ -575,56 +568,9 @@ def _start() -> None:
     _memory[_SHARE] = share.address
 
 
-@contextlib.contextmanager
-def _sufficient_stack(size: int = 1 << 20) -> Iterator[None]:
-    """Start threads on so large a stack at least, whatever the program set.
-
-    Where it set nothing, the system's own choice is large enough.
-    """
-    before = threading.stack_size()  # which sets it to 0, the system's choice
-    threading.stack_size(size if 0 < before < size else before)
-    try:
-        yield
-    finally:
-        threading.stack_size(before)
-
-
-@contextlib.contextmanager
-def _signals_elsewhere() -> Iterator[None]:
-    """Start threads that leave signals to those that were there before."""
-    if not hasattr(signal, "pthread_sigmask"):
-        yield
-        return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-# A child that was forked while another thread compiled, or made something ready, would
-# wait for ever for these locks of Numba and llvmlite at its first new function.
-_compiling = global_compiler_lock, getattr(ffi.lib, "_lock", contextlib.nullcontext())
-
-
-def _before_fork() -> None:
-    for lock in _compiling:
-        lock.__enter__()
-
-
-def _after_fork() -> None:
-    for lock in reversed(_compiling):
-        lock.__exit__(None, None, None)
-
-
 def _after_fork_in_child() -> None:
-    _after_fork()
     _memory[:] = 0
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(
-        before=_before_fork,
-        after_in_parent=_after_fork,
-        after_in_child=_after_fork_in_child,
-    )
+    os.register_at_fork(after_in_child=_after_fork_in_child)

@@ -35,13 +35,14 @@ Function = Callable[..., Any]
 __all__ = [
     "KIND",
     "Calls",
-    "as_array",
     "backward",
     "backward_mask",
     "empty_like",
     "forward",
+    "hold",
     "prelu",
     "prelu_backward",
+    "read",
 ]
 
 KIND = "an array on a GPU"
@@ -50,12 +51,17 @@ KIND = "an array on a GPU"
 # The protocol of the arguments' checks ------------------------------------------------
 
 
-def as_array(value: Any, *, convert: bool = True) -> Array:
+def read(value: Any, *, convert: bool = True) -> Array:
     """Return a value as an array of this engine; none can be made of another thing."""
     if not is_on_gpu(value):
         msg = f"as the others are, got {kind_of(value)} in the host's memory"
         raise TypeError(msg)
     return arrays.library_of(type(value)).describe(value)
+
+
+def hold(x: Array) -> Array:
+    """Return what `read` returned: it is ours alone already."""
+    return x
 
 
 def empty_like(x: Array) -> Any:

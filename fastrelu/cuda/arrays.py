@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from fastrelu._dtypes import name_of
 from fastrelu.cuda import launch
 
 Place = tuple[int, int, tuple[int, ...]]  # address, device and order, see `look`
@@ -133,8 +134,9 @@ class Library:
             msg = "got an array with a mask of gaps: fill them first"
             raise TypeError(msg)
         dtype = np.dtype(interface["typestr"])
-        name = dtype_name(dtype)
-        if "bfloat16" in str(getattr(given, "dtype", "")):
+        own = getattr(given, "dtype", None)  # which may say what a letter cannot
+        name = name_of(own if isinstance(own, np.dtype) else dtype)
+        if str(own).endswith("bfloat16") and dtype.itemsize == 2:
             name = "bfloat16"
         pointer, read_only = interface["data"]
         if hasattr(given, "__dlpack_device__"):
@@ -164,7 +166,7 @@ class Library:
         array = Array(
             self,
             given,
-            view.dtype.name,
+            name_of(view.dtype),
             view.device_id,
             view.ptr,
             view.shape,
@@ -226,7 +228,7 @@ class _Pooled(Library):
 
 class _CuPy(_Pooled):
     def describe(self, given: Any) -> Array:
-        data, name = given.data, dtype_name(given.dtype)
+        data, name = given.data, name_of(given.dtype)
         lies = data.ptr, given.shape, given.strides, given.itemsize
         return Array(self, given, name, data.device_id, *lies)
 
@@ -260,7 +262,7 @@ class _CuPy(_Pooled):
 
 class _Numba(Library):
     def describe(self, given: Any) -> Array:
-        place, name = self._place(given), dtype_name(given.dtype)
+        place, name = self._place(given), name_of(given.dtype)
         lies = given.shape, given.strides, given.dtype.itemsize
         return Array(self, given, name, place[1], place[0], *lies)
 
@@ -305,7 +307,7 @@ class _PyTorch(_Pooled):
         if given.layout is not torch.strided or given.is_neg():
             msg = "got a tensor that is not plain: call to_dense() and resolve_neg()"
             raise TypeError(msg)
-        size, name = given.element_size(), dtype_name(given.dtype)
+        size, name = given.element_size(), name_of(given.dtype)
         strides = [stride * size for stride in given.stride()]
         lies = given.data_ptr(), given.shape, strides, size
         return Array(self, given, name, given.get_device(), *lies)
@@ -350,14 +352,6 @@ def library_of(kind: type) -> Library:
         if name in _LIBRARIES:
             return _LIBRARIES[name]
     return _ANY
-
-
-@functools.lru_cache(256)
-def dtype_name(dtype: Any) -> str:
-    """Return the name that NumPy has for a dtype, and makes anew each time."""
-    if not isinstance(dtype, np.dtype):
-        return str(dtype).removeprefix("torch.")
-    return dtype.name if dtype.isnative else f"byte-swapped {dtype.name}"
 
 
 @functools.lru_cache(1024)

@@ -12,9 +12,9 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from fastrelu._arguments import is_accepted
+from fastrelu._dtypes import BY_NAME, is_accepted, name_of
 from fastrelu.cuda import launch
-from fastrelu.cuda.arrays import Place, dtype_name, library_of
+from fastrelu.cuda.arrays import Place, library_of
 from fastrelu.cuda.launch import kernel
 from fastrelu.cuda.work import (
     BYTES,
@@ -77,9 +77,9 @@ class Calls:
         """Return the gradient towards x."""
         if type(saved) is not Mask:
             return self._elementwise("gradient", grad, saved, slope, inplace, out)
-        try:  # what was changed since the mask was made may be anything
+        try:
             bits = saved.bits if saved.shape == grad.shape else None
-        except Exception:  # noqa: BLE001
+        except AttributeError:  # deleted since the mask was made
             return None
         return self._elementwise("flag", grad, bits, slope, inplace, out)
 
@@ -209,10 +209,10 @@ class Calls:
 
     def _dtypes(self, dtype: Any, weight: Any) -> tuple[str, str] | None:
         """Return the names of two dtypes if they go together."""
-        name, other = (dtype_name(of) for of in (dtype, weight))
+        name, other = (name_of(of) for of in (dtype, weight))
         mixed = other == "float32" and dtype.itemsize == 2
-        taken = is_accepted(name, self.integers) and (other == name or mixed)
-        return (name, other) if taken else None
+        taken = is_accepted(BY_NAME.get(name), integers=self.integers)
+        return (name, other) if taken and (other == name or mixed) else None
 
     def _beside(self, b: Any, a: Any, place: Place) -> int:
         """Return the address of an array if it is like another and lies as that does."""
@@ -226,7 +226,7 @@ class Calls:
         if type(bits) is not self.kind or tuple(bits.shape) != (length,):
             return 0
         place = self.library.look(bits)
-        uint8 = dtype_name(bits.dtype) == "uint8"
+        uint8 = name_of(bits.dtype) == "uint8"
         return place[0] if uint8 and place and place[1:] == (device, ()) else 0
 
     def _weight(

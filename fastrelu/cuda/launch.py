@@ -20,7 +20,8 @@ from typing import Any
 import numba
 
 from fastrelu._digest import digest, sources
-from fastrelu.cpu.jit import settings, shielded, user_folder
+from fastrelu.cpu.jit import settings, user_folder
+from fastrelu.cpu.shield import shielded
 
 SIMULATED = bool(numba.config.ENABLE_CUDASIM)
 THREADS = 32 if SIMULATED else 256  # in a block; a simulated thread costs 0.2 ms

@@ -1,0 +1,132 @@
+"""How arrays lie in memory: flat views, overlap, and the channels of a weight."""
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from fastrelu._dtypes import row_of
+
+Array = Any  # numpy.ndarray of any dtype; its own generic type says nothing more here
+
+
+def _memory_order(x: Array) -> list[int]:
+    """Return the axes from the one with the largest stride to the smallest."""
+    return sorted(range(x.ndim), key=lambda axis: -abs(x.strides[axis]))
+
+
+def flat(x: Array, order: Sequence[int]) -> Array | None:
+    """Return x as a 1-D view along `order`, or None if it does not lie so."""
+    x = x.transpose(order)
+    if not x.flags.c_contiguous or not x.flags.aligned:
+        return None
+    # NumPy has two names for some integers, which calls would take for two dtypes.
+    return x.reshape(-1).view(x.dtype if x.dtype.kind == "V" else x.dtype.str)
+
+
+def lay_flat(
+    y: Array,
+    inputs: Sequence[Array],
+    empty_like: Callable[..., Array],
+    *,
+    c_order: bool = False,
+    may_wait: bool = True,
+) -> tuple[Array, list[int], list[Array], list[tuple[Array, Array]]]:
+    """Return where to write, its order of axes, and y and the inputs flat along it.
+
+    An input that lies exactly where y does becomes the same object as flat y.  What is
+    laid out otherwise, or overlaps y in part, is worked on in a copy.  That of the
+    first input may wait where its result will be: the last value has what to copy,
+    (to, from), when nothing can fail any more, for until then y must not change.
+    """
+    order = list(range(y.ndim)) if c_order else _memory_order(y)
+    flat_y = flat(y, order)
+    on_y = [x is y or _lies_on(x, y) for x in inputs]
+    if flat_y is None or any(
+        np.may_share_memory(x, y)
+        for x, same in zip(inputs, on_y, strict=True)
+        if not same
+    ):
+        y = empty_like(y, "C" if c_order else "K")
+        order = list(range(y.ndim)) if c_order else _memory_order(y)
+        flat_y = flat(y, order)
+        on_y = [False] * len(inputs)
+    flats, waiting = [flat_y], []
+    for x, same in zip(inputs, on_y, strict=True):
+        flat_x = flat_y if same else flat(x, order)
+        if flat_x is None and x is inputs[0] and not any(on_y) and may_wait:
+            flat_x = flat_y
+            waiting.append((y, x))
+        elif flat_x is None:
+            copy = empty_like(y)
+            np.copyto(copy, x)
+            flat_x = flat(copy, order)
+        flats.append(flat_x)
+    return y, order, flats, waiting
+
+
+def _lies_on(x: Array, y: Array) -> bool:
+    """Say whether two arrays are the same elements of the same memory."""
+    return bool(
+        np.may_share_memory(x, y)
+        and x.ctypes.data == y.ctypes.data
+        and x.dtype == y.dtype
+        and (x.strides == y.strides or (x.flags.c_contiguous and y.flags.c_contiguous))
+    )
+
+
+# A weight for each channel ------------------------------------------------------------
+
+
+class Channels(NamedTuple):
+    """An array seen as (outer, channel, inner), with one weight a channel.
+
+    The channels are the axes from the first to the last along which the weight varies.
+    An axis between them along which it does not, in `spread`, is counted with them.
+    """
+
+    axes: slice
+    span: tuple[int, ...]  # the lengths of these axes
+    spread: tuple[int, ...]  # places in `span`
+    channels: int
+    inner: int
+
+
+@functools.lru_cache(1024)
+def channels_of(shape: tuple[int, ...], weight: tuple[int, ...]) -> Channels:
+    """Return the view for a weight of as many axes, each as long as x's or 1."""
+    vary = [axis for axis, size in enumerate(weight) if size > 1]
+    first, last = (vary[0], vary[-1] + 1) if vary else (0, 0)
+    span = shape[first:last]
+    spread = tuple(
+        axis - first
+        for axis in range(first, last)
+        if weight[axis] == 1 and shape[axis] > 1
+    )
+    channels, inner = math.prod(span), math.prod(shape[last:])
+    return Channels(slice(first, last), span, spread, channels, inner)
+
+
+def slopes_of(weight: Array, view: Channels, x: Array) -> Array:
+    """Return a copy with one weight for each channel, in the type of x's products."""
+    if view.spread:
+        weight = weight.reshape(weight.shape[view.axes])
+        weight = np.broadcast_to(weight, view.span)
+    row = row_of(x.dtype)
+    assert row is not None
+    return np.array(weight, row.product, order="C").reshape(-1)
+
+
+def added_up(sums: Array, spread: Sequence[int]) -> Array:
+    """Return compensated sums, (2, ...), added up along the axes in `spread`."""
+    for axis in sorted(spread, reverse=True):
+        parts = np.moveaxis(sums, 1 + axis, 0)
+        total, errors = parts[0]
+        for more, error in parts[1:]:
+            before, total = total, total + more
+            shadow = total - before
+            errors = errors + ((before - (total - shadow)) + (more - shadow) + error)
+        sums = np.stack([total, errors])
+    return sums

@@ -1,0 +1,424 @@
+"""Loops in plain Numba: slower than `fast`, with the same results, on any host.
+
+They see arrays as Numba does: no object's memory is read, nothing of Numba is used that
+is not public.  Each is a function of a range, made of a formula of the catalogue, that
+compiled code may call as well.  A twin for several threads calls it for parts of the
+range.
+
+As in `fast`, each function here makes all ready, and returns what cannot fail.
+"""
+
+import functools
+import os
+from collections.abc import Callable
+from typing import Any
+
+import numba
+import numpy as np
+from numba.extending import is_jitted
+
+from fastrelu._digest import digest
+from fastrelu._dtypes import Row, row_of
+from fastrelu._functions import rebuild
+from fastrelu.cpu import halves
+from fastrelu.cpu.shield import shielded
+
+Array = Any
+Function = Callable[..., Any]
+Run = Callable[[], None]
+
+PART = 1 << 15  # elements that a thread takes at once
+SUMMED = 1 << 16  # elements at least whose products are summed together,
+PARTS = 64  # and the most parts with sums of their own
+
+# The names that the loops below leave open; `rebuild` binds them.
+formula: Any
+load: Any
+store: Any
+compute: Any
+body: Any
+mode: Any
+
+
+# Loops --------------------------------------------------------------------------------
+#
+# All have one signature: `a` is x or the gradient, `b` what goes with it (the saved
+# array, mask bits, channel weights, or `a` again), `inner` how many elements in a row
+# have one weight.
+
+
+def _forward(a, b, y, slope, inner, start, stop):
+    s = compute(slope)
+    for i in range(start, stop):
+        y[i] = store(formula(load(a[i]), s))
+
+
+def _forward_mask(a, bits, y, slope, inner, start, stop):
+    """Go over bytes of the mask: the bits are read before y, which may be `a`."""
+    s = compute(slope)
+    for byte in range(start, stop):
+        flags = np.uint8(0)
+        for i in range(8 * byte, min(8 * byte + 8, a.size)):
+            x = load(a[i])
+            flags |= np.uint8(x > 0) << np.uint8(i & 7)
+            y[i] = store(formula(x, s))
+        bits[byte] = flags
+
+
+def _backward(a, b, y, slope, inner, start, stop):
+    s = compute(slope)
+    for i in range(start, stop):
+        y[i] = store(formula(load(a[i]), load(b[i]), s))
+
+
+def _backward_mask(a, bits, y, slope, inner, start, stop):
+    s = compute(slope)
+    for i in range(start, stop):
+        active = (bits[i >> 3] >> np.uint8(i & 7)) & np.uint8(1)
+        y[i] = store(formula(load(a[i]), active, s))
+
+
+def _prelu(a, weights, y, slope, inner, start, stop):
+    """Go over rows of one weight."""
+    for row in range(start, stop):
+        w = weights[row % weights.size]
+        for i in range(row * inner, row * inner + inner):
+            y[i] = store(formula(load(a[i]), w))
+
+
+def _prelu_backward(g, x, weights, y, sums, inner, rows, start, stop):
+    """Go over parts of so many rows of all channels; each has sums of its own.
+
+    Every addition is compensated (Neumaier's sum, doi:10.1002/zamm.19740540106).
+    """
+    for part in range(start, stop):
+        first = part * rows * weights.size
+        last = min(first + rows * weights.size, x.size // inner)
+        for row in range(first, last):
+            channel = row % weights.size
+            w = weights[channel]
+            total, error = sums[0, part, channel], sums[1, part, channel]
+            for i in range(row * inner, row * inner + inner):
+                grad, value = load(g[i]), load(x[i])
+                product = np.float64(value) * np.float64(grad)
+                product = 0.0 if value > 0 else product
+                before = total
+                total = before + product
+                shadow = total - before
+                error += (before - (total - shadow)) + (product - shadow)
+                y[i] = store(formula(grad, value, w))
+            sums[0, part, channel], sums[1, part, channel] = total, error
+
+
+def _add_up(parts, sums):
+    """Add up the sums of all parts, compensated as they are."""
+    for channel in range(sums.shape[1]):
+        total, error = 0.0, 0.0
+        for part in range(parts.shape[1]):
+            before, more = total, parts[0, part, channel]
+            total = before + more
+            shadow = total - before
+            error += (before - (total - shadow)) + (more - shadow)
+            error += parts[1, part, channel]
+        sums[0, channel], sums[1, channel] = total, error
+
+
+def _shared(a, b, y, slope, inner, size, probe, done):
+    """Give parts to threads that compute in the caller's mode; say which are done."""
+    ours = mode(probe)
+    part = -(-size // done.size)
+    for i in numba.prange(done.size):
+        if mode(probe) == ours:
+            body(a, b, y, slope, inner, min(i * part, size), min(i * part + part, size))
+            done[i] = True
+
+
+def _shared_sums(g, x, weights, y, sums, inner, rows, probe, done):
+    ours = mode(probe)
+    for i in numba.prange(done.size):
+        if mode(probe) == ours:
+            body(g, x, weights, y, sums, inner, rows, i, i + 1)
+            done[i] = True
+
+
+# Numbers whose products and sums tell the floating-point mode of a thread: the smallest
+# subnormal and normal ones, and what is lost beside 1.
+PROBE = np.array([5e-324, 2.2250738585072014e-308, 2.0**-60])
+
+
+def _mode(probe):
+    """Return the floating-point mode: subnormals as operands, as results, rounding."""
+    operand = probe[0] * 2.0**100 != 0
+    result = np.float64(probe[1] * 0.5).view(np.int64) != 0
+    up, down = 1.0 + probe[2] != 1.0, -1.0 - probe[2] != -1.0
+    nearest = 1.0 + (2.0**-52 - probe[2]) != 1.0
+    return operand + 2 * result + 4 * up + 8 * down + 16 * nearest
+
+
+# Building -----------------------------------------------------------------------------
+
+
+def _itself(value):
+    return value
+
+
+@shielded
+def _compile(function: Function, kinds: tuple[Any, ...], parallel: bool = False) -> Any:
+    """Compile a function for arguments of these types, and keep it if that can be.
+
+    Numba's cache goes by a function's name, which therefore says what it is made of.
+    """
+    name = digest(function, kinds, parallel)
+    function = rebuild(function, f"{function.__name__}_{name}")
+    options = {**_OPTIONS, "nogil": True, "parallel": parallel}
+    try:
+        loop = numba.njit(function, cache=name is not None, **options)
+    except RuntimeError:  # there is no file that Numba could keep it beside
+        loop = numba.njit(function, **options)
+    if is_jitted(loop):
+        loop.compile(kinds)
+        return loop
+    # NUMBA_DISABLE_JIT is set, as by people who debug kernels of their own.
+    return np.errstate(all="ignore")(loop)
+
+
+_OPTIONS: dict[str, Any] = {"error_model": "numpy"}
+_inlined = functools.cache(functools.partial(numba.njit, **_OPTIONS))
+_BY_BITS = {
+    name: _inlined(getattr(halves, name)) for name in ("float_bits", "bits_float")
+}
+_HALVES = {
+    "float16": (halves.half_to_float, halves.float_to_half),
+    "bfloat16": (halves.bfloat16_to_float, halves.float_to_bfloat16),
+}
+
+
+@functools.cache
+def _names(row: Row) -> dict[str, Any]:
+    """Return what a dtype binds."""
+    load, store = (
+        _inlined(rebuild(template, template.__name__, _BY_BITS))
+        for template in _HALVES.get(row.name, (_itself, _itself))
+    )
+    return {"load": load, "store": store, "compute": getattr(numba, row.compute)}
+
+
+@functools.cache
+def _loop(
+    template: Function, formula: Function, row: Row, kinds: tuple[Any, ...]
+) -> tuple[Any, Function]:
+    """Return a compiled loop, and what gives its twin for several threads."""
+    names = {**_names(row), "formula": _inlined(formula)}
+    bound = rebuild(template, template.__name__, names)
+    shared = _shared_sums if template is _prelu_backward else _shared
+
+    @functools.cache
+    def twin() -> Any:
+        names = {"body": _inlined(bound), "mode": _inlined(_mode)}
+        own = rebuild(shared, f"{template.__name__}{shared.__name__}", names)
+        more = () if template is _prelu_backward else (numba.intp,)
+        last = map(numba.typeof, (PROBE, np.empty(1, bool)))
+        return _compile(own, (*kinds[:-2], *more, *last), True)
+
+    return _compile(bound, kinds), twin
+
+
+@functools.cache
+def _adder(*kinds: Any) -> Any:
+    return _compile(_add_up, kinds)
+
+
+_forked: list[bool] = []  # not empty in a child: GNU OpenMP ends it if it goes parallel
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=lambda: _forked.append(True))
+
+
+def _is_shared() -> bool:
+    """Say whether Numba's threads may be used.
+
+    They must have been started by somebody who uses them: with GNU OpenMP, that alone
+    forbids a child of a fork to use its own.  And workqueue ends the process if two
+    threads enter it at once.
+    """
+    try:
+        layer = numba.threading_layer()
+    except ValueError:  # none is started
+        return False
+    return layer in ("omp", "tbb") and not _forked and numba.get_num_threads() > 1
+
+
+def _plan(
+    template: Function,
+    formula: Function,
+    row: Row,
+    operands: tuple[Any, ...],
+    size: int,
+    grain: int,
+) -> Run:
+    """Return what runs a loop over range(size), in parts of `grain` if that is shared."""
+    kinds = *map(numba.typeof, operands), numba.intp, numba.intp
+    loop, twin = _loop(template, formula, row, kinds)
+    parts = -(-size // grain)
+    if parts < 2 or not _is_shared():
+        return functools.partial(loop, *operands, 0, size)
+    shared, done = twin(), np.zeros(parts, np.bool_)
+    sizes = () if template is _prelu_backward else (size,)
+
+    def run() -> None:
+        shared(*operands, *sizes, PROBE, done)
+        part = -(-size // parts)
+        for i in range(parts):
+            if not done[i]:  # it fell to a thread in another mode
+                loop(*operands, min(i * part, size), min(i * part + part, size))
+
+    return run
+
+
+def _elementwise(
+    template: Function,
+    formula: Function,
+    a: Array,
+    b: Array,
+    y: Array,
+    slope: float = 0.0,
+    inner: int = 1,
+    unit: int = 1,
+) -> Run:
+    row = _row(a)
+    operands = _stored(a), b, _stored(y), slope, inner
+    size = -(-a.size // unit)
+    return _plan(template, formula, row, operands, size, max(1, PART // unit))
+
+
+def _row(x: Array) -> Row:
+    row = row_of(x.dtype)
+    assert row is not None
+    return row
+
+
+def _stored(x: Array) -> Array:
+    return x.view(_row(x).storage)
+
+
+# What the engine asks for -------------------------------------------------------------
+
+
+def empty_like(x: Array, order: Any = "K") -> Array:
+    """Return an array as ``numpy.empty_like`` would make it."""
+    return np.empty_like(x, None, order, False)
+
+
+def empty_bytes(size: int) -> Array:
+    """Return a one-dimensional array of uint8, not initialised."""
+    return np.empty(size, np.uint8)
+
+
+def forward(formula: Function, x: Array, slope: float, y: Array) -> Run:
+    """Write formula(x, slope) into y."""
+    return _elementwise(_forward, formula, x, _stored(x), y, slope)
+
+
+def forward_mask(
+    formula: Function, x: Array, slope: float, y: Array, bits: Array
+) -> Run:
+    """Write formula(x, slope) into y, and which are active into bits."""
+    return _elementwise(_forward_mask, formula, x, bits, y, slope, unit=8)
+
+
+def backward(
+    gradient: Function, grad: Array, slope: float, y: Array, saved: Array
+) -> Run:
+    """Write gradient(grad, saved, slope) into y."""
+    return _elementwise(_backward, gradient, grad, _stored(saved), y, slope)
+
+
+def backward_mask(
+    gradient: Function, grad: Array, slope: float, y: Array, bits: Array
+) -> Run:
+    """Write gradient(grad, 1 or 0, slope) into y."""
+    return _elementwise(_backward_mask, gradient, grad, bits, y, slope)
+
+
+def prelu(formula: Function, x: Array, slopes: Array, y: Array, inner: int) -> Run:
+    """Write formula(x, slope of x's channel) into y."""
+    return _elementwise(_prelu, formula, x, slopes, y, inner=inner, unit=inner)
+
+
+def prelu_backward(
+    gradient: Function,
+    grad: Array,
+    x: Array,
+    slopes: Array,
+    y: Array,
+    inner: int,
+    sums: Array,
+) -> Run:
+    """Write the gradient towards x into y, and sums and their errors into sums."""
+    if slopes.size == 1:
+        inner = 1  # any piece of one channel is a row
+    width = slopes.size * inner
+    outer = x.size // width
+    rows = max(-(-SUMMED // width), -(-outer // PARTS))
+    parts = np.zeros((2, -(-outer // rows), slopes.size))
+    operands = _stored(grad), _stored(x), slopes, _stored(y), parts, inner, rows
+    loop = _plan(_prelu_backward, gradient, _row(x), operands, parts.shape[1], 1)
+    add_up = _adder(numba.typeof(parts), numba.typeof(sums))
+
+    def run() -> None:
+        loop()
+        add_up(parts, sums)
+
+    return run
+
+
+class MemoryPool:
+    """No pool: results are ordinary arrays.  The names are those of the fast loops'."""
+
+    def used_bytes(self) -> int:
+        """Return 0."""
+        return 0
+
+    free_bytes = total_bytes = get_limit = used_bytes
+
+    def free_all_blocks(self) -> None:
+        """Have nothing to give back."""
+
+    def set_limit(self, size: int) -> None:
+        """Take a limit that is never reached."""
+
+
+_DEFAULT = MemoryPool()
+
+
+def get_default_memory_pool() -> Any:
+    """Return a pool that holds nothing."""
+    return _DEFAULT
+
+
+# The way without quick calls ----------------------------------------------------------
+
+
+class _NoCall:
+    """Stands for a quick call, and leaves all to Python."""
+
+    def prepare(self, *_: Any, **__: Any) -> None:
+        """Have nothing to prepare."""
+
+    def call(self, *_: Any) -> None:
+        """Answer nothing."""
+
+    def block_of(self, *_: Any) -> int:
+        """Have one block."""
+        return 0
+
+
+_NO_CALL = _NoCall()
+
+
+def flat_call(formula: Function, *, gradient: bool) -> Any:
+    """Return what leaves all to Python."""
+    return _NO_CALL
+
+
+mask_call = channel_call = flat_call
