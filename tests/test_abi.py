@@ -4,6 +4,7 @@ import ctypes
 import importlib
 import sys
 import time
+import types
 
 import numpy as np
 import pytest
@@ -11,8 +12,8 @@ from reference import assert_same
 from test_threads import run
 
 import fastrelu as F
-from fastrelu import _dispatch, activations, cpu
-from fastrelu.cpu import abi, portable
+from fastrelu import _arguments, _dispatch, _dtypes, activations, cpu
+from fastrelu.cpu import abi, jit, lanes, portable
 
 pytestmark = pytest.mark.skipif(not cpu.is_fast(), reason="nothing is taken for proven")
 
@@ -226,3 +227,72 @@ def test_a_doubt_at_first_use(monkeypatch):
     cpu._loops = importlib.import_module("fastrelu.cpu.fast")
     assert_same(F.leaky_relu(x[::2], 0.5), np.where(x > 0, x, x / 2)[::2])
     assert not cpu.is_fast()
+
+
+# What else is looked at ---------------------------------------------------------------
+
+
+def test_words_that_point_elsewhere(monkeypatch):
+    real, numbers = abi.word, (ctypes.c_int64 * 8)()
+    place = ctypes.addressof(numbers)
+
+    def word(value, i):
+        ndim = getattr(value, "ndim", 0)
+        return {abi.SHAPE: place, abi.STRIDES: place + 8 * ndim}.get(i) or real(
+            value, i
+        )
+
+    with monkeypatch.context() as patch:
+        patch.setattr(abi, "word", word)
+        patch.setattr(abi, "_ARRAY_API", 1.5)
+        assert "the shape of an array" in abi.doubt()
+
+    def more(value, i):
+        return real(value, i) + bool(getattr(value, "metadata", None))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(abi, "word", more)
+        patch.setattr(abi, "_arrays", list)
+        assert "the same dtype has two numbers" in abi.doubt()
+    other = types.SimpleNamespace(version=2, malloc=1, free=1)
+    handler = types.SimpleNamespace(from_address=lambda _: other)
+    monkeypatch.setattr(abi, "Handler", handler)
+    assert "memory handler is another one" in abi.doubt()
+
+
+def test_fast_loops_that_cannot_be_imported(monkeypatch):
+    monkeypatch.delattr(cpu, "fast")
+    monkeypatch.setitem(sys.modules, "fastrelu.cpu.fast", None)
+    loops, why = cpu._choose()
+    assert loops is portable
+    assert "fastrelu.cpu" in why
+
+
+@pytest.mark.parametrize("error", [MemoryError, abi.Unproven])
+def test_what_is_no_change_of_numbas(error):
+    def function():
+        raise error
+
+    with pytest.raises(error):
+        jit.shielded(function)()
+
+
+def test_loops_of_a_dtype_that_is_not_accepted():
+    with pytest.raises(TypeError, match="no loops are known for dtype"):
+        lanes.lane_of(np.dtype("S4"))
+    assert _dtypes.name_of(np.dtype("S4")) == "bytes32"
+
+
+def test_bits_that_change_after_they_were_checked():
+    mask, grad = F.Mask(np.zeros(1, np.uint8), 8), np.zeros(8)
+    with pytest.raises(ValueError, match="stay as they are"):
+        _arguments.bits_of(mask, np.zeros(2, np.uint8), "grad_output", grad)
+
+
+def test_what_a_handler_raises_while_a_mask_is_compared(monkeypatch):
+    """Its shape is plain, so that nobody else can have raised that."""
+    mask, grad = F.Mask(np.zeros(1, np.uint8), 8), np.zeros(8)
+    mask.shape = np.array([8, 8])
+    monkeypatch.setattr(_dispatch, "_is_plain", lambda mask: True)
+    with pytest.raises(ValueError, match="truth value"):
+        activations._relu_backward_calls.backward(grad, mask, 0.0, False, None)

@@ -188,6 +188,11 @@ def test_parts_of_threads_in_another_mode_are_done_by_the_caller(
     portable._loop.cache_clear()
     x = sample((1000,), np.dtype(np.float32))
     assert_same(F.relu(x), reference.forward("relu", x))
+    modes = iter([0] + [1, 0, 2] * 1000)
+    weight = normal(1, np.float32)
+    dx, dw = F.prelu_backward(x, x, weight)
+    assert_same(dx, reference.backward("prelu", x, x, weight=weight))
+    assert_weight_gradient(dw, x, x, weight)
     portable._loop.cache_clear()
 
 
