@@ -403,3 +403,32 @@ def test_caches_that_nobody_tells_of(monkeypatch, tmp_path):
 )
 def test_a_last_level_that_others_use_too(size, private, processors, ours):
     assert threads._last_level(size, private, processors) == ours
+
+
+MODES = {
+    "x86_64-unknown-linux-gnu": ("stmxcsr", "ldmxcsr"),
+    "aarch64-unknown-linux-gnu": ("get.fpcr", "set.fpcr"),
+    "riscv64-unknown-linux-gnu": (None, None),
+}
+
+
+@pytest.mark.parametrize("triple", MODES)
+def test_how_a_processor_is_asked_for_its_mode(triple, monkeypatch):
+    """Where nobody knows how, the answer is that no loop is shared."""
+    monkeypatch.setattr(llvm, "get_process_triple", lambda: triple)
+    word, context = ir.IntType(64), types.SimpleNamespace(get_dummy_value=bool)
+    for intrinsic, expected in zip(
+        (threads._mode, threads._set_mode), MODES[triple], strict=True
+    ):
+        module = ir.Module()
+        function = ir.Function(module, ir.FunctionType(word, [word]), "mode")
+        builder = ir.IRBuilder(function.append_basic_block())
+        asked = (None,) if intrinsic is threads._mode else (None, None)
+        _, codegen = intrinsic._defn(*asked)
+        answer = codegen(context, builder, None, function.args)
+        builder.ret(answer or word(0))
+        llvm.parse_assembly(str(module)).verify()
+        assert ("call" in str(module)) == (expected is not None)
+        assert (expected or "i64 -1") in str(module) or intrinsic is threads._set_mode
+        if expected:
+            assert expected in str(module)

@@ -96,7 +96,8 @@ def twin_of(lane):
         assert values.size == loops.WORD
         return reference.mask_bits(values).view(np.uint64)[0]
 
-    plain = portable._itself, portable._itself
+    same = getattr(lanes._same, "py_func", lanes._same)
+    plain = same, same
     load, store = portable._HALVES.get(lane.name, plain)
     return dataclasses.replace(lane, active=active, load=load, store=store)
 
