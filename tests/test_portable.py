@@ -183,17 +183,26 @@ def test_parts_of_threads_in_another_mode_are_done_by_the_caller(
     interpreted, monkeypatch
 ):
     """Each thread says in which mode it is; here every second part is in another."""
-    modes = iter([0] + [1, 0, 2] * 1000)
+    modes, again, real = iter([0] + [1, 0, 2] * 1000), [], portable._loop
     monkeypatch.setattr(portable, "_mode", lambda probe: next(modes))
-    portable._loop.cache_clear()
+
+    def counted(*given):
+        loop, twin = real(*given)
+        return lambda *operands: again.append(loop(*operands)), twin
+
+    monkeypatch.setattr(portable, "_loop", counted)
+    real.cache_clear()
     x = sample((1000,), np.dtype(np.float32))
     assert_same(F.relu(x), reference.forward("relu", x))
+    assert len(again) > 5
     modes = iter([0] + [1, 0, 2] * 1000)
+    again.clear()
     weight = normal(1, np.float32)
     dx, dw = F.prelu_backward(x, x, weight)
     assert_same(dx, reference.backward("prelu", x, x, weight=weight))
     assert_weight_gradient(dw, x, x, weight)
-    portable._loop.cache_clear()
+    assert len(again) > 5
+    real.cache_clear()
 
 
 MODE = """
