@@ -28,7 +28,7 @@ from fastrelu.cuda.work import (
     run_mask,
     weight_layout,
 )
-from fastrelu.mask import Mask
+from fastrelu.mask import ANSWERS, Mask
 
 _Plan = tuple[launch.Kernel, Any, int]  # with the slope's type and an element's bytes
 _View = tuple[int, int, int]  # (outer, channels, inner)
@@ -79,7 +79,7 @@ class Calls:
             return self._elementwise("gradient", grad, saved, slope, inplace, out)
         try:
             bits = saved.bits if saved.shape == grad.shape else None
-        except AttributeError:  # deleted since the mask was made
+        except (*ANSWERS, MemoryError):  # changed since it was made, it may be anything
             return None
         return self._elementwise("flag", grad, bits, slope, inplace, out)
 
