@@ -487,22 +487,34 @@ def test_a_peak_is_forgotten(quick_pool):
 
 @linux
 @pytest.mark.skipif(not hasattr(mmap, "MADV_FREE"), reason="needs MADV_FREE")
-def test_the_system_may_take_what_is_idle(empty_pool):
+def test_the_system_may_take_what_is_idle():
+    """What is in use is never the system's to take."""
+    script = """
+    import time
+    from fastrelu.cpu import pool as module
+    MB = 1 << 20
     def takeable():
         with open("/proc/self/smaps_rollup") as file:
             lines = dict(line.split(":", 1) for line in file if ":" in line)
         return int(lines["LazyFree"].split()[0]) << 10
-
-    empty_pool._words[pool._PERIOD] = 300_000
-    before, y = takeable(), empty_pool.empty_bytes(16 * MB)
+    pool = module.MemoryPool(64 * MB)
+    y = pool.empty_bytes(16 * MB)
     y[:] = 1
+    used = takeable()
     del y
-    wait_until(lambda: takeable() - before > 15 * MB)
-    assert empty_pool.free_bytes() == 16 * MB
-    y = empty_pool.empty_bytes(16 * MB)
+    end, most = time.monotonic() + 9, 0  # after ten seconds it is handed back
+    while most < 12 * MB and time.monotonic() < end:
+        most = max(most, takeable())
+        time.sleep(0.01)
+    idle = pool.free_bytes()
+    y = pool.empty_bytes(16 * MB)
     y[:] = 2
-    assert takeable() - before < MB
-    assert (y == 2).all()
+    print(used, most, idle, takeable(), (y == 2).all())
+    """
+    used, most, idle, again, whole = run(script).split()
+    assert int(most) >= 12 * MB  # all but what shares huge pages with others
+    assert int(idle) == 16 * MB
+    assert (used, again, whole) == ("0", "0", "True")
 
 
 @needs_fork
