@@ -9,12 +9,14 @@ import numba
 import numpy as np
 import pytest
 
-from fastrelu import _peers
+from fastrelu.cli.peers import libraries
+from fastrelu.cli.peers.cases import Case
+from fastrelu.cli.peers.team import Team
 
 sys.path.insert(0, str(Path(__file__).parent))
 import roof
 
-PEERS = {**_peers.PEERS, "c": roof.Roof}
+PEERS = {**libraries.PEERS, "c": roof.Roof}
 
 
 def pytest_addoption(parser):
@@ -58,7 +60,7 @@ def limit():
     """Return the bytes the hardware copies, in 10^9 a second; None without C."""
     if roof.Roof.missing():
         return None
-    with _peers.Team([roof.Roof]) as team:
+    with Team([roof.Roof]) as team:
         (result,) = team.measure(roof.LIMIT)
     return None if result.error else result.gb_per_s
 
@@ -76,7 +78,7 @@ def pytest_generate_tests(metafunc):
         (case, peer.name)
         for case in module.cases(config.getoption("--full"))
         for peer in peers_of(module, config)
-        if not peer.lacks(_peers.Case.parse(case))
+        if not peer.lacks(Case.parse(case))
     ]
     metafunc.parametrize(("case", "peer"), pairs, ids=map("-".join, pairs))
 
@@ -90,7 +92,7 @@ def peers_of(module, config):
 
 @pytest.fixture(scope="module")
 def team(request):
-    with _peers.Team(peers_of(request.module, request.config)) as team:
+    with Team(peers_of(request.module, request.config)) as team:
         yield team
 
 
@@ -106,7 +108,7 @@ def measured(case, peer, team, request):
             if item.module is request.module and hasattr(item, "callspec")
         ]
         names = [p["peer"] for p in params if p["case"] == case]
-        results = team.measure(_peers.Case.parse(case), names)
+        results = team.measure(Case.parse(case), names)
         MEASURED[key] = {result.peer: result for result in results}
     return MEASURED[key][peer]
 

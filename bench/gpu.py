@@ -25,9 +25,10 @@ from pathlib import Path
 
 import report
 
-from fastrelu import _peers
-from fastrelu.__main__ import INTERRUPTED, countdown
-from fastrelu._peers import COMMON
+from fastrelu.cli.bench import countdown
+from fastrelu.cli.interrupts import INTERRUPTED, raised_interrupt
+from fastrelu.cli.peers.cases import COMMON, Case
+from fastrelu.cli.peers.team import Worker, WorkerError
 
 BENCH = Path(__file__).resolve().parent
 WORKER = [sys.executable, str(BENCH / "gpu_worker.py")]
@@ -62,7 +63,7 @@ def cases():
 
 
 class Gpu:
-    """The process that works on the GPU, as _peers.Worker wants to know it."""
+    """The process that works on the GPU, as Worker wants to know it."""
 
     def __init__(self, command, **environment):
         self.command = lambda: command
@@ -75,7 +76,7 @@ class Run:
     def __init__(self, options, command):
         self.deadline = time.monotonic() + 60 * options.minutes
         self.last_check = self.deadline - REST * 60 * options.minutes
-        self.worker = _peers.Worker(Gpu(command))
+        self.worker = Worker(Gpu(command))
         self.options, self.path = options, None
         self.gpu = {"checks": [], "absent": {}, "dropped": [], "errors": [], "host": {}}
         self.results = report.Results({"gpu": self.gpu}, {})
@@ -91,7 +92,7 @@ class Run:
         timer.start()
         try:
             answer = self.worker.ask(*request)
-        except _peers.WorkerError as error:
+        except WorkerError as error:
             late = f" after {limit:.0f} s" * (not timer.is_alive())
             answer = {"error": f"{error}{late}"}
         finally:
@@ -182,7 +183,7 @@ class Run:
         self.fail(name, why)
 
     def measure(self, name):
-        case = _peers.Case.parse(name)
+        case = Case.parse(name)
         answer = self.ask("measure", name, self.peers, TURNS)
         if "error" in answer:
             self.error(name, answer["error"], ours=True)
@@ -226,14 +227,14 @@ def tune(options, command):
     for threads in THREADS:
         with tempfile.TemporaryDirectory() as folder:
             gpu = Gpu([*command, "--threads", str(threads)], FASTRELU_CACHE_DIR=folder)
-            worker = _peers.Worker(gpu)
+            worker = Worker(gpu)
             for name in names:
-                with contextlib.suppress(_peers.WorkerError):
+                with contextlib.suppress(WorkerError):
                     answer = worker.ask("measure", name, [report.OURS], TURNS)
                     result = answer.get("results", {}).get(report.OURS, {})
                     if seconds := result.get("seconds"):
                         median = statistics.median(seconds)
-                        rate = _peers.Case.parse(name).bytes / median / 1e9
+                        rate = Case.parse(name).bytes / median / 1e9
                         reached[name, threads] = rate
                 worker.revive()
             worker.end()
@@ -265,15 +266,14 @@ def main(arguments=None, command=WORKER):
         tune(options, command)
         return 0
     run, status = Run(options, command), 0
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        run.go()
-    except KeyboardInterrupt:
-        print("bench/gpu.py: interrupted", file=sys.stderr)
-        status = INTERRUPTED
-    finally:
-        signal.signal(signal.SIGINT, before)
-        run.worker.end()
+    with raised_interrupt():
+        try:
+            run.go()
+        except KeyboardInterrupt:
+            print("bench/gpu.py: interrupted", file=sys.stderr)
+            status = INTERRUPTED
+        finally:
+            run.worker.end()
     if run.path is not None and run.path.exists():
         if run.results.cells:
             given = ["--readme", str(options.readme), "--out", str(options.out)]

@@ -18,11 +18,11 @@ import numpy as np
 from gpu_device import Twin, put
 
 import fastrelu as F
-from fastrelu.activations import ACTIVATIONS
 
 TESTS = Path(__file__).parents[1] / "tests"
 sys.path.insert(0, str(TESTS))
 from conftest import (
+    ACTIVATIONS,
     FLOATS,
     INTEGERS,
     LAYOUTS,
@@ -87,8 +87,9 @@ def compare(library, function, *given, **more):
         assert_weight_gradient(library.get(got[1]), *given, more["axis"])
     elif isinstance(expected, tuple):
         masks = [result[1] for result in (got, expected)]
-        pairs = [(got[0], expected[0]), [mask.bits for mask in masks]]
-        pairs.append([mask.unpack() for mask in masks])
+        pairs = [(got[0], expected[0]), [mask.unpack() for mask in masks]]
+        in_order = masks[1].unpack().transpose(masks[0].axes)
+        pairs.append((masks[0].bits, np.packbits(in_order, bitorder="little")))
     for a, b in pairs:
         assert_same(library.get(a), b)
     for twin in twins.values():
@@ -109,7 +110,7 @@ def check_values(name, dtype, device, library):
             call = functools.partial(compare, library, **slope, **options)
             call(row.forward, lay(x, layout))
             call(backward, lay(g, layout), lay(x, layout))
-            if row.parameter == "weight":
+            if not row.takes_mask:
                 continue
             call(row.forward, lay(x, layout), return_mask=True)
             if way == "fresh":
@@ -122,9 +123,10 @@ def check_values(name, dtype, device, library):
 def slopes(row, dtype):
     if row.parameter == "weight":
         return [{"weight": normal(1, dtype, 9)}]
-    if row.parameter is None:
-        return [{}]
-    return [{row.parameter: slope} for slope in (0.2, -0.5)]
+    if row.parameter == "slopes":
+        return [{"lower": 0.2, "upper": 0.2, "slopes": 0.2}]
+    examples = list(zip(*row.examples.values(), strict=False))[:2]
+    return [dict(zip(row.examples, each, strict=True)) for each in examples] or [{}]
 
 
 def places(library):
@@ -378,5 +380,5 @@ def checks(libraries):
 def values():
     """Yield activations with the dtypes that they take."""
     for name, row in ACTIVATIONS.items():
-        for dtype in FLOATS + INTEGERS * row.integers:
+        for dtype in FLOATS + INTEGERS * row.spec.integers:
             yield name, dtype

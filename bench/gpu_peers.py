@@ -1,4 +1,4 @@
-"""The peers of fastrelu/_peers.py on a GPU, in one process, on the same arrays."""
+"""The peers of fastrelu/cli/peers/ on a GPU, in one process, on the same arrays."""
 
 import importlib.util
 import math
@@ -10,8 +10,11 @@ from functools import partial
 import numpy as np
 from gpu_device import CuPy, PyTorch, version
 
-from fastrelu import _peers
-from fastrelu._peers import BLOCK, SLOPE, Unsupported
+from fastrelu.cli.peers import base, cases, libraries
+from fastrelu.cli.peers.base import Unsupported
+from fastrelu.cli.peers.cases import BLOCK, block
+from fastrelu.cli.peers.team import Result
+from fastrelu.cli.peers.worker import SLOPE, check
 
 SAMPLES = 5  # in a turn
 LAUNCHES = 100  # in a sample at most: what queues of drivers hold, with room
@@ -20,7 +23,7 @@ CALLS = 200  # of which the host's time is taken
 FLOATS = ("float16", "float32", "float64")
 
 
-class Data(_peers.Data):
+class Data(cases.Data):
     """The arrays of a case on the device."""
 
     def __init__(self, library, case, slope):
@@ -28,9 +31,7 @@ class Data(_peers.Data):
         super().__init__(case, slope)
 
     def normal(self, shape, dtype, seed):
-        size = min(math.prod(shape), BLOCK)
-        block = np.random.default_rng(seed).standard_normal(size).astype(dtype)
-        return self.put(block, shape)
+        return self.put(block(math.prod(shape), seed).astype(dtype), shape)
 
     def put(self, a, shape=None):
         """Return a copy on the device, or of this shape what repeats it."""
@@ -47,7 +48,7 @@ class Data(_peers.Data):
         return self.library.empty_like(array)
 
 
-class Peer(_peers.Peer):
+class Peer(base.Peer):
     """A library on a GPU.
 
     Parameters
@@ -80,9 +81,9 @@ class Peer(_peers.Peer):
         return self.library
 
 
-class FastRelu(Peer, _peers.FastRelu):
+class FastRelu(Peer, libraries.FastRelu):
     def array(self, case, result):
-        return Peer.array(self, case, _peers.FastRelu.array(self, case, result))
+        return Peer.array(self, case, libraries.FastRelu.array(self, case, result))
 
 
 class FastReluCuPy(FastRelu):
@@ -93,7 +94,7 @@ class FastReluTorch(FastRelu):
     name = "fastrelu on PyTorch"
 
 
-class Torch(Peer, _peers.Torch):
+class Torch(Peer, libraries.Torch):
     """PyTorch as it comes."""
 
     def __init__(self, library):
@@ -108,7 +109,7 @@ class Torch(Peer, _peers.Torch):
 
     def array(self, case, result):
         if self.torch.owns(result):
-            return _peers.Torch.array(self, case, result.detach().cpu())
+            return libraries.Torch.array(self, case, result.detach().cpu())
         return Peer.array(self, case, result)
 
 
@@ -180,12 +181,13 @@ class Triton(Torch):
 
     name = "triton"
     modules = ("triton", "torch")
+    activations, arguments = base.Peer.activations, base.Peer.arguments
 
     @classmethod
     def lacks(cls, case):
         if case.row.activation == "prelu" and case.row.passes != "forward":
             return "triton has no kernel for both gradients"
-        return super(_peers.Torch, cls).lacks(case)  # it knows more than PyTorch
+        return super(libraries.Torch, cls).lacks(case)  # it knows more than PyTorch
 
     def array(self, case, result):
         return Peer.array(self, case, result)
@@ -238,7 +240,8 @@ class Jax(Peer):
             None if a is None else jax.dlpack.from_dlpack(a)
             for a in (data.x, data.g, data.slope if data.w is not None else None)
         )
-        slope = w if w is not None else jnp.asarray(data.slope, x.dtype)
+        number = 0.0 if case.row.activation == "relu" else data.slope
+        slope = w if w is not None else jnp.asarray(number, x.dtype)
 
         @jax.jit
         def forward(x, slope):
@@ -314,7 +317,7 @@ class Stopwatch:
 
 def start(device, peer, case, data):
     """Return a stopwatch for a case, if the peer does it right."""
-    _peers.check(peer, case)
+    check(peer, case)
     call = peer.call(case, data)
     result = call()
     if isinstance(peer, FastRelu):
@@ -336,7 +339,7 @@ def check_all(case, data, result):
 
 def measure(device, peers, case, limit, turns):
     """Return the result of each peer for a case, in turn; peers by their names."""
-    results = {name: _peers.Result(case, name) for name in peers}
+    results = {name: Result(case, name) for name in peers}
     watches, kept = {}, None
     for name, peer in peers.items():
         result = results[name]

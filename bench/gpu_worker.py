@@ -15,7 +15,7 @@ import gpu_device
 import gpu_peers
 from gpu_device import version
 
-from fastrelu import _peers
+from fastrelu.cli.peers.cases import Case, dtype_of
 
 
 class Worker:
@@ -75,11 +75,11 @@ class Worker:
 
     def measure(self, name, names, turns):
         """Return the times of a case for these peers, and how fast the device copies."""
-        case = _peers.Case.parse(name)
+        case = Case.parse(name)
         peers = {peer: gpu_peers.PEERS[peer](self.owner) for peer in names}
         for library in self.libraries.values():
             library.release()
-        size = case.n * _peers.dtype_of(case.dtype).itemsize
+        size = case.n * dtype_of(case.dtype).itemsize
         results, self.limits[size] = gpu_peers.measure(
             self.device, peers, case, self.limits.get(size), turns
         )
@@ -91,7 +91,7 @@ class Worker:
 
     def host(self, name, names):
         """Return what a call takes on the host, for us on each library's arrays."""
-        case = _peers.Case.parse(name)
+        case = Case.parse(name)
         peers = {peer: gpu_peers.PEERS[peer](self.owner) for peer in names}
         del peers["fastrelu"]
         ours = {"cupy": gpu_peers.FastReluCuPy, "torch": gpu_peers.FastReluTorch}

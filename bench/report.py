@@ -19,6 +19,8 @@ from statistics import geometric_mean
 from textwrap import fill
 from typing import NamedTuple
 
+from fastrelu.cli.peers.cases import ARGUMENTS
+
 BENCH = Path(__file__).resolve().parent
 OURS, ROOF = "fastrelu", "c"  # the roof is no rival: it shows what the machine can do
 ALONE = "torch-tcmalloc"  # a rival that also gets a line of its own
@@ -278,6 +280,7 @@ def losses(found: list[Duel]) -> list[Duel]:
 
 def markdown(results: Results, *, every: bool = False) -> str:
     """Return the tables: of every way to call, or for the README of the main ones."""
+    results, others = by_arguments(results)
     about, rivals = results.about, peers(results, but=(OURS, ROOF))
     versions = ", ".join(" ".join(pair) for pair in about["versions"].items())
     commands = ", ".join(f"`{command}`" for command in about["commands"])
@@ -297,7 +300,29 @@ the rival is faster.** {place(results).about_limit}
 All dtypes and sizes against the fastest rival: {digest(duels(results))} 
 Against each rival: {each or "-"}.
 {alone if ALONE in rivals else ""}
-{dtype_table(results, rivals)}{pictures}{gpu_part(about)}"""
+{dtype_table(results, rivals)}{arguments_part(others)}{pictures}{gpu_part(about)}"""
+
+
+def by_arguments(results):
+    """Return the results with the plainest arguments, and those with others."""
+    plain = {cell: o for cell, o in results.cells.items() if ":" not in cell.op}
+    rest = {cell: o for cell, o in results.cells.items() if ":" in cell.op}
+    return results._replace(cells=plain), results._replace(cells=rest)
+
+
+def arguments_part(results):
+    """Return what only a report of other arguments has: their table and what they are."""
+    if not results.cells:
+        return ""
+    names = dict.fromkeys(cell.op.partition(":")[2] for cell in results.cells)
+    words = "; ".join(f"`{name}`: {ARGUMENTS[name].words}" for name in names)
+    return f"""
+
+Arguments one step off the plainest. {words}.
+
+{float32_table(results, all_series(results))}
+
+Against the fastest rival: {digest(duels(results))}"""
 
 
 def table(*rows: list[str]) -> str:

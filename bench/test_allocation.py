@@ -7,7 +7,7 @@ import sys
 import pytest
 from variants import variant
 
-from fastrelu._peers import FastRelu, NumPy
+from fastrelu.cli.peers.libraries import FastRelu, NumPy
 
 PEERS = [FastRelu, variant("fastrelu-no-pool", FASTRELU_POOL_LIMIT="0"), NumPy]
 

@@ -11,7 +11,8 @@ import sys
 import pytest
 from variants import variant
 
-from fastrelu._peers import MODES, FastRelu, Torch
+from fastrelu.cli.peers.cases import MODES
+from fastrelu.cli.peers.libraries import FastRelu, Torch
 
 PEERS = [
     FastRelu,

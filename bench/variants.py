@@ -1,6 +1,6 @@
 """This package under other settings, as peers of itself."""
 
-from fastrelu._peers import FastRelu
+from fastrelu.cli.peers.libraries import FastRelu
 
 
 def variant(label, **settings):

@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import importlib
 import importlib.util
 import io
 import os
@@ -13,9 +14,10 @@ import threading
 
 import pytest
 
-from fastrelu import __main__ as command
-from fastrelu import _peers
-from fastrelu._peers import Result
+from fastrelu import cli
+from fastrelu.cli.peers.cases import Case
+from fastrelu.cli.peers.libraries import NumExpr
+from fastrelu.cli.peers.team import Result
 
 pytest.importorskip("rich")
 
@@ -65,7 +67,7 @@ def test_what_there_is_of_cuda(driver, installed, expected, monkeypatch):
 
     monkeypatch.setattr(ctypes, "CDLL", load)
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: installed or None)
-    assert command.cuda() == expected
+    assert cli.info.cuda() == expected
 
 
 # bench --------------------------------------------------------------------------------
@@ -96,11 +98,11 @@ class Team:
 
 
 def bench(*arguments):
-    return command.main(["bench", "--peers", "numpy", "--size", "1k", *arguments])
+    return cli.main(["bench", "--peers", "numpy", "--size", "1k", *arguments])
 
 
 def test_a_table_shows_losses_and_errors(monkeypatch, capsys):
-    monkeypatch.setattr(_peers, "Team", Team)
+    monkeypatch.setattr(cli.bench, "Team", Team)
     assert bench() == 1
     output, errors = capsys.readouterr()
     rows = [re.split(r"  +", line) for line in output.splitlines()[:2]]
@@ -112,18 +114,17 @@ def test_a_table_shows_losses_and_errors(monkeypatch, capsys):
 
 
 def test_peers_that_could_not_be_measured(monkeypatch, capsys):
-    case = _peers.Case.parse("relu-fresh-float32-1k")
+    case = Case.parse("relu-fresh-float32-1k")
     ours = Result(case, "fastrelu", error="no luck")
     other = Result(case, "numpy", seconds=[1e-6])
-    _, row, *_ = command.bench_table([[ours, other]])
+    _, row, *_ = cli.bench.bench_table([[ours, other]])
     assert row.split() == ["relu", "fresh", "1k", "error", "-"]
-    assert command.times_ours(Result(case, "numpy"), other) == "-"
+    assert cli.bench.times_ours(Result(case, "numpy"), other) == "-"
 
 
 def test_an_interrupted_benchmark_without_a_row(monkeypatch, capsys):
-    monkeypatch.setattr(
-        _peers, "Team", type("Team", (Team,), {"ends": KeyboardInterrupt})
-    )
+    interrupted = type("Team", (Team,), {"ends": KeyboardInterrupt})
+    monkeypatch.setattr(cli.bench, "Team", interrupted)
     assert bench() == 128 + signal.SIGINT
     assert capsys.readouterr().out == ""
 
@@ -148,8 +149,8 @@ def test_a_dtype_that_is_not_installed(monkeypatch, capsys):
 
 
 def test_a_peer_that_is_not_installed(monkeypatch, capsys):
-    monkeypatch.setattr(_peers.NumExpr, "modules", ("no_such_module",))
-    call = lambda: command.main(["bench", "--peers", "numexpr"])
+    monkeypatch.setattr(NumExpr, "modules", ("no_such_module",))
+    call = lambda: cli.main(["bench", "--peers", "numexpr"])
     fails_with("no_such_module is not installed", call, capsys)
 
 
@@ -160,7 +161,7 @@ def test_a_bar_counts_the_cases(monkeypatch):
 
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setattr(sys, "stderr", Terminal())
-    with command.countdown(2) as show:
+    with cli.bench.countdown(2) as show:
         show("the first")
         show("the second")
     text = re.sub(r"\x1b\[[?\d;]*\w", "", sys.stderr.getvalue())
@@ -170,7 +171,7 @@ def test_a_bar_counts_the_cases(monkeypatch):
 def test_an_interrupt_where_there_is_nothing_to_keep(monkeypatch, capfd):
     ended = []
     monkeypatch.setattr(os, "_exit", ended.append)
-    command.leave(signal.SIGINT, None)
+    cli.interrupts.leave(signal.SIGINT, None)
     assert ended == [128 + signal.SIGINT]
     assert capfd.readouterr().err.strip() == "fastrelu: interrupted"
 
@@ -180,14 +181,14 @@ def test_an_interrupt_where_there_is_nothing_to_keep(monkeypatch, capfd):
 
 def train(*arguments):
     pytest.importorskip("sklearn")
-    return command.main(["train", "--epochs", "1", *map(str, arguments)])
+    return cli.main(["train", "--epochs", "1", *map(str, arguments)])
 
 
 def test_a_picture_that_cannot_be_written_in_the_end(monkeypatch, tmp_path, capsys):
     def full(path, history):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(command, "draw", full)
+    monkeypatch.setattr(cli.train, "draw", full)
     file = tmp_path / "curves.png"
     file.write_bytes(b"what was there")
     with pytest.raises(SystemExit) as ended:
@@ -204,7 +205,7 @@ def test_an_interrupt_before_the_first_epoch_is_done(monkeypatch, tmp_path, caps
         event.set()
         yield event
 
-    monkeypatch.setattr(command, "deferred_interrupt", interrupted)
+    monkeypatch.setattr(cli.train, "deferred_interrupt", interrupted)
     assert train("--plot", tmp_path / "curves.png") == 128 + signal.SIGINT
     output = capsys.readouterr().out
     assert "Interrupted in epoch 1 of 1" in output
@@ -214,8 +215,14 @@ def test_an_interrupt_before_the_first_epoch_is_done(monkeypatch, tmp_path, caps
 
 @pytest.mark.parametrize("rate", ["fast", "-1", "inf"])
 def test_a_learning_rate_that_is_none(rate, capsys):
-    call = lambda: command.main(["train", "--learning-rate", rate])
+    call = lambda: cli.main(["train", "--learning-rate", rate])
     fails_with("expected a positive number", call, capsys)
+
+
+def test_an_import_runs_nothing():
+    before = signal.getsignal(signal.SIGINT)
+    importlib.import_module("fastrelu.__main__")
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_a_system_without_broken_pipes():

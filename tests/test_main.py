@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 from conftest import PATIENCE, run_command, started
 
-from fastrelu.__main__ import Run, load_digits, main, parser
+from fastrelu.cli import main, parser
+from fastrelu.cli.training import Run, load_digits
 
 pytest.importorskip("sklearn")
 pytest.importorskip("rich")

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from fastrelu import nn
-from fastrelu.__main__ import network
+from fastrelu.cli.training import network
 
 ACTIVATIONS = {
     "relu": nn.ReLU,

@@ -12,14 +12,23 @@ import numpy as np
 import pytest
 from conftest import PATIENCE, floats_here, run_command, started
 
-from fastrelu import _peers
-from fastrelu._peers import COMMON, OPS, PEERS, Case, NumPy, Team, check, size
+from fastrelu.cli.peers.base import Peer, Unsupported
+from fastrelu.cli.peers.cases import COMMON, OPS, Case, Data, size
+from fastrelu.cli.peers.libraries import PEERS, NumPy
+from fastrelu.cli.peers.team import Team, Worker
+from fastrelu.cli.peers.worker import check, serve, settle
 
+# The benchmark has the others in float32 only.
+EVERY_DTYPE = [
+    op
+    for op, row in OPS.items()
+    if row.activation in ("relu", "leaky_relu", "prelu") and row.arguments == "plain"
+]
 CASES = [
     Case(op, mode, dtype, n)
     for op, row in OPS.items()
     for mode in row.modes
-    for dtype in floats_here()
+    for dtype in (floats_here() if op in EVERY_DTYPE else ["float32"])
     for n in (1, 1000)
 ]
 SMALL = Case("relu", "fresh", "float32", 1000)
@@ -43,6 +52,9 @@ def test_every_case_comes_back_from_its_name():
         "relu-fresh-float32-0",
         "relu-fresh-float32-1T",
         "prelu_both-out-float32-1",
+        "squared_relu-inplace-float32-1",
+        "relu:crop-fresh-float32-1",
+        "relu:prelu-fresh-float32-1",
     ],
 )
 def test_there_is_no_such_case(name):
@@ -60,6 +72,10 @@ def test_bytes():
         "relu_backward_mask-fresh-float64-1M": 16 * n + n // 8,
         "prelu_backward_rows-fresh-float32-1M": 12 * n,
         "prelu_both-fresh-float32-1M": 20 * n,
+        "relu6_mask-fresh-float32-1M": 8 * n + n // 8,
+        "rrelu-fresh-float32-1M": 8 * n,
+        "rrelu_backward-fresh-float32-1M": 16 * n,
+        "relu:strided-fresh-float32-1M": 8 * n,
     }
     assert {name: Case.parse(name).bytes for name in expected} == expected
 
@@ -99,9 +115,57 @@ def test_a_wrong_result_is_noticed(what):
         check(Odd(), SMALL)
 
 
+ACTIVE = {
+    "relu6_mask-fresh-float32-1000": lambda x: x > 0,
+    "threshold_mask-fresh-float32-1000": lambda x: x > 0,
+    "relu_mask:nhwc-fresh-float32-1000": lambda x: x > 0.5,
+}
+
+
+@pytest.mark.parametrize("name", ACTIVE)
+def test_a_mask_of_another_predicate_is_noticed(name):
+    case = Case.parse(name)
+
+    class Odd(NumPy):
+        def array(self, case, result):
+            array = super().array(case, result)
+            return ACTIVE[name](Data(case, 0.25).x) if array.dtype == bool else array
+
+    check(NumPy(), case)
+    with pytest.raises(AssertionError, match=r"result 1 is [01] at"):
+        check(Odd(), case)
+
+
+# For 1k: the shape, and the strides in elements.
+LAID_OUT = {
+    "relu:columns": ((2, 512), (1024, 1)),
+    "relu:strided": ((1024,), (2,)),
+    "relu:transposed": ((2, 512), (1, 2)),
+    "relu_mask:nhwc": ((1, 4, 4, 64), (1024, 4, 1, 16)),
+    "relu:crop": ((1, 64, 4, 4), (64 * 36, 36, 6, 1)),
+}
+
+
+@pytest.mark.parametrize("op", LAID_OUT)
+def test_how_arrays_lie(op):
+    data = Data(Case(op, OPS[op].modes[-1], "float32", 1024), 0.25)
+    assert (data.x.shape, tuple(s // 4 for s in data.x.strides)) == LAID_OUT[op]
+    if OPS[op].modes[-1] == "out":
+        assert data.target.flags.c_contiguous
+
+
+def test_what_slopes_and_weights_are():
+    assert type(Data(Case.parse("leaky_relu:int-fresh-float32-8"), 0.25).slope) is int
+    scalar = Data(Case.parse("leaky_relu:scalar-fresh-float64-8"), 0.25).slope
+    assert type(scalar) is np.float64
+    assert Data(Case.parse("prelu:broadcast-fresh-float32-1k"), 0.25).w.ndim == 4
+    slopes = Data(Case.parse("rrelu_backward-fresh-float32-1k"), 0.25).slope
+    assert slopes.shape == (1024,)
+
+
 def test_a_peer_without_a_call():
     with pytest.raises(NotImplementedError):
-        _peers.Peer().call(SMALL, None)
+        Peer().call(SMALL, None)
 
 
 def test_what_onnxruntime_does_not_have(monkeypatch):
@@ -113,7 +177,7 @@ def test_what_onnxruntime_does_not_have(monkeypatch):
 
     monkeypatch.setattr(runtime, "InferenceSession", session)
     peer = PEERS["onnxruntime"]()
-    with pytest.raises(_peers.Unsupported, match="no relu for float32"):
+    with pytest.raises(Unsupported, match="no relu for float32"):
         peer.call(SMALL, peer.data(SMALL, 0.2))
 
 
@@ -124,7 +188,7 @@ def test_how_long_a_worker_settles(busy, monkeypatch):
     monkeypatch.setattr(
         time, "process_time", lambda: next(times) if len(slept) <= busy else 0
     )
-    _peers.settle()
+    settle()
     assert len(slept) == min(busy + 1, 200)
 
 
@@ -152,7 +216,7 @@ def test_a_worker_that_fails_in_its_turn(monkeypatch):
                 return {"error": "no luck"}
             return {"seconds": [1.0]} if request[0] == "turn" else {}
 
-    monkeypatch.setattr(_peers, "Worker", Worker)
+    monkeypatch.setattr("fastrelu.cli.peers.team.Worker", Worker)
     peers = [type(name, (NumPy,), {"name": name}) for name in ("works", "fails")]
     peers.append(type("cannot", (NumPy,), {"name": "cannot"}))
     peers.append(type("lacks", (NumPy,), {"name": "lacks", "dtypes": ("float64",)}))
@@ -169,13 +233,13 @@ def test_a_worker_that_fails_in_its_turn(monkeypatch):
 def test_a_request_that_a_peer_cannot_do(monkeypatch, capfd):
     class Odd(NumPy):
         def call(self, case, data):
-            raise _peers.Unsupported("not this one")
+            raise Unsupported("not this one")
 
     request = json.dumps(["open", SMALL.name])
     monkeypatch.setattr(sys, "stdin", [request])
     kept = os.dup(1), os.dup(2)
     try:
-        _peers.serve(Odd())
+        serve(Odd())
     finally:
         for number, handle in enumerate(kept, 1):
             os.dup2(handle, number)
@@ -193,7 +257,9 @@ def worker(body):
 
         @classmethod
         def command(cls):
-            start = "import os, sys\nfrom fastrelu._peers import *\n"
+            start = "import os, sys\nimport numpy as np\n"
+            start += "from fastrelu.cli.peers.libraries import NumPy\n"
+            start += "from fastrelu.cli.peers.worker import serve\n"
             start += "class Odd(NumPy):\n  def call(self, case, data):\n"
             return [sys.executable, "-c", f"{start}    {body}\nserve(Odd())"]
 
@@ -202,13 +268,13 @@ def worker(body):
 
 def test_the_peers_take_turns(monkeypatch):
     order = []
-    ask = _peers.Worker.ask
+    ask = Worker.ask
 
     def spy(self, *request):
         order.append((self.peer.name, request[0]))
         return ask(self, *request)
 
-    monkeypatch.setattr(_peers.Worker, "ask", spy)
+    monkeypatch.setattr(Worker, "ask", spy)
     with Team([PEERS["fastrelu"], NumPy]) as team:
         results = team.measure(SMALL, turns=2)
     requests = ["open", "turn", "turn", "close"]
@@ -220,11 +286,16 @@ def test_the_peers_take_turns(monkeypatch):
         assert result.version
 
 
+def measured(peers, *cases):
+    with Team(peers) as team:
+        return [result for case in cases for result in team.measure(case, turns=1)]
+
+
 def test_what_a_library_prints_does_no_harm():
     noisy = worker(
         "os.system('echo hello'); print('hello'); return lambda: data.x * (data.x > 0)"
     )
-    (result,) = _peers.measure([SMALL], [noisy], turns=1)
+    (result,) = measured([noisy], SMALL)
     assert not result.error
     assert result.seconds
 
@@ -239,7 +310,7 @@ def test_a_worker_answers_until_there_are_no_more_requests():
         ["turn"],
     ]
     done = subprocess.run(
-        [sys.executable, "-m", "fastrelu._peers", "numpy"],
+        [sys.executable, "-m", "fastrelu.cli.peers.worker", "numpy"],
         input="".join(json.dumps(request) + "\n" for request in requests),
         capture_output=True,
         text=True,
@@ -277,7 +348,7 @@ ERRORS = {
 
 @pytest.mark.parametrize("body", ERRORS)
 def test_a_bad_peer_is_told_and_the_others_go_on(body):
-    odd, ours = _peers.measure([SMALL], [worker(body), NumPy], turns=1)
+    odd, ours = measured([worker(body), NumPy], SMALL)
     assert ERRORS[body] in odd.error
     assert not odd.seconds
     assert ours.seconds
@@ -288,7 +359,7 @@ def test_a_worker_that_died_is_back_for_the_next_case():
         "return sys.exit(1) if case.n == 1000 else lambda: np.maximum(data.x, 0)"
     )
     other = Case("relu", "fresh", "float32", 64)
-    first, second = _peers.measure([SMALL, other], [bad], turns=1)
+    first, second = measured([bad], SMALL, other)
     assert first.error
     assert second.seconds
 

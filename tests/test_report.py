@@ -135,6 +135,23 @@ def test_another_allocator_gets_a_line_of_its_own(tmp_path, measured):
     assert "400 µs · 1.1x torch-tcmalloc" in text
 
 
+def test_other_arguments_have_a_table_of_their_own(tmp_path, measured, run):
+    before, _ = run(measured)
+    times = {("relu:columns", "out", "float32", MI): {"fastrelu": 200, "numpy": 100}}
+    more = write(tmp_path / "more.json", times)
+    text, out = run(measured, more)
+    plain, _, part = text.partition("\n\nArguments one step off the plainest. ")
+    assert before.startswith(plain)
+    assert part.startswith("`columns`: `x[:, :k]` of an array twice as wide.")
+    figures = ["**200 µs · 0.50x numpy**", "41.9, 168% (1M)"]
+    assert rows(part)["`relu:columns` out"] == figures
+    assert "Against the fastest rival: 0.50x as the geometric mean, 1 cells, 1" in part
+    name = "a-machine-2-cores-2030-01-02"
+    assert run(out / f"{name}.json")[0] == text
+    with pytest.raises(SystemExit):
+        run(more, "--check")
+
+
 @pytest.mark.parametrize(
     ("ratio", "text"),
     [(0.5, "0.50x"), (0.949, "0.94x"), (0.9999, "0.99x"), (1, "1.0x"), (99.6, "100x")],

@@ -1,0 +1,177 @@
+"""A network of 14 layers, and how it learns handwritten digits."""
+
+import argparse
+import importlib
+import math
+from collections.abc import Callable, Iterator
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from fastrelu import nn
+from fastrelu.activations import relu
+
+Array = Any
+
+WIDTHS = (1024,) * 5 + (512,) * 8
+CLASSES = 10
+
+# How to make each activation, and the slope that the weights before it are drawn for.
+ACTIVATIONS: dict[str, tuple[Callable[..., nn.Layer], float]] = {
+    "relu": (nn.ReLU, 0.0),
+    "leaky_relu": (nn.LeakyReLU, 0.01),
+    "prelu": (nn.PReLU, 0.25),
+}
+
+
+class Digits(NamedTuple):
+    """Images as rows of 64 numbers around 0, and the digits they show."""
+
+    train_x: Array
+    train_y: Array
+    test_x: Array
+    test_y: Array
+
+
+def load_digits(seed: int) -> Digits:
+    """Return scikit-learn's digits, a fifth of each class kept for the test."""
+    from sklearn import datasets, model_selection
+
+    x, y = datasets.load_digits(return_X_y=True)
+    train_x, test_x, train_y, test_y = model_selection.train_test_split(
+        x.astype(np.float32), y, test_size=0.2, stratify=y, random_state=seed
+    )
+    # One scale for all pixels: those at the rim hardly vary and carry only noise.
+    mean, std = train_x.mean(axis=0), train_x.std()
+    return Digits((train_x - mean) / std, train_y, (test_x - mean) / std, test_y)
+
+
+def array_module(device: str) -> ModuleType:
+    """Return NumPy, or CuPy once it has computed something on the GPU."""
+    if device == "cpu":
+        return np
+    cupy = importlib.import_module("cupy")
+    x = cupy.ones((2, 2), dtype=np.float32)
+    relu(x @ x).sum().item()
+    return cupy
+
+
+def network(
+    activation: str, rng: np.random.Generator, xp: ModuleType = np
+) -> nn.Sequential:
+    """Return the network: 13 hidden layers with an activation each, and the scores."""
+    make, slope = ACTIVATIONS[activation]
+    own = {"xp": xp} if make is nn.PReLU else {}
+    options: dict[str, Any] = {"rng": rng, "xp": xp}
+    layers: list[nn.Layer] = []
+    features = 64
+    for width in WIDTHS:
+        dense = nn.Dense(features, width, negative_slope=slope, **options)
+        layers += [dense, make(**own)]
+        features = width
+    return nn.Sequential(
+        *layers, nn.Dense(features, CLASSES, negative_slope=1, **options)
+    )
+
+
+class Epoch(NamedTuple):
+    """The means over one epoch, and what the network made of the test set after it."""
+
+    loss: float
+    accuracy: float
+    test_loss: float
+    test_accuracy: float
+
+
+class Run:
+    """A training run on arrays of `xp`, which can be left after any step.
+
+    Nothing in a step waits for a GPU: losses stay there until they are shown.
+    """
+
+    def __init__(
+        self, args: argparse.Namespace, digits: Digits, xp: ModuleType = np
+    ) -> None:
+        self.xp = xp
+        self.digits = Digits(*map(xp.asarray, digits))
+        self.rng = np.random.default_rng(args.seed)
+        self.model = network(args.activation, self.rng, xp)
+        self.optimiser = nn.SGD(self.model.parameters, args.learning_rate, momentum=0.9)
+        self.learning_rate: float = args.learning_rate
+        self.epochs: int = args.epochs
+        # As many batches as the size asks for, but even ones: a small rest would
+        # weigh as much as a full batch.
+        self.batches: int = math.ceil(len(digits.train_x) / args.batch_size)
+        self.history: list[Epoch] = []
+        self.steps = 0
+
+    @property
+    def epoch(self) -> int:
+        """The epoch of the latest step, from 1."""
+        return max(1, -(-self.steps // self.batches))
+
+    def warm_up(self) -> None:
+        """Compile every loop that training needs; learn nothing."""
+        rows = self.split(np.arange(len(self.digits.train_x)))[0]
+        self.model.backward(self.model.forward(self.digits.train_x[rows]))
+        self.test()
+
+    def split(self, order: Array) -> list[Array]:
+        """Return the rows of each batch, which are on the device from the start."""
+        batches: list[Array] = self.xp.array_split(self.xp.asarray(order), self.batches)
+        return batches
+
+    def __iter__(self) -> Iterator[Array]:
+        """Train; yield the mean loss and accuracy of the epoch after each step."""
+        for _ in range(self.epochs):
+            seen, means = 0, self.xp.zeros(2)
+            order = self.rng.permutation(len(self.digits.train_x))
+            for rows in self.split(order):
+                seen += len(rows)
+                means += (self.step(rows) - means) * len(rows) / seen
+                if seen == len(order):
+                    self.history.append(Epoch(*read(means), *read(self.test())))
+                yield means
+
+    def step(self, rows: Array) -> Array:
+        """Learn from some rows; return the loss and the accuracy before that."""
+        x, labels = self.digits.train_x[rows], self.digits.train_y[rows]
+        logits = self.model.forward(x)
+        scores, grad = judge(logits, labels)
+        self.model.backward(grad)
+        # Up for two epochs, which a deep network without normalisation needs, then
+        # half a cosine down.
+        up = min(1.0, (self.steps + 1) / (2 * self.batches))
+        down = (1 + math.cos(math.pi * self.steps / (self.epochs * self.batches))) / 2
+        self.optimiser.lr = self.learning_rate * up * down
+        self.optimiser.step()
+        self.steps += 1
+        return scores
+
+    def test(self) -> Array:
+        """Return the loss and the accuracy on the test set."""
+        logits = self.model.forward(self.digits.test_x, training=False)
+        return judge(logits, self.digits.test_y)[0]
+
+
+def judge(logits: Array, labels: Array) -> tuple[Array, Array]:
+    """Return an array of the loss and the accuracy, and the gradient of the loss."""
+    loss, grad = nn.softmax_cross_entropy(logits, labels)
+    accuracy = (logits.argmax(axis=1) == labels).mean()
+    return nn.get_array_module(logits).stack([loss, accuracy]), grad
+
+
+def read(scores: Array) -> tuple[float, float]:
+    """Return the loss and the accuracy as numbers, for which a GPU is waited for.
+
+    Raises
+    ------
+    FloatingPointError
+        If the loss is not finite.
+    """
+    loss, accuracy = scores.tolist()
+    if not math.isfinite(loss):
+        msg = f"the loss is {loss}"
+        raise FloatingPointError(msg)
+    return loss, accuracy
