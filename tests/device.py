@@ -79,6 +79,9 @@ class ndarray(gpu.ndarray, np.lib.mixins.NDArrayOperatorsMixin):
     def reshape(self, *shape):
         return run(self.host.reshape, *shape)
 
+    def transpose(self, axes):
+        return run(self.host.transpose, axes)
+
     def item(self):
         self.machine.synchronised += 1
         return self.host.item()

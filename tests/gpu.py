@@ -50,6 +50,32 @@ class ndarray:
     def reshape(self, shape):
         return ndarray(self.host.reshape(shape), self.data.device_id)
 
+    def transpose(self, axes):
+        return ndarray(self.host.transpose(axes), self.data.device_id)
+
+
+class Drawn(ndarray):
+    """Random numbers, with what CuPy's arrays can do to make others of them"""
+
+    def __init__(self, machine, host):
+        super().__init__(host)
+        self.machine = machine
+
+    def __imul__(self, number):
+        self.host *= number
+        return self
+
+    def __iadd__(self, number):
+        self.host += number
+        return self
+
+    def astype(self, dtype, copy):
+        return self.machine.array(self.host.astype(dtype, copy=copy))
+
+
+def draw(machine, shape, dtype):
+    return Drawn(machine, np.random.default_rng(0).random(shape, dtype))
+
 
 def module(machine):
     cupy = types.ModuleType("cupy")
@@ -59,6 +85,8 @@ def module(machine):
     cupy.unpackbits = lambda x, bitorder: ndarray(
         np.unpackbits(x.host, bitorder=bitorder)
     )
+    cupy.random = types.SimpleNamespace(Generator=np.random.Generator)
+    cupy.random.random = functools.partial(draw, machine)
     stream = types.SimpleNamespace(ptr=machine.stream)
     cupy.cuda = types.SimpleNamespace(get_current_stream=lambda: stream)
     return cupy

@@ -132,7 +132,7 @@ WRONG = """
 import device
 launch = device.Machine.launch
 def lazy(self, kernel, *arguments):
-    if getattr(kernel.options.get("formula"), "__name__", "") != "_relu":
+    if getattr(kernel.options.get("function"), "__name__", "") != "_relu":
         launch(self, kernel, *arguments)
 device.Machine.launch = lazy
 """
@@ -172,7 +172,7 @@ def test_what_is_wrong_is_not_timed(run):
     ],
 )
 def test_what_a_check_speaks_for(name, wrong, right):
-    parse = bench._peers.Case.parse
+    parse = bench.Case.parse
     for failed, dropped in (([name], []), ([], [name])):
         run = types.SimpleNamespace(failed=failed, gpu={"dropped": dropped})
         assert not bench.Run.wrong(run, parse(right))

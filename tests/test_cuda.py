@@ -17,6 +17,7 @@ import ptx
 import pytest
 import reference
 from conftest import (
+    ACTIVATIONS,
     FLOATS,
     LAYOUTS,
     OUT_LAYOUTS,
@@ -31,11 +32,12 @@ from reference import assert_same, assert_weight_gradient
 from test_arguments import OVERLAPS
 
 import fastrelu as F
-from fastrelu.activations import ACTIVATIONS, _leaky_relu
+from fastrelu._spec import Spec
 
 pytest.importorskip("numba_cuda", reason="needs numba-cuda: see the extra cuda13")
 
-from fastrelu.cuda import launch
+from fastrelu import cuda
+from fastrelu.cuda import launch, work
 
 pytestmark = pytest.mark.filterwarnings("ignore::numba.NumbaPerformanceWarning")
 emulated = pytest.mark.skipif(
@@ -150,16 +152,18 @@ def test_out(name, dtype, layout, put):
 
 @pytest.mark.parametrize("layout", ["c", "fortran", "step", "offset"])
 @pytest.mark.parametrize("size", FEW)
-@each(*ALL, where=lambda row: row.parameter != "weight")
+@each(*ALL, where=lambda row: row.takes_mask)
 def test_masks(name, dtype, size, layout, put):
     x, g = sample((size, 3), dtype), sample((size, 3), dtype, 1)
     slopes = slopes_for(name, x)
     lies, _ = place(x, layout)
     y, mask = ACTIVATIONS[name].forward(put(lies), return_mask=True, **slopes)
     assert_same(y.host, reference.forward(name, x, **slopes))
-    assert_same(mask.bits.host, reference.mask_bits(x))
+    passes = reference.active(x, name, **slopes)
+    packed = np.packbits(passes.transpose(mask.axes), bitorder="little")
+    assert_same(mask.bits.host, packed)
     assert mask.nbytes == mask.bits.host.nbytes
-    assert_same(mask.unpack().host, reference.active(x))
+    assert_same(mask.unpack().host, passes)
     lies, _ = place(g, layout)
     dx = ACTIVATIONS[name].backward(put(lies), mask, **slopes)
     assert_same(dx.host, reference.backward(name, g, x, **slopes))
@@ -183,6 +187,129 @@ def test_bits_within_the_output(start, put):
     expected = reference.backward("relu", g, x)
     F.relu_backward(put(g), F.Mask(put(bits), 64), inplace=True)
     assert_same(g, expected)
+
+
+# Operations of any kind ---------------------------------------------------------------
+
+
+def clip(x, low, high):
+    if x < low:
+        return low
+    return high if x > high else x  # noqa: FURB136 - a NaN comes through
+
+
+def within(x, low):
+    return x > low
+
+
+CLIP = Spec(  # whose predicate takes the first of its numbers
+    "clip",
+    clip,
+    lambda g, passes, low: g if passes else low * g,
+    within,
+    "x > low",
+    numbers=("low", "high"),
+    kept=1,
+)
+RELU = Spec(
+    "relu",
+    lambda x: type(x)(0) if x <= 0 else x,
+    lambda g, passes: g if passes else type(g)(0),
+    lambda x: x > 0,
+    integers=True,
+)
+
+
+def joined(a, b, c, s, t):
+    return a if b > s else t if c > s else c
+
+
+def scaled(x, slope):
+    return x if x > 0 else slope * x
+
+
+def by_numpy(function, dtype, *operands):
+    wide = reference.compute_type(dtype).type
+    parts = [a.astype(wide) if isinstance(a, np.ndarray) else wide(a) for a in operands]
+    with np.errstate(all="ignore"):
+        return np.vectorize(function, otypes=[wide])(*parts).astype(dtype)
+
+
+def placed(put, layout, *arrays):
+    return [cuda.read(put(place(a, layout)[0])) for a in arrays]
+
+
+@pytest.mark.parametrize("layout", ["c", "permuted", "step", "broadcast", "misaligned"])
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"], indirect=True)
+def test_three_arrays_and_two_numbers(dtype, layout, gpu, put):
+    host = [sample((5, 3, 7), dtype, seed) for seed in range(3)]
+    if layout == "broadcast":
+        host = [np.broadcast_to(a[:1], a.shape) for a in host]
+    arrays = [("array", x) for x in placed(put, layout, *host)]
+    numbers = [("number", 0.25), ("number", -3.0)]
+    y = cuda.empty_like(arrays[0][1])
+    cuda.elementwise(joined, [*arrays, *numbers], cuda.read(y))
+    assert_same(y.host, by_numpy(joined, dtype, *host, 0.25, -3.0))
+    spread = layout in ("step", "broadcast")
+    assert used(gpu)[-1] == ("strided" if spread else "flat")
+
+
+@pytest.mark.parametrize("layout", ["c", "fortran", "permuted", "step"])
+@pytest.mark.parametrize("dtype", FLOATS, indirect=True)
+def test_a_mask_of_any_predicate_in_the_order_of_memory(dtype, layout, gpu, put):
+    x, g = (sample((3, 5, 6), dtype, seed) for seed in (0, 1))
+    operands = *(("array", a) for a in placed(put, layout, x)), *LIMITS
+    y = cuda.empty_like(operands[0][1])
+    functions = CLIP.formula, CLIP.active, CLIP.kept
+    bits, axes = cuda.elementwise_mask(*functions, operands, cuda.read(y))
+    passes = by_numpy(within, dtype, x, -0.5).astype(bool)
+    assert used(gpu) == ["flat_mask" if layout in DENSE else "strided_mask"]
+    assert axes == ORDERS[layout]
+    assert_same(y.host, by_numpy(clip, dtype, x, -0.5, 1.0))
+    packed = np.packbits(passes.transpose(axes), bitorder="little")
+    assert_same(bits.host, packed)
+    expected = by_numpy(CLIP.gradient, dtype, g, passes.astype("f4"), -0.5)
+    for other in {layout, "c", "negative"}:
+        gpu.launches.clear()
+        (grad,) = placed(put, other, g)
+        dx = cuda.empty_like(grad)
+        mask = "bits", (cuda.read(bits), axes)
+        operands = ("array", grad), mask, LIMITS[0]
+        cuda.elementwise(CLIP.gradient, operands, cuda.read(dx))
+        assert_same(dx.host, expected)
+        flat = other in DENSE and axes == ORDERS[other]
+        assert used(gpu) == ["flat" if flat else "strided"]
+
+
+DENSE = {"c": (0, 1, 2), "fortran": (2, 1, 0), "permuted": (1, 2, 0)}
+ORDERS = {**DENSE, "step": (0, 1, 2), "negative": (0, 1, 2)}
+LIMITS = ("number", -0.5), ("number", 1.0)
+
+
+@pytest.mark.parametrize("layout", ["c", "permuted", "step"])
+def test_the_predicate_within_a_gradient(layout, put):
+    dtype = np.dtype(np.float32)
+    g, x = (sample((3, 5, 6), dtype, seed) for seed in (0, 1))
+    operands = [("array", a) for a in placed(put, layout, g, x)]
+    y = cuda.empty_like(operands[0][1])
+    cuda.elementwise(CLIP.of_saved, [*operands, LIMITS[0]], cuda.read(y))
+    assert_same(y.host, by_numpy(CLIP.of_saved, dtype, g, x, -0.5))
+
+
+@pytest.mark.parametrize("layout", ["c", "step"])
+@pytest.mark.parametrize("dtype", ["float16", "float64"], indirect=True)
+def test_slopes_that_are_drawn(dtype, layout, put):
+    x, g = (sample((5, 7), dtype, seed) for seed in (0, 1))
+    lies, grad = (put(place(a, layout)[0]) for a in (x, g))
+    y, slopes = F.rrelu(lies, 0.25, 0.5, training=True)
+    assert (slopes.dtype, slopes.shape) == (x.dtype, x.shape)
+    assert ((slopes.host >= 0.25) & (slopes.host <= 0.5)).all()
+    assert len({*slopes.host.ravel().tolist()}) > 5
+    assert_same(y.host, reference.forward("rrelu", x, slopes=slopes.host))
+    dx = F.rrelu_backward(grad, lies, slopes)
+    assert_same(dx.host, reference.backward("rrelu", g, x, slopes=slopes.host))
+    with pytest.raises(TypeError, match=r"rng must be a cupy\.random\.Generator .*int"):
+        F.rrelu(lies, training=True, rng=0)
 
 
 # PReLU's weights ----------------------------------------------------------------------
@@ -334,7 +461,7 @@ WIDE = {
     "prelu of a part": ("strided", ROWS, 1),
     "prelu_backward of rows": ("prelu_rows", ROWS, 0),
     "prelu_backward of columns": ("prelu_columns", COLUMNS, 1),
-    "prelu_backward of a part": ("strided_gradient", ROWS, 0),
+    "prelu_backward of a part": ("strided", ROWS, 0),
 }
 
 
@@ -395,30 +522,40 @@ compiled = functools.cache(launch.compile_ptx)
 
 def kernels():
     """Every kind of kernel, by name"""
-    relu = ACTIVATIONS["relu"].forward.__globals__["_relu"]
-    gradient = ACTIVATIONS["relu"].forward.__globals__["_leaky_relu_gradient"]
+    array, number = ("array",), ("number",)
     for dtype in FLOATS:
-        for element in ("input", "gradient", "flag"):
-            formula = _leaky_relu if element == "input" else gradient
-            options = {"element": element, "lane": dtype, "formula": formula}
-            yield "flat", {**options, "wide": False}
+        for function, kinds in (
+            (CLIP.formula, array + 2 * number),
+            (CLIP.of_saved, 2 * array + number),
+            (CLIP.gradient, (*array, "bits", *number)),
+            (joined, 3 * array + 2 * number),
+        ):
+            options = {"function": function, "kinds": kinds, "lane": dtype}
+            yield "flat", options
             yield "strided", {**options, "wide": False, "rank": 2}
-        for element in ("rows", "columns"):
-            options = {"element": element, "lane": dtype, "formula": _leaky_relu}
-            yield "flat", {**options, "weight": dtype, "wide": False}
-        yield "flat_mask", {"formula": relu, "lane": dtype}
-        both = {"gradient": gradient, "lane": dtype, "weight": dtype, "wide": False}
+        weighted = {"lane": dtype, "weight": dtype, "wide": False}
+        options = {**weighted, "function": scaled, "kinds": ("array", "weight")}
+        for layout in ("rows", "columns"):
+            yield "flat", {**options, "layout": layout}
+        yield "strided", {**options, "rank": 2}
         for template in ("prelu_rows", "prelu_columns"):
-            yield template, {**both, "vectors": True, "aligned": True}
-            yield template, {**both, "vectors": True, "aligned": False}
-        yield "strided_gradient", {**both, "rank": 2}
-        yield "strided_mask", {"formula": relu, "lane": dtype, "rank": 2, "wide": True}
+            options = {**weighted, "function": CLIP.of_saved}
+            yield template, {**options, "vectors": True, "aligned": True}
+            yield template, {**options, "vectors": True, "aligned": False}
+        yield from masks(CLIP, dtype)
         yield "strided_sum", {"lane": dtype, "kept": 1, "summed": 2}
         yield "finish", {"lane": dtype}
     for dtype in ("int8", "uint16", "int32", "int64"):
-        options = {"element": "input", "lane": dtype, "formula": relu, "wide": False}
-        yield "flat", options
-        yield "flat_mask", {"formula": relu, "lane": dtype}
+        yield "flat", {"function": RELU.formula, "kinds": array, "lane": dtype}
+        yield from masks(RELU, dtype)
+
+
+def masks(spec, dtype):
+    kinds = ("array", *len(spec.numbers) * ["number"])
+    options = {"function": spec.formula, "kinds": kinds, "lane": dtype}
+    options |= {"active": spec.active, "kept": len(spec.numbers_kept)}
+    yield "flat_mask", options
+    yield "strided_mask", {**options, "rank": 2, "wide": True}
 
 
 def has_vectors(template, options):
@@ -430,9 +567,10 @@ def has_vectors(template, options):
 @pytest.mark.parametrize("capability", CAPABILITIES)
 def test_code(capability):
     for template, options in kernels():
-        text, entry = compiled(launch.kernel(template, **options), capability)
+        text, entry = compiled(work.kernel(template, **options), capability)
         code = text[text.index(entry) :]
         assert ".local" not in code, (template, options)
+        assert "call" not in code, (template, options)
         for access in ("ld.global.v", "st.global.v"):
             assert (access in code) == has_vectors(template, options)
         if options["lane"] != "float64":
@@ -452,7 +590,7 @@ def test_machine_code(capability, tmp_path):
     for template, options in kernels():
         if options["lane"] not in ("float32", "float16"):
             continue
-        kernel = launch.kernel(template, **options)
+        kernel = work.kernel(template, **options)
         text = disassemble(program, kernel, capability, tmp_path / "code")
         assert not [op for op in ("LDL", "STL") if op in text], (template, options)
         registers = max(map(int, re.findall(r"\bR(\d+)\b", text)), default=0) + 1
@@ -471,6 +609,6 @@ def disassemble(program, kernel, capability, file):
 
 
 def test_a_digest_for_each_kernel_and_device():
-    kernels_ = [launch.Kernel(t, o) for t, o in kernels()]
+    kernels_ = [launch.Kernel(work.build, t, o) for t, o in kernels()]
     digests = [k.digest(c) for k in kernels_ for c in CAPABILITIES]
     assert len({*digests}) == len(digests)

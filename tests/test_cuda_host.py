@@ -27,7 +27,7 @@ from fastrelu.cpu import jit
 pytest.importorskip("numba_cuda", reason="needs numba-cuda: see the extra cuda13")
 import gpu as machines
 
-from fastrelu.cuda import arrays, calls, launch
+from fastrelu.cuda import arrays, calls, launch, work
 
 pytestmark = pytest.mark.filterwarnings("ignore::numba.NumbaPerformanceWarning")
 emulated = pytest.mark.skipif(
@@ -46,6 +46,10 @@ class Plain:
         self.short, self.one = put(normal(6, dtype, 5)), put(normal(1, dtype, 6))
         bits = reference.mask_bits(normal(shape, dtype))
         self.mask = F.Mask(put(bits), shape)
+        images = [normal((2, 4, 5, 16), dtype, k) for k in range(3)]
+        self.last = [put(a.transpose(0, 3, 1, 2)) for a in images]  # the channels
+        self.first = [put(a.reshape(2, 16, 4, 5)) for a in images]
+        self.channels, self.dchannels = (put(normal(16, dtype, k)) for k in (7, 8))
 
 
 CALLS = {
@@ -58,7 +62,34 @@ CALLS = {
     "prelu of rows": lambda p: F.prelu(p.x, p.short, axis=0, out=p.y),
     "prelu of columns": lambda p: F.prelu(p.x, p.w, axis=-1, inplace=True),
     "prelu of one": lambda p: F.prelu(p.x, p.one, out=p.y),
+    "an integer": lambda p: F.leaky_relu(p.x, 1, out=p.y),
+    "a NumPy float": lambda p: F.leaky_relu(p.x, np.float64(0.1), out=p.y),
+    "a half": lambda p: F.leaky_relu(p.x, np.float16(0.1), out=p.y),
+    "a byte": lambda p: F.leaky_relu_backward(p.g, p.mask, np.int8(-128), out=p.y),
+    "another order": lambda p: F.relu_backward(*p.last[:2], out=p.last[2]),
 }
+WEIGHTS = (16,), (1, 16, 1, 1), (16, 1, 1), (1, 1), ()
+
+
+def weighted(order, shape, backward):
+    """A call that meets a weight of this shape"""
+
+    def call(p):
+        *arrays, y = getattr(p, order)
+        w, dw = p.channels, p.dchannels
+        if math.prod(shape) == 1:
+            w, dw = w[:1], dw[:1]
+        w, dw = w.reshape(shape), dw.reshape(shape)
+        if backward:
+            return F.prelu_backward(*arrays, w, out=(y, dw))
+        return F.prelu(arrays[0], w, out=y)
+
+    return call
+
+
+for order in ("first", "last"):
+    for shape in WEIGHTS:
+        CALLS[f"prelu, {order}, {shape}"] = weighted(order, shape, False)
 LENDING = {
     "relu with a mask": lambda p: F.relu(p.x, return_mask=True, out=p.y),
     "prelu_backward": lambda p: F.prelu_backward(p.g, p.x, p.w, out=(p.y, p.dw)),
@@ -66,12 +97,16 @@ LENDING = {
         p.g, p.x, p.short, axis=0, out=p.y
     ),
     "fresh": lambda p: F.relu(p.x),
+    "a mask in another order": lambda p: F.relu(p.last[0], return_mask=True),
 }
+for order in ("first", "last"):
+    for shape in WEIGHTS:
+        LENDING[f"prelu_backward, {order}, {shape}"] = weighted(order, shape, True)
 ALL_CALLS = CALLS | LENDING
 
 
 def long_way(patch):
-    for name in ("forward", "backward", "channels"):
+    for name in ("forward", "backward", "by_channel", "by_channel_backward"):
         patch.setattr(calls.Calls, name, lambda *arguments: None)
 
 
@@ -130,6 +165,55 @@ def test_a_call_can_be_captured_in_a_graph(case, gpu, put, monkeypatch):
     ALL_CALLS[case](plain)
     assert len(gpu.launches) == before + (2 if "prelu_backward" in case else 1)
     assert {launched[2] for launched in gpu.launches} == {gpu.stream}
+
+
+NUMBERS = {
+    "float16": (
+        0.5,
+        1,
+        np.float32(0.1),
+        np.uint64(3),
+        2.0**128 - 2.0**104,
+        -(2**53) + 1,
+    ),
+    "float64": (1e300, np.int64(7), np.finfo("f8").max),
+}
+NOT_PLAIN = {
+    "float16": (2.0**128 - 2.0**103, 2**53, np.longdouble(1), True, "1", math.nan),
+    "float64": (-math.inf, 2**53, None),
+}
+
+
+@pytest.mark.parametrize("dtype", NUMBERS)
+def test_numbers_that_are_plain(dtype):
+    compute = work.compute_of(dtype)
+    for number in NUMBERS[dtype]:
+        (scalar,) = calls._scalars((number,), compute)
+        assert type(scalar) is compute
+        assert scalar == compute(float(number))
+        assert math.isfinite(scalar)
+    for number in NOT_PLAIN[dtype]:
+        assert calls._scalars((0.5, number), compute) is None
+    assert calls._scalars((1.0,), np.int8) is None
+
+
+def test_masks_meet_gradients_of_any_order(gpu, put, monkeypatch):
+    """Those of the same order the short way, others the long one"""
+    x, g = (normal((2, 4, 5, 16), FLOAT32, k).transpose(0, 3, 1, 2) for k in (0, 1))
+    expected = reference.backward("relu", g, x)
+    for _ in "12":
+        y, mask = F.relu(put(x), return_mask=True)
+        assert mask.axes == (0, 2, 3, 1)
+        assert y.host.strides == x.strides
+        assert_same(mask.bits.host, reference.mask_bits(x.transpose(mask.axes)))
+        assert_same(F.relu_backward(put(g), mask).host, expected)
+        assert gpu.launches[-1][0].template == "flat"
+    dx = F.relu_backward(put(np.ascontiguousarray(g)), mask)
+    assert_same(dx.host, expected)
+    assert gpu.launches[-1][0].template == "strided"
+    short_way(monkeypatch)
+    y, mask = F.relu(put(x), return_mask=True)
+    assert_same(F.relu_backward(put(g), mask).host, expected)
 
 
 def other_bits(p):
@@ -317,6 +401,8 @@ def test_any_array_with_an_interface(gpu, put):
     assert gpu.lent
     with pytest.raises(TypeError, match="out must be given"):
         F.relu(Interface(x))
+    with pytest.raises(TypeError, match=r"training must be False: .* a Interface"):
+        F.rrelu(Interface(x), training=True)
     with pytest.raises(ValueError, match="out must be writeable"):
         F.relu(Interface(x), out=Interface(out, data=(out.ctypes.data, True)))
 
@@ -420,7 +506,7 @@ def test_arrays_of_numba(order, gpu, numba_array):
         assert_same(y.host, reference.forward("relu", x))
         assert gpu.launches[-1][2] == 0
         y, mask = F.leaky_relu(a, 0.5, return_mask=True)
-        assert_same(mask.bits.host, reference.mask_bits(x))
+        assert_same(mask.bits.host, reference.mask_bits(x.transpose(mask.axes)))
         dx = F.leaky_relu_backward(b, mask, 0.5)
         expected = reference.backward("leaky_relu", g, x, negative_slope=0.5)
         assert_same(dx.host, expected)
@@ -540,6 +626,27 @@ def test_results_and_masks_are_tensors(gpu, monkeypatch):
     assert_same(np.asarray(flags).reshape(x.shape), x > 0)
 
 
+def test_what_real_tensors_draw_and_how_they_turn():
+    torch = pytest.importorskip("torch", reason="needs PyTorch, if without a GPU")
+    library = arrays.library_of(torch.Tensor)
+    for dtype in (torch.bfloat16, torch.float64):
+        x = torch.ones((30, 4), dtype=dtype)
+        drawn, again = (
+            library.uniform(x, 0.25, 0.5, torch.Generator().manual_seed(1))
+            for _ in "12"
+        )
+        assert (drawn.dtype, drawn.shape) == (x.dtype, x.shape)
+        assert bool(((drawn >= 0.25) & (drawn <= 0.5)).all())
+        assert bool((drawn == again).all())
+        assert not bool((drawn == library.uniform(x, 0.25, 0.5, None)).all())
+    with pytest.raises(TypeError, match=r"rng must be a torch\.Generator .* got int"):
+        library.uniform(x, 0.25, 0.5, 0)
+    x = np.random.default_rng(0).random((2, 3, 5)) < 0.5
+    bits = torch.from_numpy(np.packbits(x, bitorder="little"))
+    flags = arrays.unpack(bits, x.shape, (1, 2, 0))
+    assert (flags.numpy() == x.transpose(1, 2, 0)).all()
+
+
 def test_a_weight_within_the_gradient(put):
     """Or what is saved, in part: neither is overwritten before it is read."""
     x, g = normal((30, 7), FLOAT32), normal((30, 7), FLOAT32, 1)
@@ -634,9 +741,9 @@ def cache(monkeypatch, tmp_path):
     return tmp_path / "cache"
 
 
-def fresh(formula=_leaky_relu, lane="float32", wide=False):
-    options = {"element": "input", "formula": formula, "lane": lane, "wide": wide}
-    return launch.Kernel("flat", options)
+def fresh(function=_leaky_relu, lane="float32", wide=False):
+    options = {"function": function, "lane": lane, "wide": wide}
+    return launch.Kernel(work.build, "flat", {**options, "kinds": ("array", "number")})
 
 
 @emulated
@@ -698,8 +805,8 @@ def test_whatever_a_kernel_is_made_of_is_in_its_digest(monkeypatch):
     def below(limit):
         return lambda x, slope: x if x < limit else type(x)(limit)
 
-    def digest(formula=_leaky_relu, capability=(9, 0), **more):
-        return fresh(formula, **more).digest(capability)
+    def digest(function=_leaky_relu, capability=(9, 0), **more):
+        return fresh(function, **more).digest(capability)
 
     names = [digest()]
     names += [digest(below(limit)) for limit in (5, 6)]
@@ -723,9 +830,9 @@ def test_whatever_a_kernel_is_made_of_is_in_its_digest(monkeypatch):
 COLD = """
     import hashlib, sys
     from fastrelu.activations import _leaky_relu
-    from fastrelu.cuda import launch
-    options = {"element": "input", "formula": _leaky_relu, "lane": "float32"}
-    kernel = launch.kernel("flat", wide=False, **options)
+    from fastrelu.cuda import launch, work
+    options = {"function": _leaky_relu, "kinds": ("array", "number")}
+    kernel = work.kernel("flat", lane="float32", wide=False, **options)
     print("ready", flush=True)
     sys.stdin.readline()
     entry, code = launch.machine_code(kernel, (9, 0))

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from reference import assert_same
 
-from fastrelu import __main__ as command
-from fastrelu import nn
+from fastrelu import cli, nn
+from fastrelu.cli import train, training
 
 pytest.importorskip("numba_cuda", reason="needs numba-cuda: see the extra cuda13")
 import device
@@ -149,9 +149,9 @@ def small(monkeypatch):
     """Make the network of the command one for an emulator"""
     for name in ("sklearn", "rich", "matplotlib", "threadpoolctl"):
         pytest.importorskip(name)
-    monkeypatch.setattr(command, "WIDTHS", (16, 8))
-    steps = command.time_activations
-    monkeypatch.setattr(command, "time_activations", lambda run: steps(run, 2))
+    monkeypatch.setattr(training, "WIDTHS", (16, 8))
+    steps = train.time_activations
+    monkeypatch.setattr(train, "time_activations", lambda run: steps(run, 2))
 
 
 def lines(capsys):
@@ -165,10 +165,10 @@ def lines(capsys):
 def test_training(activation, small, gpu, cupy, capsys):
     options = ["train", "--epochs", "3", "--activation", activation]
     options += ["--batch-size", "256", "--learning-rate", "0.05"]
-    assert command.main(options) == 0
+    assert cli.main(options) == 0
     expected = lines(capsys)
     assert not gpu.launches
-    assert command.main([*options, "--device", "cuda"]) == 0
+    assert cli.main([*options, "--device", "cuda"]) == 0
     got = lines(capsys)
     assert gpu.launches
     assert "It runs on a GPU that is none." in got
@@ -181,10 +181,8 @@ def test_training(activation, small, gpu, cupy, capsys):
 
 
 def test_a_run_waits_once_an_epoch(small, gpu, cupy):
-    args = command.parser().parse_args(
-        ["train", "--epochs", "2", "--batch-size", "512"]
-    )
-    run = command.Run(args, command.load_digits(0), cupy)
+    args = cli.parser().parse_args(["train", "--epochs", "2", "--batch-size", "512"])
+    run = training.Run(args, training.load_digits(0), cupy)
     gpu.synchronised = gpu.transferred = 0
     assert len(list(run)) == 2 * run.batches
     assert gpu.synchronised == 2 * 2  # training and test

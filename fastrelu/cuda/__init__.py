@@ -11,10 +11,19 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from fastrelu._arguments import is_on_gpu, kind_of
+from fastrelu._spec import ARRAY, BITS, NUMBER, WEIGHT
 from fastrelu.cuda import arrays, launch
-from fastrelu.cuda.arrays import Array, c_strides
+from fastrelu.cuda.arrays import Array
 from fastrelu.cuda.calls import Calls
-from fastrelu.cuda.launch import THREADS, kernel
+from fastrelu.cuda.config import THREADS
+from fastrelu.cuda.layout import (
+    Axes,
+    channels_of,
+    collapse,
+    is_flat,
+    memory_order,
+    strides_of,
+)
 from fastrelu.cuda.work import (
     INT32,
     Sums,
@@ -23,6 +32,7 @@ from fastrelu.cuda.work import (
     compute_of,
     finish,
     head_of,
+    kernel,
     pairs,
     run_flat,
     run_mask,
@@ -31,18 +41,18 @@ from fastrelu.cuda.work import (
 )
 
 Function = Callable[..., Any]
+Operands = Sequence[tuple[str, Any]]  # kinds and values: of bits (array, axes)
 
 __all__ = [
     "KIND",
     "Calls",
-    "backward",
-    "backward_mask",
+    "elementwise",
+    "elementwise_mask",
     "empty_like",
-    "forward",
     "hold",
-    "prelu",
     "prelu_backward",
     "read",
+    "uniform",
 ]
 
 KIND = "an array on a GPU"
@@ -68,6 +78,12 @@ def empty_like(x: Array) -> Any:
     """Return a new array of x's library, device, shape and dtype."""
     with launch.current(x.device):
         return x.library.empty_like(x.given)
+
+
+def uniform(x: Array, lower: float, upper: float, rng: Any) -> Any:
+    """Return an array like x of numbers that its library draws."""
+    with launch.current(x.device):
+        return x.library.uniform(x.given, lower, upper, rng)
 
 
 # Streams and memory -------------------------------------------------------------------
@@ -100,32 +116,37 @@ def _copy(work: Work, x: Array, y: Array | None = None) -> Array:
     """Write x to y, or to a dense array for the duration of the call."""
     y = _empty(work, x.shape, x.dtype, x.itemsize) if y is None else y
     a, b = (x, y) if x.is_aligned and y.is_aligned else (x.in_bytes(), y.in_bytes())
-    _elementwise(work, "input", _itself, a, a, b, 0.0)
+    _run(work, _itself, [(ARRAY, a)], b)
     return y
 
 
-def _itself(x: Any, slope: Any) -> Any:
+def _itself(x: Any) -> Any:
     return x
 
 
-def _aligned(work: Work, *inputs: Array) -> list[Array]:
-    """Return arrays that a GPU can read: copies of those whose elements it cannot."""
-    return [x if x.is_aligned else _copy(work, x) for x in inputs]
+def _aligned(work: Work, x: Array) -> Array:
+    """Return an array that a GPU can read: a copy of one whose elements it cannot."""
+    return x if x.is_aligned else _copy(work, x)
 
 
 # Layout -------------------------------------------------------------------------------
 
 
-def _memory_order(x: Array) -> list[int]:
-    """Return the axes from the one with the largest stride to the smallest."""
-    return sorted(range(x.ndim), key=lambda axis: -abs(x.strides[axis]))
+def _steps(x: Array) -> Axes:
+    """Return the strides in elements."""
+    return tuple(stride // x.itemsize for stride in x.strides)
 
 
-def _is_flat(x: Array, order: Sequence[int]) -> bool:
-    """Say whether the elements follow one another in this order of the axes."""
-    shape = [x.shape[axis] for axis in order]
-    steps = zip(order, shape, c_strides(shape, x.itemsize), strict=True)
-    return not x.size or all(n == 1 or x.strides[axis] == s for axis, n, s in steps)
+def _order(x: Array) -> Axes:
+    return memory_order(x.shape, _steps(x))
+
+
+def _head(order: Sequence[int], *flat: Array) -> int | None:
+    """Return the elements before the first whole vector, or None: not flat alike."""
+    if not all(is_flat(order, x.shape, _steps(x)) for x in flat):
+        return None
+    first = flat[0]
+    return head_of(first.size, first.itemsize, *(x.pointer for x in flat))
 
 
 def _overlaps(x: Array, y: Array) -> bool:
@@ -133,84 +154,8 @@ def _overlaps(x: Array, y: Array) -> bool:
     if not x.meets(y):
         return False
     same = x.pointer == y.pointer and x.shape == y.shape and x.itemsize == y.itemsize
-    return not (same and _steps(x) == _steps(y))
-
-
-def _steps(x: Array) -> list[int]:
-    """Return the strides that say anything."""
-    return [s for s, n in zip(x.strides, x.shape, strict=True) if n > 1]
-
-
-def _collapse(
-    order: Sequence[int], shape: Sequence[int], strides: Sequence[Sequence[int]]
-) -> tuple[int, list[int]]:
-    """Merge axes that lie behind one another in every array; there is at least one.
-
-    Return how many are left, and their lengths and each array's strides in one list.
-    """
-    merged: list[list[int]] = []  # [length, stride, stride, ...]
-    for axis in order:
-        length = shape[axis]
-        if length == 1:
-            continue
-        steps = [stride[axis] for stride in strides]
-        if merged and all(
-            before == step * length
-            for before, step in zip(merged[-1][1:], steps, strict=True)
-        ):
-            merged[-1] = [merged[-1][0] * length, *steps]
-        else:
-            merged.append([length, *steps])
-    if not merged:
-        merged = [[1] + [0] * len(strides)]
-    columns = zip(*merged, strict=True)
-    return len(merged), [number for column in columns for number in column]
-
-
-def _head(order: Sequence[int], *flat: Array) -> int | None:
-    """Return the elements before the first whole vector, or None: not flat alike."""
-    if not all(_is_flat(x, order) for x in flat):
-        return None
-    first = flat[0]
-    return head_of(first.size, first.itemsize, *(x.pointer for x in flat))
-
-
-def _in_elements(x: Array) -> list[int]:
-    """Return the strides in elements."""
-    return [stride // x.itemsize for stride in x.strides]
-
-
-# Elementwise --------------------------------------------------------------------------
-
-
-def _elementwise(
-    work: Work, element: str, formula: Function, a: Array, b: Array, y: Array, s: float
-) -> None:
-    """Write the formula of a, and of b or the slope s, into y of the same shape.
-
-    For "flag", b holds mask bits in C order; for "strided", weights that are spread.
-    """
-    if a.size == 0:
-        return
-    scalar = compute_of(a.dtype)(s)
-    order = list(range(y.ndim)) if element == "flag" else _memory_order(y)
-    flat = (a, y, b) if element == "gradient" else (a, y)
-    head = None if element == "strided" else _head(order, *flat)
-    pointers = a.pointer, b.pointer, y.pointer
-    options: dict[str, Any] = {"element": element, "formula": formula, "lane": a.dtype}
-    if head == 0 or (head is not None and element != "flag"):
-        code = kernel("flat", wide=False, **options)
-        where = work.device, work.stream
-        run_flat(code, *where, a.itemsize, a.size, head, *pointers, scalar)
-        return
-    if element == "strided":
-        options["weight"] = b.dtype
-    strides = [_in_elements(x) for x in (a, b, y)]
-    if element == "flag":
-        strides[1] = c_strides(a.shape, 1)
-    rank, axes = _collapse(order, a.shape, strides)
-    code = kernel("strided", rank=rank, wide=a.size >= INT32, **options)
-    work.run(code, a.size, *pointers, *axes, a.size, scalar)
+    lengths = zip(x.shape, x.strides, y.strides, strict=True) if same else ()
+    return not (same and all(n == 1 or a == b for n, a, b in lengths))
 
 
 def _target(work: Work, out: Array, *inputs: Array) -> Array:
@@ -223,117 +168,160 @@ def _target(work: Work, out: Array, *inputs: Array) -> Array:
     return out
 
 
-def forward(
-    formula: Function, x: Array, slope: float, out: Array, *, want_mask: bool
-) -> Any:
-    """Write formula(x, slope) into out; return the mask bits if they are wanted."""
-    with _work(x, out) as work:
-        (x,) = _aligned(work, x)
-        y = _target(work, out, x)
-        bits = None
-        if want_mask:
-            bits = x.library.empty_bytes(-(-x.size // 8), x.given)
-            _with_mask(work, formula, x, slope, y, x.library.address(bits))
-        else:
-            _elementwise(work, "input", formula, x, x, y, slope)
+def _view(order: Axes, weight: Array, *flat: Array) -> tuple[int, int, int] | None:
+    """Return (outer, channels, inner) if all lie so in memory, else None."""
+    if not all(is_flat(order, x.shape, _steps(x)) for x in flat):
+        return None
+    return channels_of(order, flat[0].shape, weight.shape, _steps(weight))
+
+
+# Elementwise --------------------------------------------------------------------------
+
+
+def elementwise(function: Function, operands: Operands, out: Array) -> None:
+    """Write the function of the operands into out."""
+    with _work(*_in_memory(operands), out) as work:
+        operands, y = _lay(work, operands, out)
+        _run(work, function, operands, y)
         if y is not out:
             _copy(work, y, out)
-    return bits
 
 
-def _with_mask(
-    work: Work, formula: Function, x: Array, slope: float, y: Array, bits: int
-) -> None:
-    if x.size == 0:
+def elementwise_mask(
+    function: Function,
+    active: Function,
+    kept: int | None,
+    operands: Operands,
+    out: Array,
+) -> tuple[Any, Axes]:
+    """Also return the bits of what is active, in the order of the result's memory.
+
+    The operands are an array and numbers: so many as are kept decide, or all.
+    """
+    (_, x), *numbers = operands
+    with _work(x, out) as work:
+        operands, y = _lay(work, operands, out)
+        kept = len(numbers) if kept is None else kept
+        bits, order = x.library.empty_bytes(-(-x.size // 8), x.given), _order(out)
+        to = y, x.library.address(bits)
+        _run_mask(work, function, active, kept, operands, order, *to)
+        if y is not out:
+            _copy(work, y, out)
+    return bits, order
+
+
+def _in_memory(operands: Operands) -> list[Array]:
+    """Return the operands that lie in memory."""
+    return [
+        value[0] if kind == BITS else value
+        for kind, value in operands
+        if kind != NUMBER
+    ]
+
+
+def _lay(work: Work, operands: Operands, out: Array) -> tuple[Operands, Array]:
+    """Return the operands as a GPU can read them, and where to write."""
+    laid: list[tuple[str, Any]] = [
+        (kind, _aligned(work, value) if kind in (ARRAY, WEIGHT) else value)
+        for kind, value in operands
+    ]
+    y = _target(work, out, *(value for kind, value in laid if kind == ARRAY))
+    for k, (kind, value) in enumerate(laid):
+        # Several threads read the same byte or slope, some of them after another's write.
+        if kind == WEIGHT and value.meets(y):
+            laid[k] = kind, _copy(work, value)
+        elif kind == BITS:
+            bits, order = value
+            if bits.meets(y) or not is_flat([0], bits.shape, _steps(bits)):
+                laid[k] = kind, (_copy(work, bits), order)
+    return laid, y
+
+
+def _numbers(operands: Operands, y: Array) -> list[Any]:
+    """Return the numbers among the operands in the type of products."""
+    compute = compute_of(y.dtype)
+    return [compute(value) for kind, value in operands if kind == NUMBER]
+
+
+def _run(work: Work, function: Function, operands: Operands, y: Array) -> None:
+    """Write the function of the operands into y."""
+    if y.size == 0:
         return
-    scalar = compute_of(x.dtype)(slope)
-    order = range(x.ndim)
+    kinds = tuple(kind for kind, _ in operands)
+    options: dict[str, Any] = {"function": function, "kinds": kinds, "lane": y.dtype}
+    options |= {kind: x.dtype for kind, x in operands if kind == WEIGHT}
+    pointers = *(x.pointer for x in _in_memory(operands)), y.pointer
+    numbers, order = _numbers(operands, y), _order(y)
+    flat = _flat(order, operands, y)
+    if flat:
+        head, more, view = flat
+        code, where = kernel("flat", **options, **more), (work.device, work.stream)
+        run_flat(code, *where, y.itemsize, y.size, head, pointers, *numbers, *view)
+        return
+    strides = [_strides(kind, x, y) for kind, x in operands if kind != NUMBER]
+    rank, axes = collapse(order, y.shape, [*strides, _steps(y)])
+    code = kernel("strided", rank=rank, wide=y.size >= INT32, **options)
+    work.run(code, y.size, *pointers, *axes, y.size, *numbers)
+
+
+def _flat(
+    order: Axes, operands: Operands, y: Array
+) -> tuple[int, dict[str, Any], Axes] | None:
+    """Return the head, and what is to be known of a weight, if all lie so in memory."""
+    head = _head(order, y, *(x for kind, x in operands if kind == ARRAY))
+    if head is None:
+        return None
+    options: dict[str, Any] = {}
+    view: Axes = ()
+    for kind, value in operands:
+        if kind == BITS:  # of which a vector's start where a byte does
+            if head or not is_flat(order, y.shape, _strides(kind, value, y)):
+                return None
+        elif kind == WEIGHT:
+            seen = channels_of(order, y.shape, value.shape, _steps(value))
+            layout = seen and weight_layout(*seen[1:], y.itemsize)
+            if not seen or not layout:
+                return None
+            options, view = {"layout": layout, "wide": y.size >= INT32}, seen[:0:-1]
+    return head, options, view
+
+
+def _strides(kind: str, value: Any, y: Array) -> Sequence[int]:
+    """Return an operand's strides along y's axes: in elements, those of a mask in bits."""
+    if kind == BITS:
+        return strides_of(value[1], y.shape)
+    return _steps(value if kind == ARRAY else value.spread(y.shape))
+
+
+def _run_mask(
+    work: Work,
+    function: Function,
+    active: Function,
+    kept: int,
+    operands: Operands,
+    order: Axes,
+    y: Array,
+    bits: int,
+) -> None:
+    """Write the function of the operands into y, and the bits of what is active."""
+    if y.size == 0:
+        return
+    x, numbers = operands[0][1], _numbers(operands, y)
+    options = {"function": function, "active": active, "kept": kept, "lane": y.dtype}
+    kinds = tuple(kind for kind, _ in operands)
     pointers = x.pointer, y.pointer, bits
     if _head(order, x, y) == 0:
-        code = kernel("flat_mask", formula=formula, lane=x.dtype)
+        code = kernel("flat_mask", kinds=kinds, **options)
         where = work.device, work.stream
-        run_mask(code, *where, x.itemsize, x.size, *pointers, scalar)
+        run_mask(code, *where, y.itemsize, y.size, pointers, *numbers)
         return
-    rank, axes = _collapse(order, x.shape, [_in_elements(x), _in_elements(y)])
-    options = {"rank": rank, "wide": x.size >= INT32}
-    code = kernel("strided_mask", formula=formula, lane=x.dtype, **options)
-    work.run(code, -(-x.size // 8), *pointers, *axes, x.size, scalar)
+    rank, axes = collapse(order, y.shape, [_steps(x), _steps(y)])
+    options |= {"rank": rank, "wide": y.size >= INT32}
+    code = kernel("strided_mask", kinds=kinds, **options)
+    work.run(code, -(-y.size // 8), *pointers, *axes, y.size, *numbers)
 
 
-def backward(
-    gradient: Function, grad: Array, saved: Array, slope: float, out: Array
-) -> None:
-    """Write gradient(grad, saved, slope) into out."""
-    with _work(grad, saved, out) as work:
-        grad, saved = _aligned(work, grad, saved)
-        y = _target(work, out, grad, saved)
-        _elementwise(work, "gradient", gradient, grad, saved, y, slope)
-        if y is not out:
-            _copy(work, y, out)
-
-
-def backward_mask(
-    gradient: Function, grad: Array, bits: Array, slope: float, out: Array
-) -> None:
-    """Write gradient(grad, 1 or 0, slope) into out; the bits are in C order."""
-    with _work(grad, bits, out) as work:
-        (grad,) = _aligned(work, grad)
-        if not _is_flat(bits, [0]) or bits.meets(out):
-            bits = _copy(work, bits)
-        y = _target(work, out, grad)
-        _elementwise(work, "flag", gradient, grad, bits, y, slope)
-        if y is not out:
-            _copy(work, y, out)
-
-
-# A weight for each channel ------------------------------------------------------------
-
-
-def _view(
-    order: Sequence[int], weight: Array, *flat: Array
-) -> tuple[int, int, int] | None:
-    """Return (outer, channels, inner) if all lie so in memory, else None."""
-    if not all(_is_flat(x, order) for x in flat):
-        return None
-    shape = [flat[0].shape[axis] for axis in order]
-    lengths = [weight.shape[axis] for axis in order]
-    vary = [k for k, size in enumerate(lengths) if size > 1]
-    first, last = (vary[0], vary[-1] + 1) if vary else (0, 0)
-    channels = shape[first:last]
-    if lengths[first:last] != channels or not _is_flat(weight, order[first:last]):
-        return None
-    return math.prod(shape[:first]), math.prod(channels), math.prod(shape[last:])
-
-
-def prelu(formula: Function, x: Array, weight: Array, out: Array) -> None:
-    """Write formula(x, weight of x's channel) into out."""
-    with _work(x, weight, out) as work:
-        x, weight = _aligned(work, x, weight)
-        y = _target(work, out, x)
-        if weight.meets(y):
-            weight = _copy(work, weight)
-        _meet(work, formula, x, weight, y)
-        if y is not out:
-            _copy(work, y, out)
-
-
-def _meet(work: Work, formula: Function, x: Array, weight: Array, y: Array) -> None:
-    """Write the formula of x and its channel's weight into y."""
-    if x.size == 0:
-        return
-    order = _memory_order(y)
-    view, head = _view(order, weight, x, y), _head(order, x, y)
-    element = None if view is None else weight_layout(*view[1:], x.itemsize)
-    if view is None or head is None or element is None:
-        spread = weight.spread(x.shape)
-        _elementwise(work, "strided", formula, x, spread, y, 0.0)
-        return
-    _, channels, inner = view
-    options = {"formula": formula, "lane": x.dtype, "weight": weight.dtype}
-    code = kernel("flat", element=element, wide=x.size >= INT32, **options)
-    pointers = x.pointer, weight.pointer, y.pointer
-    where = work.device, work.stream
-    run_flat(code, *where, x.itemsize, x.size, head, *pointers, inner, channels)
+# The gradients of a weight for each channel -------------------------------------------
 
 
 def prelu_backward(
@@ -346,14 +334,14 @@ def prelu_backward(
 ) -> None:
     """Write the gradient towards x into out and that towards weight into out_weight."""
     with _work(grad, x, weight, out, out_weight) as work:
-        grad, x, weight = _aligned(work, grad, x, weight)
+        grad, x, weight = (_aligned(work, array) for array in (grad, x, weight))
         y = _target(work, out, grad, x)
         if weight.meets(y):
             weight = _copy(work, weight)
-        total = out_weight
-        if not total.is_aligned or not _is_flat(total, range(total.ndim)):
+        total, axes = out_weight, range(out_weight.ndim)
+        if not total.is_aligned or not is_flat(axes, total.shape, _steps(total)):
             total = _empty(work, total.shape, total.dtype, total.itemsize)
-        order = _memory_order(y)
+        order = _order(y)
         vary = [axis for axis, size in enumerate(weight.shape) if size > 1]
         view = _view(order, weight, grad, x, y)
         if view and x.size and [axis for axis in order if axis in vary] == vary:
@@ -362,7 +350,8 @@ def prelu_backward(
             sums = both(work, gradient, dtypes, x.itemsize, pointers, view)
         else:
             sums = _sum(work, grad, x, weight)
-            _gradient(work, gradient, grad, x, weight, y)
+            operands = (ARRAY, grad), (ARRAY, x), (WEIGHT, weight)
+            _run(work, gradient, operands, y)
         # Last, because the result may go where an input is.
         finish(work, total.dtype, total.pointer, total.size, sums)
         if y is not out:
@@ -375,32 +364,17 @@ def _sum(work: Work, grad: Array, x: Array, weight: Array) -> Sums:
     """Return the sums of arrays of any layout."""
     kept = [axis for axis, size in enumerate(weight.shape) if size > 1]
     summed = [axis for axis in range(x.ndim) if axis not in kept]
-    strides = _in_elements(grad), _in_elements(x)
+    strides = _steps(grad), _steps(x)
     channels = math.prod(x.shape[axis] for axis in kept)
     size = math.prod(x.shape[axis] for axis in summed)
     splits = splits_of(size, channels)
     pointer = pairs(work, x.dtype, splits * channels)
     if x.size == 0:
         return Sums(pointer, 0, weight.size, 1)
-    kept_rank, kept_axes = _collapse(kept, x.shape, strides)
-    summed_rank, summed_axes = _collapse(summed, x.shape, strides)
+    kept_rank, kept_axes = collapse(kept, x.shape, strides)
+    summed_rank, summed_axes = collapse(summed, x.shape, strides)
     code = kernel("strided_sum", lane=x.dtype, kept=kept_rank, summed=summed_rank)
     threads = splits * channels * THREADS
     pointers = grad.pointer, x.pointer, pointer
     work.run(code, threads, *pointers, *kept_axes, *summed_axes, channels, size, splits)
     return Sums(pointer, splits, channels, 1)
-
-
-def _gradient(
-    work: Work, gradient: Function, grad: Array, x: Array, weight: Array, y: Array
-) -> None:
-    """Write the gradient towards x of arrays of any layout."""
-    if x.size == 0:
-        return
-    every = grad, x, weight.spread(x.shape), y
-    strides = [_in_elements(array) for array in every]
-    rank, axes = _collapse(_memory_order(y), x.shape, strides)
-    options = {"rank": rank, "wide": x.size >= INT32}
-    dtypes = {"lane": x.dtype, "weight": weight.dtype}
-    code = kernel("strided_gradient", gradient=gradient, **dtypes, **options)
-    work.run(code, x.size, *(a.pointer for a in every), *axes, x.size)

@@ -12,8 +12,11 @@ from typing import Any
 
 import numpy as np
 
+from fastrelu._arguments import kind_of
 from fastrelu._dtypes import name_of
 from fastrelu.cuda import launch
+from fastrelu.cuda.config import SIMULATED
+from fastrelu.cuda.layout import c_strides
 
 Place = tuple[int, int, tuple[int, ...]]  # address, device and order, see `look`
 
@@ -113,15 +116,6 @@ class _Addresses:
         }
 
 
-def c_strides(shape: Sequence[int], itemsize: int) -> list[int]:
-    """Return the strides of an array in C order."""
-    strides, step = [], itemsize
-    for length in reversed(shape):
-        strides.append(step)
-        step *= length
-    return strides[::-1]
-
-
 class Library:
     """What is asked of a library.  This one is any with an array interface or DLPack."""
 
@@ -198,6 +192,11 @@ class Library:
         msg = f"out must be given: fastrelu cannot make a {type(given).__name__}"
         raise TypeError(msg)
 
+    def uniform(self, given: Any, lower: float, upper: float, rng: Any) -> Any:
+        """Return an array like another of random numbers, in the type of products."""
+        msg = f"training must be False: fastrelu cannot draw a {type(given).__name__}"
+        raise TypeError(msg)
+
     def empty_bytes(self, size: int, given: Any) -> Any:
         """Return a one-dimensional array of uint8 on the same device."""
         msg = (
@@ -216,6 +215,10 @@ class Library:
         """Return the first bits of a mask as bools."""
         msg = f"fastrelu cannot make a {type(bits).__name__} of bools: see Mask.bits"
         raise TypeError(msg)
+
+    def transpose(self, given: Any, order: Any) -> Any:
+        """Return a view with its axes in another order."""
+        return given.transpose(order)
 
 
 class _Pooled(Library):
@@ -252,6 +255,17 @@ class _CuPy(_Pooled):
             return cupy.empty(given.shape, given.dtype)
         return cupy.empty_like(given)
 
+    def uniform(self, given: Any, lower: float, upper: float, rng: Any) -> Any:
+        random = sys.modules["cupy"].random
+        if rng is not None and not isinstance(rng, random.Generator):
+            msg = f"rng must be a cupy.random.Generator or None, got {kind_of(rng)}"
+            raise TypeError(msg)
+        dtype = "float64" if given.itemsize == 8 else "float32"
+        drawn = (rng or random).random(given.shape, dtype)
+        drawn *= upper - lower
+        drawn += lower
+        return drawn.astype(given.dtype, copy=False)
+
     def empty_bytes(self, size: int, given: Any) -> Any:
         return sys.modules["cupy"].empty(size, "uint8")
 
@@ -277,7 +291,7 @@ class _Numba(Library):
     @staticmethod
     def _place(given: Any) -> tuple[int, int]:
         """Return the address and the device."""
-        if launch.SIMULATED:
+        if SIMULATED:
             return given.ctypes.data, 0
         pointer = given.device_ctypes_pointer.value or 0
         return pointer, launch.device_of(pointer) if pointer else 0
@@ -330,6 +344,18 @@ class _PyTorch(_Pooled):
     def empty_like(self, given: Any) -> Any:
         return sys.modules["torch"].empty_like(given)
 
+    def uniform(self, given: Any, lower: float, upper: float, rng: Any) -> Any:
+        torch = sys.modules["torch"]
+        if rng is not None and not isinstance(rng, torch.Generator):
+            msg = f"rng must be a torch.Generator or None, got {kind_of(rng)}"
+            raise TypeError(msg)
+        dtype = torch.float64 if given.element_size() == 8 else torch.float32
+        options = {"generator": rng, "dtype": dtype, "device": given.device}
+        drawn = torch.rand(given.shape, **options)
+        drawn *= upper - lower
+        drawn += lower
+        return drawn.to(given.dtype)
+
     def empty_bytes(self, size: int, given: Any) -> Any:
         torch = sys.modules["torch"]
         return torch.empty(size, dtype=torch.uint8, device=given.device)
@@ -339,6 +365,9 @@ class _PyTorch(_Pooled):
         places = torch.arange(8, dtype=torch.uint8, device=bits.device)
         flags = (bits[:, None] >> places) & 1
         return flags.to(torch.bool).reshape(-1)[:size]
+
+    def transpose(self, given: Any, order: Any) -> Any:
+        return given.permute(order)
 
 
 _LIBRARIES = {"cupy": _CuPy(), "numba": _Numba(), "torch": _PyTorch()}
@@ -373,6 +402,8 @@ def _handle(stream: Any) -> int:
     return 0 if stream in (None, 1) else int(stream)
 
 
-def unpack(bits: Any, shape: tuple[int, ...]) -> Any:
-    """Return a mask's bits as bools of its shape."""
-    return library_of(type(bits)).unpack(bits, math.prod(shape)).reshape(shape)
+def unpack(bits: Any, shape: tuple[int, ...], order: Any = None) -> Any:
+    """Return a mask's bits as bools of this shape, and its axes then in an order."""
+    library = library_of(type(bits))
+    flags = library.unpack(bits, math.prod(shape)).reshape(shape)
+    return flags if order is None else library.transpose(flags, order)

@@ -8,98 +8,98 @@ Nothing here waits for the device, and all memory comes from the library that an
 belongs to, so that what is queued can be captured in a graph.
 """
 
+import functools
 import math
-from collections.abc import Callable
 from typing import Any
 
+import numpy as np
+
 from fastrelu._dtypes import BY_NAME, is_accepted, name_of
+from fastrelu._spec import ARRAY, BITS, NUMBER, WEIGHT, Spec
 from fastrelu.cuda import launch
 from fastrelu.cuda.arrays import Place, library_of
-from fastrelu.cuda.launch import kernel
+from fastrelu.cuda.config import BYTES
+from fastrelu.cuda.layout import Axes, c_strides, channels_of, memory_order
 from fastrelu.cuda.work import (
-    BYTES,
     INT32,
     Work,
     both,
     compute_of,
     finish,
     head_of,
+    kernel,
     run_flat,
     run_mask,
     weight_layout,
 )
 from fastrelu.mask import ANSWERS, Mask
 
-_Plan = tuple[launch.Kernel, Any, int]  # with the slope's type and an element's bytes
+_Plan = tuple[launch.Kernel, Any, int]  # with numbers' type and an element's bytes
 _View = tuple[int, int, int]  # (outer, channels, inner)
 
 
 class Calls:
-    """The quick calls of one formula for the arrays of one type."""
+    """The quick calls of one activation for the arrays of one type."""
 
-    def __init__(
-        self, kind: type, formula: Callable[..., Any], *, integers: bool
-    ) -> None:
+    def __init__(self, kind: type, spec: Spec) -> None:
         self.kind: Any = kind
         self.library = library_of(kind)
-        self.formula, self.integers = formula, integers
+        self.spec = spec
         self.plans: dict[Any, _Plan | None] = {}
 
     def forward(
-        self, x: Any, slope: Any, inplace: Any, out: Any, return_mask: Any
+        self, x: Any, numbers: Any, inplace: Any, out: Any, return_mask: Any
     ) -> Any:
         """Return y, or (y, mask)."""
         if return_mask is False:
-            return self._elementwise("input", x, x, slope, inplace, out)
+            return self._elementwise("forward", x, None, numbers, inplace, out)
         place = self.library.look(x)
         plan = place and self._plan("mask", x.dtype)
-        if return_mask is not True or not place or not plan or not _is_number(slope):
+        if return_mask is not True or not place or not plan:
             return None
         start, device, order = place
         code, compute, itemsize = plan
-        size = math.prod(x.shape)
-        if order or start % BYTES:
+        scalars = numbers and _scalars(numbers, compute)
+        if start % BYTES or scalars is None:
             return None
+        size = math.prod(x.shape)
         y, target = self._target(x, place, size * itemsize, inplace, out)
         if not target or target % BYTES:
             return None
         bits = self.library.empty_bytes((size + 7) >> 3, x)
         pointers = start, target, self.library.address(bits)
         stream = self.library.stream(x, device)
-        run_mask(code, device, stream, itemsize, size, *pointers, compute(slope))
-        mask = Mask.__new__(Mask)
-        mask.shape, mask.bits = tuple(x.shape), bits
-        return y, mask
+        run_mask(code, device, stream, itemsize, size, pointers, *scalars)
+        axes = _axes(x.shape, order) if order else None
+        return y, Mask._make(bits, tuple(x.shape), axes, self.spec.predicate)
 
     def backward(
-        self, grad: Any, saved: Any, slope: Any, inplace: Any, out: Any
+        self, grad: Any, saved: Any, numbers: Any, inplace: Any, out: Any
     ) -> Any:
         """Return the gradient towards x."""
-        if type(saved) is not Mask:
-            return self._elementwise("gradient", grad, saved, slope, inplace, out)
-        try:
-            bits = saved.bits if saved.shape == grad.shape else None
-        except (*ANSWERS, MemoryError):  # changed since it was made, it may be anything
-            return None
-        return self._elementwise("flag", grad, bits, slope, inplace, out)
+        what = "bits" if type(saved) is Mask else "saved"
+        return self._elementwise(what, grad, saved, numbers, inplace, out)
 
     def _elementwise(
-        self, element: str, a: Any, b: Any, slope: Any, inplace: Any, out: Any
+        self, what: str, a: Any, b: Any, numbers: Any, inplace: Any, out: Any
     ) -> Any:
         place = self.library.look(a)
-        plan = place and self._plan(element, a.dtype)
-        if not place or not plan or not _is_number(slope):
+        plan = place and self._plan(what, a.dtype)
+        if not place or not plan:
             return None
-        start, device, order = place
+        start, device, _ = place
         code, compute, itemsize = plan
+        scalars = numbers and _scalars(numbers, compute)
+        if scalars is None:
+            return None
         size = math.prod(a.shape)
         nbytes = length = size * itemsize
         other = beside = start
-        if element == "gradient":  # whose result may go where the saved array is
+        if what == "saved":  # the result may go where the saved array is
             other = beside = self._beside(b, a, place)
-        elif element == "flag":
+        elif what == "bits":
             beside, length = 0, (size + 7) >> 3  # a vector starts where a byte does
-            other = 0 if order else self._bits(b, length, device)
+            other = self._bits(b, length, a, place)
         if not other:
             return None
         y, target = self._target(a, place, nbytes, inplace, out)
@@ -108,33 +108,21 @@ class Calls:
             return None
         if target != beside and _meet(target, nbytes, other, length):
             return None
-        s, stream = compute(slope), self.library.stream(a, device)
-        run_flat(code, device, stream, itemsize, size, head, start, other, target, s)
+        pointers = (start, target) if what == "forward" else (start, other, target)
+        stream = self.library.stream(a, device)
+        run_flat(code, device, stream, itemsize, size, head, pointers, *scalars)
         return y
 
-    def channels(
-        self, a: Any, weight: Any, axis: Any, inplace: Any, out: Any, *x: Any
-    ) -> Any:
-        """Take one slope for each index of an axis, or one for all.
-
-        For the gradients, `a` is that of the output, and `x` follows.
-        """
-        if x:
-            (saved,) = x
-            return self._gradients(a, saved, weight, axis, inplace, out)
-        return self._by_channel(a, weight, axis, inplace, out)
-
-    def _by_channel(
-        self, x: Any, weight: Any, axis: Any, inplace: Any, out: Any
-    ) -> Any:
+    def by_channel(self, x: Any, weight: Any, axis: Any, inplace: Any, out: Any) -> Any:
+        """Return y, with the weight of an element's channel for the number."""
         place = self.library.look(x)
         seen = place and self._weight(weight, x, place, axis)
         if not place or not seen:
             return None
         start, device, _ = place
         other, length, (_, channels, inner) = seen
-        element = weight_layout(channels, inner, x.dtype.itemsize)
-        plan = element and self._plan(element, x.dtype, weight.dtype)
+        layout = weight_layout(channels, inner, x.dtype.itemsize)
+        plan = layout and self._plan(layout, x.dtype, weight.dtype)
         size = math.prod(x.shape)
         if not plan or size >= INT32:
             return None
@@ -145,12 +133,13 @@ class Calls:
             return None
         where = device, self.library.stream(x, device)
         pointers = start, other, target
-        run_flat(code, *where, itemsize, size, head, *pointers, inner, channels)
+        run_flat(code, *where, itemsize, size, head, pointers, inner, channels)
         return y
 
-    def _gradients(
+    def by_channel_backward(
         self, grad: Any, x: Any, weight: Any, axis: Any, inplace: Any, out: Any
     ) -> Any:
+        """Return the gradients towards x and the weight."""
         place = self.library.look(grad)
         seen = place and self._weight(weight, grad, place, axis)
         dtypes = seen and self._dtypes(grad.dtype, weight.dtype)
@@ -179,7 +168,8 @@ class Calls:
         work = Work(self.library, grad, device)
         pointers = start, saved, slopes, target
         try:
-            pairs = both(work, self.formula, dtypes, itemsize, pointers, view)
+            of_saved = self.spec.of_saved
+            pairs = both(work, of_saved, dtypes, itemsize, pointers, view)
             finish(work, dtypes[1], sums, view[1], pairs)
         finally:
             work.close()
@@ -187,31 +177,40 @@ class Calls:
 
     # Questions: 0 and None say that the matter is for the long way
 
-    def _plan(self, element: str, dtype: Any, weight: Any = None) -> _Plan | None:
-        key = element, dtype, weight
+    def _plan(self, what: str, dtype: Any, weight: Any = None) -> _Plan | None:
+        key = what, dtype, weight
         plan = self.plans.get(key)
         if plan is None and key not in self.plans:
             plan = self.plans[key] = self._make_plan(*key)
         return plan
 
-    def _make_plan(self, element: str, dtype: Any, weight: Any) -> _Plan | None:
+    def _make_plan(self, what: str, dtype: Any, weight: Any) -> _Plan | None:
         names = self._dtypes(dtype, dtype if weight is None else weight)
-        if names is None:
+        spec = self.spec
+        options: dict[str, Any] = {}
+        if names is None or (spec.active is None and what in ("mask", "bits")):
             return None
-        options = {"formula": self.formula, "lane": names[0]}
-        if element == "mask":
-            code = kernel("flat_mask", **options)
-        else:
-            if weight is not None:
-                options["weight"] = names[1]
-            code = kernel("flat", element=element, wide=False, **options)
+        function, kinds, numbers = spec.formula, [ARRAY], spec.numbers
+        kept = spec.numbers_kept
+        if what == "mask":
+            options = {"active": spec.active, "kept": len(kept)}
+        elif what == "saved":
+            function, kinds, numbers = spec.of_saved, [ARRAY, ARRAY], kept
+        elif what == "bits":
+            function, kinds, numbers = spec.gradient, [ARRAY, BITS], kept
+        elif weight is not None:
+            kinds, numbers = [ARRAY, WEIGHT], ()
+            options = {"weight": names[1], "layout": what, "wide": False}
+        options["kinds"] = (*kinds, *(len(numbers) * [NUMBER]))
+        template = "flat_mask" if what == "mask" else "flat"
+        code = kernel(template, function=function, lane=names[0], **options)
         return code, compute_of(names[0]), dtype.itemsize
 
     def _dtypes(self, dtype: Any, weight: Any) -> tuple[str, str] | None:
         """Return the names of two dtypes if they go together."""
         name, other = (name_of(of) for of in (dtype, weight))
         mixed = other == "float32" and dtype.itemsize == 2
-        taken = is_accepted(BY_NAME.get(name), integers=self.integers)
+        taken = is_accepted(BY_NAME.get(name), integers=self.spec.integers)
         return (name, other) if taken and (other == name or mixed) else None
 
     def _beside(self, b: Any, a: Any, place: Place) -> int:
@@ -221,36 +220,33 @@ class Calls:
         other = self.library.look(b)
         return other[0] if other and other[1:] == place[1:] else 0
 
-    def _bits(self, bits: Any, length: int, device: int) -> int:
-        """Return the address of a mask's bits."""
+    def _bits(self, mask: Any, length: int, a: Any, place: Place) -> int:
+        """Return the address of a mask's bits if they lie in an array's order."""
+        _, device, order = place
+        tells = _axes(a.shape, order) if order else None, self.spec.predicate
+        try:
+            same = mask.shape == a.shape and (mask._axes, mask.predicate) == tells
+            bits: Any = mask.bits if same else None
+        except (*ANSWERS, MemoryError):  # changed since it was made, it may be anything
+            return 0
         if type(bits) is not self.kind or tuple(bits.shape) != (length,):
             return 0
-        place = self.library.look(bits)
+        lies = self.library.look(bits)
         uint8 = name_of(bits.dtype) == "uint8"
-        return place[0] if uint8 and place and place[1:] == (device, ()) else 0
+        return lies[0] if uint8 and lies and lies[1:] == (device, ()) else 0
 
     def _weight(
         self, weight: Any, x: Any, place: Place, axis: Any
     ) -> tuple[int, int, _View] | None:
-        """Return a one-dimensional weight's address and bytes, and how x is seen."""
+        """Return a weight's address and bytes, and how x is seen."""
         _, device, order = place
-        if type(weight) is not self.kind or type(axis) is not int or order:
+        if type(weight) is not self.kind or type(axis) is not int:
             return None
-        other, shape = self.library.look(weight), x.shape
-        if not other or other[1:] != (device, ()) or len(weight.shape) != 1:
+        lies, itemsize = self.library.look(weight), weight.dtype.itemsize
+        if not lies or lies[1:] != (device, ()) or lies[0] % itemsize:
             return None
-        channels, itemsize = weight.shape[0], weight.dtype.itemsize
-        if other[0] % itemsize:
-            return None
-        inside = -len(shape) <= axis < len(shape)
-        if channels == 1 and (inside or axis == 1):
-            view = 1, 1, math.prod(shape)
-        elif inside and shape[axis] == channels:
-            axis %= len(shape)
-            view = math.prod(shape[:axis]), channels, math.prod(shape[axis + 1 :])
-        else:
-            return None
-        return other[0], channels * itemsize, view
+        view = _view(x.shape, order, weight.shape, axis)
+        return view and (lies[0], view[1] * itemsize, view)
 
     def _target(
         self, a: Any, place: Place, nbytes: int, inplace: Any, out: Any
@@ -271,8 +267,51 @@ class Calls:
         return (out, target) if apart or target == place[0] else (None, 0)
 
 
-def _is_number(slope: Any) -> bool:
-    return type(slope) is float and abs(slope) < math.inf
+_FLOATS = frozenset((float, np.float64, np.float32, np.float16))
+_INTEGERS = frozenset((int, *(np.dtype(code).type for code in "bBhHiIlLqQ")))
+_EXACT = 2**53  # integers below it are floats
+_LIMITS = {np.float32: 2.0**128 - 2.0**103, np.float64: math.inf}  # of what is finite
+
+
+def _scalars(numbers: Any, compute: Any) -> list[Any] | None:
+    """Return numbers in the type of products if all are plain and finite in it."""
+    found, limit = [], _LIMITS.get(compute, 0)
+    for number in numbers:
+        kind = type(number)
+        if kind is not float:
+            if kind in _INTEGERS and abs(int(number)) >= _EXACT:
+                return None
+            if kind not in _INTEGERS and kind not in _FLOATS:
+                return None
+            number = float(number)
+        if not abs(number) < limit:
+            return None
+        found.append(compute(number))
+    return found
+
+
+@functools.lru_cache(1024)
+def _axes(shape: Axes, order: Axes) -> Axes:
+    """Return the axes in the order of memory."""
+    return memory_order(shape, order or tuple(c_strides(shape)))
+
+
+@functools.lru_cache(1024)
+def _view(shape: Axes, order: Axes, weight: Axes, axis: int) -> _View | None:
+    """Return (outer, channels, inner) for a weight in C order."""
+    rank = len(shape)
+    sizes = [1] * (rank - len(weight)) + [*weight]
+    if len(weight) < 2:
+        inside, size = -rank <= axis < rank, math.prod(weight)
+        if not inside and (size, axis) != (1, 1):
+            return None
+        sizes = [1] * rank
+        if inside:
+            sizes[axis] = size
+    lengths = zip(sizes, shape, strict=False)
+    if len(sizes) != rank or any(size not in (1, length) for size, length in lengths):
+        return None
+    return channels_of(_axes(shape, order), shape, sizes, c_strides(sizes))
 
 
 def _meet(start: int, length: int, other: int, other_length: int) -> bool:

@@ -1,266 +1,287 @@
-"""From a formula to the functions that Numba compiles for the GPU.
+"""From a function and the kinds of its operands to what Numba compiles for the GPU.
 
-Each function below returns a kernel and the types of its arguments.  Arrays come as
+Each template below returns a kernel and the types of its arguments.  Arrays come as
 pointers, sizes and strides as int64 that count elements, and tuples of them flat.
 
-What is computed for a vector is an *element*:
-
-    element(a, i, b, j, s, end)
-
-`a` is the array whose shape the result has (x, or the gradient) and `i` the place in
-it; `b` and `j` are what goes with it (the saved array, mask bits, the weight), `s` is
-the slope, or how a weight is laid out.  Elements made `part` stop before `end`.
+The pointers are those of the operands that lie in memory, in their order.
 
 Every thread reads all that it needs before it writes, so that the result may go where
 an input is.
 """
 
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 from numba import cuda, types
 
+from fastrelu._spec import ARRAY, BITS, NUMBER, WEIGHT
+from fastrelu.cuda.config import DOWN, THREADS
 from fastrelu.cuda.lanes import (
     Function,
     Lane,
-    dot,
+    bits_reader,
     each,
+    element,
     inlined,
     lane_of,
     load,
     multiply,
+    offsets,
     pack,
     put_flags,
+    reader,
     spill,
     store,
-    unpack,
     unravel,
 )
-from fastrelu.cuda.launch import THREADS
 
 Kernel = tuple[Function, tuple[Any, ...]]
+Kinds = tuple[str, ...]
 
-DOWN = 8 if THREADS == 256 else 4  # rows that a block of columns works on at once
 ACROSS = THREADS // DOWN
 
 _int64, _bits = types.int64, types.CPointer(types.uint8)
 
 
-# Elements -----------------------------------------------------------------------------
+# Operands -----------------------------------------------------------------------------
 
 
-def of_input(formula, lane, width, part):
-    get = load(lane, width, part=part)
-    apply = each(formula, lane.compute, width)
-
-    def element(a, i, b, j, s, end):
-        return apply(get(a, i, end), s)
-
-    return inlined(element), lane.pointer, lane.compute
+def _tuple(kinds: Iterable[Any]) -> Any:
+    return types.BaseTuple.from_types(tuple(kinds))
 
 
-def of_gradient(gradient, lane, width, part):
-    get = load(lane, width, part=part)
-    apply = each(gradient, lane.compute, width)
-
-    def element(a, i, b, j, s, end):
-        return apply(get(a, i, end), get(b, j, end), s)
-
-    return inlined(element), lane.pointer, lane.compute
+def _pointers(kinds: Kinds, lane: Lane, weight: Lane | None) -> Any:
+    """Return the type of the operands' pointers."""
+    of = {ARRAY: lane.pointer, BITS: _bits}
+    if weight is not None:
+        of[WEIGHT] = weight.pointer
+    return _tuple(of[kind] for kind in kinds if kind in of)
 
 
-def of_flag(gradient, lane, width, part):
-    get, flags = load(lane, width, part=part), unpack(width, part=part)
-    apply = each(gradient, lane.compute, width)
-
-    def element(a, i, b, j, s, end):
-        return apply(get(a, i, end), flags(b, j, end), s)
-
-    return inlined(element), _bits, lane.compute
+def _numbers(kinds: Kinds, lane: Lane) -> Any:
+    return _tuple(lane.compute for kind in kinds if kind == NUMBER)
 
 
-def of_weight(weight, *, layout, wide):
-    """Return the element that meets a weight for each channel.
+def _readers(kinds, lane, width, *, part=False, weight=None):
+    """Return how each operand is read; None for what comes with the numbers."""
+    of = {
+        ARRAY: reader(lane, width, part=part),
+        BITS: bits_reader(width, part=part),
+    }
+    if weight is not None:
+        of[WEIGHT] = reader(weight, 1)
+    return [of.get(kind) for kind in kinds]
 
-    The layout says how: "strided" has an index j of its own.  Otherwise `s` is (inner,
-    channels) of the view (outer, channel, inner): "rows" are no shorter than a vector,
-    and for "columns" inner is 1 and the channels are no fewer than its elements.
-    """
+
+# A weight of the view (outer, channel, inner), where all lies flat; `view` is (inner,
+# channels).
+
+
+def _of_rows(weight, lane, width, *, wide):
+    """Return `slopes(p, i, view)` where rows are no shorter than a vector."""
     index = np.int64 if wide else np.uint32
-    get_weight = load(weight, 1)
+    get, lanes = load(weight, 1), tuple(range(width))
 
-    def of_weight(formula, lane, width, part):
-        get = load(lane, width, part=part)
-        apply = each(formula, lane.compute, width)
-        lanes = tuple(range(width))
+    def choose(k, to_next, this, following):
+        return this if k < to_next else following
 
-        def element(a, i, b, j, s, end):
-            return apply(get(a, i, end), get_weight(b, j, end)[0])
+    chosen = each(choose, lane.compute, width)
 
-        def choose(k, to_next, this, following):
-            return this if k < to_next else following
+    def slopes(p, i, view):
+        inner, channels = view
+        row = np.int64(index(i) // index(inner))
+        channel = np.int64(index(row) % index(channels))
+        following = channel + 1 if channel + 1 < channels else 0
+        this, after = get(p, channel, 0)[0], get(p, following, 0)[0]
+        return chosen((lanes, (row + 1) * inner - i, this, after))
 
-        chosen = each(choose, lane.compute, width)
+    return inlined(slopes)
 
-        def row_element(a, i, b, j, s, end):
-            inner, channels = s
-            row = np.int64(index(i) // index(inner))
-            channel = np.int64(index(row) % index(channels))
-            following = channel + 1 if channel + 1 < channels else 0
-            this = get_weight(b, channel, end)[0]
-            after = get_weight(b, following, end)[0]
-            slopes = chosen(lanes, (row + 1) * inner - i, this, after)
-            return apply(get(a, i, end), slopes)
 
-        def weight_at(k, channel, channels, b):
-            k += channel
-            return get_weight(b, k if k < channels else k - channels, 0)[0]
+def _of_columns(weight, lane, width, *, wide):
+    """The same where inner is 1 and the channels are no fewer than a vector has."""
+    index = np.int64 if wide else np.uint32
+    get, lanes = load(weight, 1), tuple(range(width))
 
-        gather = each(weight_at, lane.compute, width)
+    def weight_at(k, channel, channels, p):
+        k += channel
+        return get(p, k if k < channels else k - channels, 0)[0]
 
-        def column_element(a, i, b, j, s, end):
-            channel = np.int64(index(i) % index(s[1]))
-            return apply(get(a, i, end), gather(lanes, channel, s[1], b))
+    gather = each(weight_at, lane.compute, width)
 
-        elements = {"strided": element, "rows": row_element, "columns": column_element}
-        shape = types.UniTuple(_int64, 2)
-        return (
-            inlined(elements[layout]),
-            weight.pointer,
-            lane.compute if layout == "strided" else shape,
-        )
+    def slopes(p, i, view):
+        channel = np.int64(index(i) % index(view[1]))
+        return gather((lanes, channel, view[1], p))
 
-    return of_weight
+    return inlined(slopes)
+
+
+_LAYOUTS = {"rows": _of_rows, "columns": _of_columns}
+
+
+def _value(function, lane, kinds, width, *, slopes=None, part=False):
+    """Return `value(pointers, i, numbers, view, end)` for arrays that lie flat."""
+    apply = element(
+        function, lane.compute, width, _readers(kinds, lane, width, part=part)
+    )
+
+    def value(pointers, i, numbers, view, end):
+        return apply(pointers, i, numbers, end)
+
+    def value_with_weight(pointers, i, numbers, view, end):
+        met = slopes(pointers[-1], i, view)
+        return apply(pointers, i, (met,) + numbers, end)
+
+    return inlined(value if slopes is None else value_with_weight)
 
 
 # Element by element -------------------------------------------------------------------
 
 
-def flat(element: Function, formula: Function, lane: Lane) -> Kernel:
+def flat(
+    function: Function,
+    lane: Lane,
+    *,
+    kinds: Kinds,
+    weight: Lane | None = None,
+    layout: str | None = None,
+    wide: bool = False,
+) -> Kernel:
     """Arrays that lie in one piece, with equal places in their 16 bytes.
 
     A thread does two vectors.  What lies before the first whole one and after the last
     is done in parts.
     """
     width = lane.width
-    of_vector, b, s = element(formula, lane, width, False)
-    of_part, _, _ = element(formula, lane, width, True)
+    slopes = layout and _LAYOUTS[layout](weight, lane, width, wide=wide)
+    of_vector, of_part = (
+        _value(function, lane, kinds, width, slopes=slopes, part=part)
+        for part in (False, True)
+    )
     put, put_part = store(lane, width), store(lane, width, part=True)
 
-    def flat(a, b, y, head, vectors, size, s):
+    def flat(pointers, y, head, vectors, size, numbers, view):
         thread = np.int64(cuda.blockIdx.x) * THREADS + cuda.threadIdx.x
         i = np.int64(cuda.blockIdx.x) * (2 * THREADS) + cuda.threadIdx.x
         first = head + i * width
         second = first + THREADS * width
         if i + THREADS < vectors:
-            y0 = of_vector(a, first, b, first, s, size)
-            y1 = of_vector(a, second, b, second, s, size)
+            y0 = of_vector(pointers, first, numbers, view, size)
+            y1 = of_vector(pointers, second, numbers, view, size)
             put(y, first, size, y0)
             put(y, second, size, y1)
         elif i < vectors:
-            put(y, first, size, of_vector(a, first, b, first, s, size))
+            put(y, first, size, of_vector(pointers, first, numbers, view, size))
         if thread < 2:
             first = 0 if thread == 0 else head + vectors * width
             end = head if thread == 0 else size
             if first < end:
-                put_part(y, first, end, of_part(a, first, b, first, s, end))
+                put_part(y, first, end, of_part(pointers, first, numbers, view, end))
 
-    return flat, (lane.pointer, b, lane.pointer, _int64, _int64, _int64, s)
+    sizes = (
+        _int64,
+        _int64,
+        _int64,
+        _numbers(kinds, lane),
+        _tuple([_int64] * 2 * bool(layout)),
+    )
+    return flat, (_pointers(kinds, lane, weight), lane.pointer, *sizes)
 
 
-def flat_mask(formula: Function, lane: Lane) -> Kernel:
-    """Also write the mask bits.  All that lies in memory starts at 16 bytes."""
+def flat_mask(
+    function: Function, lane: Lane, *, kinds: Kinds, active: Function, kept: int
+) -> Kernel:
+    """Also write the mask bits.  All that lies in memory starts at 16 bytes.
+
+    The operands are an array and numbers, so many of which `active` takes, too.
+    """
     width = lane.width
     get, get_part = load(lane, width), load(lane, width, part=True)
     put, put_part = store(lane, width), store(lane, width, part=True)
-    apply, active = each(formula, lane.compute, width), pack(lane)
+    apply = each(function, lane.compute, width)
+    passes, flags_of = each(active, types.boolean, width, takes=1 + kept), pack(width)
     put_bits = put_flags(width)
 
-    def flat_mask(x, y, bits, vectors, size, slope):
+    def flat_mask(x, y, bits, vectors, size, numbers):
         i = np.int64(cuda.blockIdx.x) * THREADS + cuda.threadIdx.x
         first = i * width
         flags = np.int32(0)
         if i < vectors:
-            values = get(x, first, size)
-            put(y, first, size, apply(values, slope))
-            flags = active(values)
+            operands = (get(x, first, size),) + numbers
+            put(y, first, size, apply(operands))
+            flags = flags_of(passes(operands))
         elif first < size:
-            values = get_part(x, first, size)
-            put_part(y, first, size, apply(values, slope))
-            flags = active(values)
+            operands = (get_part(x, first, size),) + numbers
+            put_part(y, first, size, apply(operands))
+            within = np.int32((1 << (size - first)) - 1)  # zeros beyond may pass
+            flags = flags_of(passes(operands)) & within
         put_bits(bits, first, size, flags)
 
-    return flat_mask, (lane.pointer, lane.pointer, _bits, _int64, _int64, lane.compute)
+    arrays = lane.pointer, lane.pointer, _bits
+    return flat_mask, (*arrays, _int64, _int64, _numbers(kinds, lane))
 
 
 def strided(
-    element: Function, formula: Function, lane: Lane, *, rank: int, wide: bool
+    function: Function,
+    lane: Lane,
+    *,
+    kinds: Kinds,
+    rank: int,
+    wide: bool,
+    weight: Lane | None = None,
 ) -> Kernel:
-    """Arrays of any layout, an element a thread."""
-    of_one, b, s = element(formula, lane, 1, False)
-    put = store(lane, 1)
-    unravelled, offset = unravel(rank, wide=wide), dot(rank)
+    """Arrays of any layout, an element a thread; the strides of the result come last.
 
-    def strided(a, b, y, shape, a_strides, b_strides, y_strides, size, s):
+    Those of a mask count bits.
+    """
+    readers = _readers(kinds, lane, 1, weight=weight)
+    of_one, put = element(function, lane.compute, 1, readers), store(lane, 1)
+    pointers = _pointers(kinds, lane, weight)
+    arrays = len(pointers) + 1
+    unravelled, at = unravel(rank, wide=wide), offsets(rank, arrays)
+
+    def strided(pointers, y, shape, strides, size, numbers):
         i = np.int64(cuda.blockIdx.x) * THREADS + cuda.threadIdx.x
         if i < size:
-            place = unravelled(i, shape)
-            value = of_one(
-                a, offset(place, a_strides), b, offset(place, b_strides), s, size
-            )
-            put(y, offset(place, y_strides), size, value)
+            places = at(unravelled(i, shape), strides)
+            put(y, places[-1], size, of_one(pointers, places, numbers, size))
 
-    axes = types.UniTuple(_int64, rank)
-    arrays = lane.pointer, b, lane.pointer
-    return strided, (*arrays, axes, axes, axes, axes, _int64, s)
+    axes = types.UniTuple(_int64, rank), types.UniTuple(_int64, rank * arrays)
+    return strided, (pointers, lane.pointer, *axes, _int64, _numbers(kinds, lane))
 
 
-def strided_gradient(
-    gradient: Function, lane: Lane, weight: Lane, *, rank: int, wide: bool
+def strided_mask(
+    function: Function,
+    lane: Lane,
+    *,
+    kinds: Kinds,
+    active: Function,
+    kept: int,
+    rank: int,
+    wide: bool,
 ) -> Kernel:
-    """The gradient towards x where a weight is spread in any way."""
-    get, get_weight, put = load(lane, 1), load(weight, 1), store(lane, 1)
-    apply = each(gradient, lane.compute, 1)
-    unravelled, offset = unravel(rank, wide=wide), dot(rank)
-
-    def strided_gradient(
-        grad, x, weight, y, shape, grad_strides, x_strides, weight_strides, y_strides,
-        size,
-    ):  # fmt: skip
-        i = np.int64(cuda.blockIdx.x) * THREADS + cuda.threadIdx.x
-        if i < size:
-            place = unravelled(i, shape)
-            slope = get_weight(weight, offset(place, weight_strides), size)[0]
-            g = get(grad, offset(place, grad_strides), size)
-            value = apply(g, get(x, offset(place, x_strides), size), slope)
-            put(y, offset(place, y_strides), size, value)
-
-    axes = types.UniTuple(_int64, rank)
-    arrays = lane.pointer, lane.pointer, weight.pointer, lane.pointer
-    return strided_gradient, (*arrays, axes, axes, axes, axes, axes, _int64)
-
-
-def strided_mask(formula: Function, lane: Lane, *, rank: int, wide: bool) -> Kernel:
     """Also write the mask bits, in the order of the axes: a byte a thread."""
     get, put = load(lane, 1), store(lane, 1)
-    apply = each(formula, lane.compute, 1)
+    apply = each(function, lane.compute, 1)
+    passes, flags_of = each(active, types.boolean, 1, takes=1 + kept), pack(1)
     put_byte = put_flags(8)
-    unravelled, offset = unravel(rank, wide=wide), dot(rank)
+    unravelled, at = unravel(rank, wide=wide), offsets(rank, 2)
 
-    def strided_mask(x, y, bits, shape, x_strides, y_strides, size, slope):
+    def strided_mask(x, y, bits, shape, strides, size, numbers):
         first = (np.int64(cuda.blockIdx.x) * THREADS + cuda.threadIdx.x) * 8
         flags = np.int32(0)
         for k in range(8):
             if first + k < size:
-                place = unravelled(first + k, shape)
-                value = get(x, offset(place, x_strides), size)
-                put(y, offset(place, y_strides), size, apply(value, slope))
-                flags |= np.int32(value[0] > 0) << np.int32(k)
+                places = at(unravelled(first + k, shape), strides)
+                operands = (get(x, places[0], size),) + numbers
+                put(y, places[1], size, apply(operands))
+                flags |= flags_of(passes(operands)) << np.int32(k)
         put_byte(bits, first, size, flags)
 
-    axes = types.UniTuple(_int64, rank)
+    axes = types.UniTuple(_int64, rank), types.UniTuple(_int64, 2 * rank)
     arrays = lane.pointer, lane.pointer, _bits
-    return strided_mask, (*arrays, axes, axes, axes, _int64, lane.compute)
+    return strided_mask, (*arrays, *axes, _int64, _numbers(kinds, lane))
 
 
 # The gradient towards a weight --------------------------------------------------------
@@ -299,9 +320,9 @@ def _adder(lane: Lane, width: int) -> Any:
     lost = each(_lost, lane.compute, width)
 
     def add(pair, g, x):
-        terms = share(g, x)
-        total = plus(pair[0], terms)
-        return total, plus(pair[1], lost(pair[0], terms, total))
+        terms = share((g, x))
+        total = plus((pair[0], terms))
+        return total, plus((pair[1], lost((pair[0], terms, total))))
 
     return inlined(add)
 
@@ -319,7 +340,7 @@ def _reducer(lane: Lane, length: int) -> Any:
             while k < half:
                 a, b = totals[k], totals[k + half]
                 total = a + b
-                losses[k] += losses[k + half] + lost(a, b, total)[0]
+                losses[k] += losses[k + half] + lost((a, b, total))[0]
                 totals[k] = total
                 k += THREADS
             half //= 2
@@ -343,7 +364,7 @@ def _sum_lane(lane: Lane) -> Lane:
 
 
 def prelu_rows(
-    gradient: Function,
+    function: Function,
     lane: Lane,
     weight: Lane,
     *,
@@ -360,7 +381,7 @@ def prelu_rows(
     get, get_part = load(lane, width, aligned=aligned), load(lane, width, part=True)
     put, put_part = store(lane, width, aligned=aligned), store(lane, width, part=True)
     get_weight = load(weight, 1)
-    apply = each(gradient, lane.compute, width)
+    apply = each(function, lane.compute, width)
     add, reduce = _adder(lane, width), _reducer(lane, THREADS * width)
     put_vector, put_pair = spill(lane, width), _store_pair(_sum_lane(lane))
     compute, length = lane.compute, THREADS * width
@@ -380,13 +401,13 @@ def prelu_rows(
             row = np.int64(index(q) // index(in_row))
             i = (row * channels + channel) * inner + (q - row * in_row) * width
             g, v = get(grad, i, 0), get(x, i, 0)
-            put(y, i, 0, apply(g, v, slope))
+            put(y, i, 0, apply((g, v, slope)))
             pair = add(pair, g, v)
             q += splits * THREADS
         if split == 0 and thread == 0 and in_row * width < inner:
             i = in_row * width
             g, v = get_part(grad, i, inner), get_part(x, i, inner)
-            put_part(y, i, inner, apply(g, v, slope))
+            put_part(y, i, inner, apply((g, v, slope)))
             pair = add(pair, g, v)
         put_vector(totals, thread * width, pair[0])
         put_vector(losses, thread * width, pair[1])
@@ -400,7 +421,7 @@ def prelu_rows(
 
 
 def prelu_columns(
-    gradient: Function,
+    function: Function,
     lane: Lane,
     weight: Lane,
     *,
@@ -416,7 +437,7 @@ def prelu_columns(
     index = np.int64 if wide else np.uint32
     get, put = load(lane, width, aligned=aligned), store(lane, width, aligned=aligned)
     get_weight = load(weight, 1)
-    apply = each(gradient, lane.compute, width)
+    apply = each(function, lane.compute, width)
     add, reduce = _adder(lane, width), _reducer(lane, THREADS * width)
     put_vector, put_pair = spill(lane, width), _store_pair(_sum_lane(lane))
     compute, length = lane.compute, THREADS * width
@@ -438,12 +459,12 @@ def prelu_columns(
         column = start + thread % ACROSS * width
         pair = zeros, zeros
         if column < columns:
-            slopes = gather(lanes, column, inner, weight)
+            slopes = gather((lanes, column, inner, weight))
             row = split * DOWN + thread // ACROSS
             while row < outer:
                 i = row * columns + column
                 g, v = get(grad, i, 0), get(x, i, 0)
-                put(y, i, 0, apply(g, v, slopes))
+                put(y, i, 0, apply((g, v, slopes)))
                 pair = add(pair, g, v)
                 row += splits * DOWN
         put_vector(totals, thread * width, pair[0])
@@ -467,26 +488,25 @@ def strided_sum(lane: Lane, *, kept: int, summed: int) -> Kernel:
     """
     get, add, reduce = load(lane, 1), _adder(lane, 1), _reducer(lane, THREADS)
     put_pair = _store_pair(_sum_lane(lane))
-    kept_place, kept_offset = unravel(kept, wide=True), dot(kept)
-    summed_place, summed_offset = unravel(summed, wide=True), dot(summed)
+    kept_place, kept_at = unravel(kept, wide=True), offsets(kept, 2)
+    summed_place, summed_at = unravel(summed, wide=True), offsets(summed, 2)
     compute, zeros = lane.compute, (lane.scalar(0),)
 
     def strided_sum(
-        grad, x, sums, kept, kept_grad, kept_x, summed, summed_grad, summed_x,
-        channels, size, splits,
+        grad, x, sums, kept, kept_strides, summed, summed_strides, channels, size,
+        splits,
     ):  # fmt: skip
         totals = cuda.shared.array(THREADS, compute)
         losses = cuda.shared.array(THREADS, compute)
         thread, block = cuda.threadIdx.x, np.int64(cuda.blockIdx.x)
         split = block // channels
         place = kept_place(block - split * channels, kept)
-        grad_start, x_start = kept_offset(place, kept_grad), kept_offset(place, kept_x)
+        grad_start, x_start = kept_at(place, kept_strides)
         pair = zeros, zeros
         q = split * THREADS + thread
         while q < size:
-            place = summed_place(q, summed)
-            g = get(grad, grad_start + summed_offset(place, summed_grad), 0)
-            v = get(x, x_start + summed_offset(place, summed_x), 0)
+            grad_place, x_place = summed_at(summed_place(q, summed), summed_strides)
+            g, v = get(grad, grad_start + grad_place, 0), get(x, x_start + x_place, 0)
             pair = add(pair, g, v)
             q += splits * THREADS
         totals[thread] = pair[0][0]
@@ -496,8 +516,9 @@ def strided_sum(lane: Lane, *, kept: int, summed: int) -> Kernel:
             put_pair(sums, block, totals[0], losses[0])
 
     sums = types.CPointer(lane.compute)
-    a, b = types.UniTuple(_int64, kept), types.UniTuple(_int64, summed)
-    numbers = a, a, a, b, b, b, _int64, _int64, _int64
+    lengths = kept, 2 * kept, summed, 2 * summed
+    axes = [types.UniTuple(_int64, length) for length in lengths]
+    numbers = *axes, _int64, _int64, _int64
     return strided_sum, (lane.pointer, lane.pointer, sums, *numbers)
 
 
@@ -522,7 +543,7 @@ def finish(lane: Lane) -> Kernel:
                 at = 2 * ((split * channels + channel) * inner + (q - split * inner))
                 term = get(sums, at, 0)[0]
                 following = total + term
-                loss += lost(total, term, following)[0] + get(sums, at + 1, 0)[0]
+                loss += lost((total, term, following))[0] + get(sums, at + 1, 0)[0]
                 total = following
                 q += team
         totals[thread] = total
@@ -533,7 +554,7 @@ def finish(lane: Lane) -> Kernel:
             if member < half:
                 a, b = totals[thread], totals[thread + half]
                 total = a + b
-                losses[thread] += losses[thread + half] + lost(a, b, total)[0]
+                losses[thread] += losses[thread + half] + lost((a, b, total))[0]
                 totals[thread] = total
             half //= 2
         if member == 0 and channel < channels:
@@ -549,25 +570,13 @@ def finish(lane: Lane) -> Kernel:
 
 # By name ------------------------------------------------------------------------------
 
-_ELEMENTS = {"input": of_input, "gradient": of_gradient, "flag": of_flag}
-
 
 def build(
     template: str, options: dict[str, Any], capability: tuple[int, int]
 ) -> Kernel:
-    """Return a kernel of this module, whose options name lanes and the element."""
+    """Return a kernel of this module, whose options name lanes."""
     options = dict(options)
     for name in {"lane", "weight"} & options.keys():
         options[name] = lane_of(options[name], capability)
-    if "element" in options:
-        element = options["element"]
-        if element in _ELEMENTS:
-            options["element"] = _ELEMENTS[element]
-        else:
-            options["element"] = of_weight(
-                options.pop("weight"), layout=element, wide=options["wide"]
-            )
-        if template == "flat":
-            del options["wide"]
     made: Kernel = globals()[template](**options)
     return made

@@ -9,19 +9,21 @@ A vector is a tuple of numbers, in the type that products are computed in.
 
 import ctypes
 import functools
+import inspect
+import itertools
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from types import FunctionType
+from typing import Any, NamedTuple
 
 import numpy as np
 from numba import cuda, types
 
-from fastrelu.cuda.launch import SIMULATED
+from fastrelu._functions import bound, rebuild
+from fastrelu.cuda.config import BYTES, SIMULATED
 
 Function = Callable[..., Any]
-
-BYTES = 16  # the widest access
 
 
 @dataclass(frozen=True)
@@ -59,9 +61,10 @@ def lane_of(name: str, capability: tuple[int, int]) -> Lane:
 
 if not SIMULATED:
     from llvmlite import ir
+    from numba.core import typing
     from numba.cuda.extending import intrinsic
 
-    _I8, _I16, _I32, _I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
+    _I1, _I16, _I32, _I64 = (ir.IntType(bits) for bits in (1, 16, 32, 64))
     _HALF, _FLOAT = ir.HalfType(), ir.FloatType()
     _WORDS = ir.VectorType(_I32, 4)
 
@@ -155,42 +158,81 @@ if not SIMULATED:
         phi.add_incoming(value, inside)
         return phi
 
-    def load(lane, width, *, part=False, aligned=True):
-        """Return `get(p, i, end)`: the vector at p[i]; zeros from `end` on, in part.
+    class Reader(NamedTuple):
+        """How a vector is read: from which pointer, and as which type."""
+
+        pointer: Any
+        kind: Any
+        read: Function  # (context, builder, pointer, place, end) -> its numbers
+
+    def reader(lane, width, *, part=False, aligned=True):
+        """Return how the vector at p[i] is read; zeros from `end` on, in part.
 
         What is not aligned is read element by element.
         """
-        vector = types.UniTuple(lane.compute, width)
+
+        def read(context, builder, pointer, i, end):
+            start = builder.gep(pointer, [i])
+
+            def one(k):
+                return _widen(
+                    lane, builder, builder.load(builder.gep(start, [_I64(k)]))
+                )
+
+            if part:
+                zero = context.get_constant(lane.compute, 0)
+                return [
+                    _where(
+                        builder,
+                        builder.icmp_signed("<", builder.add(i, _I64(k)), end),
+                        functools.partial(one, k),
+                        zero,
+                    )
+                    for k in range(width)
+                ]
+            if width == 1 or not aligned:
+                return [one(k) for k in range(width)]
+            return _read_vector(lane, context, builder, start)
+
+        return Reader(lane.pointer, lane.compute, read)
+
+    def bits_reader(width, *, part=False):
+        """Return how the mask bits from i on are read."""
+
+        def read(context, builder, pointer, i, end):
+            place = builder.gep(pointer, [builder.ashr(i, _I64(3))])
+
+            def byte(k):
+                return builder.zext(builder.load(builder.gep(place, [_I64(k)])), _I32)
+
+            word = byte(0)
+            for k in range(1, width // 8):
+                if part:
+                    more = builder.icmp_signed("<", builder.add(i, _I64(8 * k)), end)
+                    high = _where(builder, more, functools.partial(byte, k), _I32(0))
+                else:
+                    high = byte(k)
+                word = builder.or_(word, builder.shl(high, _I32(8 * k)))
+            if width < 8:
+                shift = builder.and_(builder.trunc(i, _I32), _I32(7))
+                word = builder.lshr(word, shift)
+            bits = [builder.lshr(word, _I32(k)) for k in range(width)]
+            return [builder.trunc(bit, _I1) for bit in bits]
+
+        return Reader(types.CPointer(types.uint8), types.boolean, read)
+
+    def load(lane, width, *, part=False, aligned=True):
+        """Return `get(p, i, end)`, which reads a vector as `reader` says."""
+        pointer, kind, read = reader(lane, width, part=part, aligned=aligned)
+        vector = types.UniTuple(kind, width)
 
         @intrinsic
         def get(typingctx, p, i, end):
             def codegen(context, builder, signature, args):
-                start = builder.gep(args[0], [args[1]])
-
-                def one(k):
-                    value = builder.load(builder.gep(start, [_I64(k)]))
-                    return _widen(lane, builder, value)
-
-                if part:
-                    zero = context.get_constant(lane.compute, 0)
-                    values = [
-                        _where(
-                            builder,
-                            builder.icmp_signed(
-                                "<", builder.add(args[1], _I64(k)), args[2]
-                            ),
-                            functools.partial(one, k),
-                            zero,
-                        )
-                        for k in range(width)
-                    ]
-                elif width == 1 or not aligned:
-                    values = [one(k) for k in range(width)]
-                else:
-                    values = _read_vector(lane, context, builder, start)
+                values = read(context, builder, *args)
                 return context.make_tuple(builder, signature.return_type, values)
 
-            return vector(lane.pointer, types.int64, types.int64), codegen
+            return vector(pointer, types.int64, types.int64), codegen
 
         return get
 
@@ -225,46 +267,115 @@ if not SIMULATED:
 
         return put
 
-    def each(function, result, width):
-        """Return `function` applied lane by lane; scalars are the same for all.
+    def _lanes(builder, kind, value, width):
+        """Return the type of one lane, and its value for each: scalars have but one."""
+        if isinstance(kind, types.BaseTuple):
+            return kind.dtype, [builder.extract_value(value, k) for k in range(width)]
+        return kind, [value] * width
+
+    _number = itertools.count()
+
+    @functools.cache
+    def _linked(function):
+        """Return a function that Numba compiles, though it calls plain ones.
+
+        Numba keeps by the code object what it has compiled, which functions with other
+        globals may share: so it gets one of its own.
+        """
+        own = bound(function, inlined).py_func
+        name = f"{function.__name__}_{next(_number)}"
+        code = own.__code__.replace(co_name=name)
+        rest = own.__defaults__, own.__closure__
+        return FunctionType(code, own.__globals__, name, *rest)
+
+    def _call(context, builder, function, *operands):
+        """Return the type and the value of what a function makes of such pairs.
 
         It is compiled once, and inlined by LLVM.
         """
+        code, held = function.__code__, function.__globals__
+        if code.co_flags & inspect.CO_VARARGS:
+            called = {
+                name: functools.partial(_call, context, builder, held[name])
+                for name in code.co_names
+                if type(held.get(name)) is FunctionType
+            }
+            if called:  # which may be all it does: Numba inlines no calls with *numbers
+                return rebuild(function, function.__name__, called)(*operands)
+            rest = operands[code.co_argcount :]
+            kind = types.BaseTuple.from_types(tuple(kind for kind, _ in rest))
+            packed = context.make_tuple(builder, kind, [value for _, value in rest])
+            operands = *operands[: code.co_argcount], (kind, packed)
+        kinds, values = zip(*operands, strict=True)
+        inner = typing.signature(None, *kinds)
+        made = context.compile_subroutine(builder, _linked(function), inner)
+        value = context.call_internal(builder, made.fndesc, made.signature, values)
+        return made.signature.return_type, value
 
-        def definition(*operands):
-            vector = types.UniTuple(result, width)
-            elements = [t.dtype if isinstance(t, types.BaseTuple) else t
-                        for t in operands]  # fmt: skip
-            inner = result(*elements)
+    def _apply(function, result, context, builder, operands, width):
+        """Call a function for each lane, and have all results of one type."""
+        kinds, values = zip(*operands, strict=True)
+        found = []
+        for k in range(width):
+            lane = zip(kinds, (of[k] for of in values), strict=True)
+            kind, value = _call(context, builder, function, *lane)
+            found.append(context.cast(builder, value, kind, result))
+        return found
 
+    def each(function, result, width, takes=None):
+        """Return `apply(operands)`: the function of vectors and scalars, lane by lane.
+
+        Of those in the tuple it is given the first ones, so many as it takes.
+        """
+        vector = types.UniTuple(result, width)
+
+        @intrinsic
+        def apply(typingctx, operands):
             def codegen(context, builder, signature, args):
-                values = [
-                    context.compile_internal(
-                        builder,
-                        function,
-                        inner,
-                        [
-                            builder.extract_value(arg, k)
-                            if isinstance(operand, types.BaseTuple)
-                            else arg
-                            for arg, operand in zip(args, operands, strict=True)
-                        ],
-                    )
-                    for k in range(width)
+                given = [
+                    _lanes(builder, kind, builder.extract_value(args[0], k), width)
+                    for k, kind in enumerate(operands)
                 ]
+                values = _apply(
+                    function, result, context, builder, given[:takes], width
+                )
                 return context.make_tuple(builder, signature.return_type, values)
 
-            return vector(*operands), codegen
+            return vector(operands), codegen
 
-        # Numba wants to see how many arguments there are.
-        of_arity = {
-            1: lambda typingctx, a: definition(a),
-            2: lambda typingctx, a, b: definition(a, b),
-            3: lambda typingctx, a, b, c: definition(a, b, c),
-            4: lambda typingctx, a, b, c, d: definition(a, b, c, d),
-            5: lambda typingctx, a, b, c, d, e: definition(a, b, c, d, e),
-        }
-        return intrinsic(of_arity[function.__code__.co_argcount])
+        return apply
+
+    def element(function, result, width, readers):
+        """Return `value(pointers, places, rest, end)`: the function, lane by lane.
+
+        An operand with a reader is at the next of the places, or all are at the one;
+        any other is the next of the rest.
+        """
+        vector = types.UniTuple(result, width)
+
+        @intrinsic
+        def value(typingctx, pointers, places, rest, end):
+            def codegen(context, builder, signature, args):
+                operands, number = [], itertools.count()
+                others = iter(enumerate(rest))
+                for reader in readers:
+                    if reader is None:
+                        k, kind = next(others)
+                        given = builder.extract_value(args[2], k)
+                        operands.append(_lanes(builder, kind, given, width))
+                    else:
+                        k, place = next(number), args[1]
+                        if isinstance(places, types.BaseTuple):
+                            place = builder.extract_value(place, k)
+                        where = builder.extract_value(args[0], k), place, args[3]
+                        read = reader.read(context, builder, *where)
+                        operands.append((reader.kind, read))
+                values = _apply(function, result, context, builder, operands, width)
+                return context.make_tuple(builder, signature.return_type, values)
+
+            return vector(pointers, places, rest, types.int64), codegen
+
+        return value
 
     def multiply(lane):
         """Return a product that is never fused with a sum: all see the same."""
@@ -286,70 +397,21 @@ if not SIMULATED:
 
         return product
 
-    def pack(lane):
-        """Return `flags(values)`: bit k says whether values[k] > 0."""
-        vector = types.UniTuple(lane.compute, lane.width)
+    def pack(width):
+        """Return `flags(values)`: bit k is the truth of values[k]."""
 
         @intrinsic
         def flags(typingctx, values):
             def codegen(context, builder, signature, args):
                 word = _I32(0)
-                for k in range(lane.width):
-                    value = builder.extract_value(args[0], k)
-                    zero = context.get_constant(lane.compute, 0)
-                    if isinstance(lane.compute, types.Float):
-                        active = builder.fcmp_ordered(">", value, zero)
-                    elif lane.compute.signed:
-                        active = builder.icmp_signed(">", value, zero)
-                    else:
-                        active = builder.icmp_unsigned(">", value, zero)
-                    bit = builder.shl(builder.zext(active, _I32), _I32(k))
-                    word = builder.or_(word, bit)
+                for k in range(width):
+                    bit = builder.zext(builder.extract_value(args[0], k), _I32)
+                    word = builder.or_(word, builder.shl(bit, _I32(k)))
                 return word
 
-            return types.int32(vector), codegen
+            return types.int32(types.UniTuple(types.boolean, width)), codegen
 
         return flags
-
-    def unpack(width, *, part=False):
-        """Return `get(p, i, end)`: the mask bits from i on, as ones and zeros."""
-        vector = types.UniTuple(types.int32, width)
-
-        @intrinsic
-        def get(typingctx, p, i, end):
-            def codegen(context, builder, signature, args):
-                pointer, i, end = args
-                place = builder.gep(pointer, [builder.ashr(i, _I64(3))])
-
-                def byte(k):
-                    value = builder.load(builder.gep(place, [_I64(k)]))
-                    return builder.zext(value, _I32)
-
-                word = byte(0)
-                for k in range(1, width // 8):
-                    if part:
-                        more = builder.icmp_signed(
-                            "<", builder.add(i, _I64(8 * k)), end
-                        )
-                        high = _where(
-                            builder, more, functools.partial(byte, k), _I32(0)
-                        )
-                    else:
-                        high = byte(k)
-                    word = builder.or_(word, builder.shl(high, _I32(8 * k)))
-                if width < 8:
-                    shift = builder.and_(builder.trunc(i, _I32), _I32(7))
-                    word = builder.lshr(word, shift)
-                values = [
-                    builder.and_(builder.lshr(word, _I32(k)), _I32(1))
-                    for k in range(width)
-                ]
-                return context.make_tuple(builder, signature.return_type, values)
-
-            arguments = types.CPointer(types.uint8), types.int64, types.int64
-            return vector(*arguments), codegen
-
-        return get
 
     def put_flags(width):
         """Return `put(p, i, end, flags)`, which writes the mask bits of a vector.
@@ -411,22 +473,35 @@ if not SIMULATED:
 
         return place
 
-    def dot(rank):
-        """Return `offset(place, strides)`, in elements."""
-        numbers = types.UniTuple(types.int64, rank)
+    def offsets(rank, count):
+        """Return `at(place, strides)`: where so many arrays have the element, each.
+
+        The strides, in elements, are those of one array after the other's.
+        """
+        arguments = (
+            types.UniTuple(types.int64, rank),
+            types.UniTuple(types.int64, rank * count),
+        )
 
         @intrinsic
-        def offset(typingctx, place, strides):
+        def at(typingctx, place, strides):
             def codegen(context, builder, signature, args):
-                terms = [
-                    builder.mul(*(builder.extract_value(arg, k) for arg in args))
-                    for k in range(rank)
-                ]
-                return functools.reduce(builder.add, terms)
+                place, strides = args
+                found = []
+                for first in range(0, rank * count, rank):
+                    terms = [
+                        builder.mul(
+                            builder.extract_value(place, k),
+                            builder.extract_value(strides, first + k),
+                        )
+                        for k in range(rank)
+                    ]
+                    found.append(functools.reduce(builder.add, terms))
+                return context.make_tuple(builder, signature.return_type, found)
 
-            return types.int64(numbers, numbers), codegen
+            return types.UniTuple(types.int64, count)(*arguments), codegen
 
-        return offset
+        return at
 
     def spill(lane, width):
         """Return `put(array, i, values)`, which writes a vector to shared memory."""
@@ -466,6 +541,18 @@ else:  # the same in Python
 
         return get
 
+    reader = load
+
+    def bits_reader(width, *, part=False):
+        def get(p, i, end):
+            count = int(min(width, end - i)) if part else width
+            stored = _memory("uint8", p, i >> 3, ((int(i) & 7) + count + 7) >> 3)
+            flags = np.unpackbits(stored, bitorder="little")[int(i) & 7 :]
+            flags = [bool(flag) for flag in flags[:count]]
+            return tuple(flags + [False] * (width - count))
+
+        return get
+
     def store(lane, width, *, part=False, aligned=True):
         def put(p, i, end, values):
             count = int(min(width, end - i)) if part else width
@@ -475,31 +562,37 @@ else:  # the same in Python
 
         return put
 
-    def each(function, result, width):
-        def apply(*operands):
+    def each(function, result, width, takes=None):
+        def apply(operands):
+            given = operands[:takes]
             with np.errstate(all="ignore"):
                 return tuple(
-                    function(*(o[k] if isinstance(o, tuple) else o for o in operands))
+                    function(*(o[k] if isinstance(o, tuple) else o for o in given))
                     for k in range(width)
                 )
 
         return apply
 
+    def element(function, result, width, readers):
+        apply = each(function, result, width)
+
+        def value(pointers, places, rest, end):
+            places = places if isinstance(places, tuple) else [places] * len(pointers)
+            at, following = zip(pointers, places, strict=False), iter(rest)
+            return apply(
+                tuple(
+                    reader(*next(at), end) if reader else next(following)
+                    for reader in readers
+                )
+            )
+
+        return value
+
     def multiply(lane):
         return lambda a, b: a * b
 
-    def pack(lane):
-        return lambda values: sum(int(x > 0) << k for k, x in enumerate(values))
-
-    def unpack(width, *, part=False):
-        def get(p, i, end):
-            count = int(min(width, end - i)) if part else width
-            stored = _memory("uint8", p, i >> 3, ((int(i) & 7) + count + 7) >> 3)
-            flags = np.unpackbits(stored, bitorder="little")[int(i) & 7 :]
-            flags = [int(flag) for flag in flags[:count]]
-            return tuple(flags + [0] * (width - count))
-
-        return get
+    def pack(width):
+        return lambda values: sum(int(flag) << k for k, flag in enumerate(values))
 
     _turn = threading.Lock()  # two simulated threads write parts of one byte
 
@@ -517,8 +610,12 @@ else:  # the same in Python
     def unravel(rank, *, wide):
         return lambda i, shape: np.unravel_index(int(i), shape)
 
-    def dot(rank):
-        return lambda place, strides: int(np.dot(place, strides))
+    def offsets(rank, count):
+        def at(place, strides):
+            strides = np.reshape(strides, (count, rank))
+            return tuple(int(np.dot(place, steps)) for steps in strides)
+
+        return at
 
     def spill(lane, width):
         def put(array, i, values):

@@ -17,14 +17,12 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import numba
-
 from fastrelu._digest import digest, sources
+from fastrelu._functions import bound  # with it kernels take in what a formula calls
 from fastrelu.cpu.jit import settings, user_folder
 from fastrelu.cpu.shield import shielded
+from fastrelu.cuda.config import SIMULATED, THREADS
 
-SIMULATED = bool(numba.config.ENABLE_CUDASIM)
-THREADS = 32 if SIMULATED else 256  # in a block; a simulated thread costs 0.2 ms
 HINT = 'pip install "fastrelu[cuda13]", or "fastrelu[cuda12]" for a driver of CUDA 12'
 
 _PACKAGES = "numba-cuda", "cuda-core", "cuda-bindings"
@@ -32,36 +30,32 @@ SOURCES = sources(__package__)  # before anybody can change them
 
 
 class Kernel:
-    """A function of `kernels` and its options, compiled for each kind of device."""
+    """A template and its options, compiled for each kind of device.
 
-    def __init__(self, template: str, options: dict[str, Any]) -> None:
-        self.template, self.options = template, options
+    To build it, which imports all that compiles, waits until its code is not at hand.
+    """
+
+    def __init__(
+        self, build: Callable[..., Any], template: str, options: dict[str, Any]
+    ) -> None:
+        self.build, self.template, self.options = build, template, options
         self.loaded: dict[int, Any] = {}
 
     def function(self, capability: tuple[int, int]) -> tuple[Callable[..., Any], Any]:
         """Return what Numba compiles, and the types of its arguments."""
-        from fastrelu.cuda import kernels
-
-        return kernels.build(self.template, self.options, capability)
+        made: tuple[Callable[..., Any], Any]
+        made = self.build(self.template, self.options, capability)
+        return made
 
     def digest(self, capability: tuple[int, int]) -> str | None:
         """Name all that the compiled code depends on; None if that cannot be known.
 
-        The kernels themselves are not looked at: to make them would import all that
-        compiles.  They are made of the sources and the options alone.
+        The kernels themselves are not looked at, for they would have to be built.  They
+        are made of the sources and the options alone.
         """
         made_of = self.template, tuple(sorted(self.options.items())), capability
-        around = THREADS, SIMULATED, settings(), _versions(), SOURCES
+        around = THREADS, SIMULATED, settings(), _versions(), SOURCES, bound
         return digest(*made_of, *around) if SOURCES else None
-
-
-_kernels: dict[Any, Kernel] = {}
-
-
-def kernel(template: str, **options: Any) -> Kernel:
-    """Return the one kernel of these options, in whichever order they come."""
-    key = template, frozenset(options.items())
-    return _kernels.get(key) or _kernels.setdefault(key, Kernel(template, options))
 
 
 @functools.cache

@@ -1,20 +1,41 @@
 """From addresses and sizes to launches: what arrays of any library come down to."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from fastrelu.cuda import launch
-from fastrelu.cuda.launch import THREADS, kernel
+from fastrelu.cuda.config import BYTES, DOWN, THREADS
 
 Function = Callable[..., Any]
 
 INT32 = 2**31  # sizes from here on need wide indices
-BYTES = 16  # the widest access
 _BLOCKS = 1056  # enough for any GPU, where a sum is split
 _SHORT = 64  # rows of a weight up to here are better treated as columns
-_DOWN = 8 if THREADS == 256 else 4  # rows that a block of columns works on at once
+
+
+# Kernels ------------------------------------------------------------------------------
+
+
+def build(template: str, options: dict[str, Any], capability: tuple[int, int]) -> Any:
+    """Return a kernel and the types of its arguments."""
+    from fastrelu.cuda import kernels
+
+    return kernels.build(template, options, capability)
+
+
+_kernels: dict[Any, launch.Kernel] = {}
+
+
+def kernel(template: str, **options: Any) -> launch.Kernel:
+    """Return the one kernel of these options, in whichever order they come."""
+    key = template, frozenset(options.items())
+    found = _kernels.get(key)
+    return found or _kernels.setdefault(key, launch.Kernel(build, template, options))
+
+
+# Elementwise --------------------------------------------------------------------------
 
 
 class Work:
@@ -66,18 +87,17 @@ def run_flat(
     itemsize: int,
     size: int,
     head: int,
-    a: int,
-    b: int,
-    y: int,
+    pointers: Sequence[int],
     *last: Any,
 ) -> None:
     """Queue a kernel `flat`: a thread does two vectors.
 
-    Last comes the slope, or the inner size and the number of channels.
+    Last come the numbers, and for a weight the inner size and the number of channels.
     """
     vectors = (size - head) // (BYTES // itemsize)
     blocks = -(-vectors // (2 * THREADS)) or 1
-    launch.launch(kernel, device, stream, blocks, a, b, y, head, vectors, size, *last)
+    sizes = head, vectors, size
+    launch.launch(kernel, device, stream, blocks, *pointers, *sizes, *last)
 
 
 def run_mask(
@@ -86,15 +106,13 @@ def run_mask(
     stream: int,
     itemsize: int,
     size: int,
-    x: int,
-    y: int,
-    bits: int,
-    slope: Any,
+    pointers: Sequence[int],
+    *numbers: Any,
 ) -> None:
     """Queue a kernel `flat_mask`: a thread does a vector."""
     vectors = size // (BYTES // itemsize)
     blocks = vectors // THREADS + 1
-    launch.launch(kernel, device, stream, blocks, x, y, bits, vectors, size, slope)
+    launch.launch(kernel, device, stream, blocks, *pointers, vectors, size, *numbers)
 
 
 def weight_layout(channels: int, inner: int, itemsize: int) -> str | None:
@@ -136,7 +154,7 @@ def both(
     width = BYTES // itemsize
     lane, weight = dtypes
     options = {
-        "gradient": gradient,
+        "function": gradient,
         "lane": lane,
         "weight": weight,
         "wide": size >= INT32,
@@ -153,8 +171,8 @@ def both(
     else:
         columns = channels * inner
         vectors = columns % width == 0
-        strips = -(-columns // (THREADS // _DOWN * (width if vectors else 1)))
-        splits = max(1, min(-(-outer // _DOWN), -(-_BLOCKS // strips)))
+        strips = -(-columns // (THREADS // DOWN * (width if vectors else 1)))
+        splits = max(1, min(-(-outer // DOWN), -(-_BLOCKS // strips)))
         template, threads = "prelu_columns", strips * splits * THREADS
         sums = Sums(pairs(work, lane, splits * columns), splits, channels, inner)
         sizes = outer, columns, inner, splits

@@ -1,0 +1,8 @@
+"""What kernels and those who launch them have to agree on."""
+
+import numba
+
+SIMULATED = bool(numba.config.ENABLE_CUDASIM)
+THREADS = 32 if SIMULATED else 256  # in a block; a simulated thread costs 0.2 ms
+DOWN = 4 if SIMULATED else 8  # rows that a block of columns works on at once
+BYTES = 16  # the widest access
