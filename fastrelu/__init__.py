@@ -1,4 +1,4 @@
-"""ReLU, Leaky ReLU and PReLU for NumPy arrays, compiled by Numba."""
+"""ReLU and its kin for NumPy arrays and arrays on a GPU, compiled by Numba."""
 
 from fastrelu import (
     _interpreter,  # noqa: F401 - before anything is imported

@@ -4,7 +4,7 @@ Messages name the argument, what was expected and what came.  A wrong kind of th
 a TypeError, a wrong value of the right kind a ValueError.
 
 Other people's code (``__array__``, ``__index__``, properties) runs first, in `read`,
-`index` and `slope`.  What they return is ours alone, so that what is checked after them
+`index` and `number`.  What they return is ours alone, so that what is checked after them
 is what is used, whatever becomes of the arguments meanwhile.
 """
 
@@ -154,9 +154,10 @@ def index(name: str, value: Any) -> int:
     raise TypeError(msg)
 
 
-class Slope(NamedTuple):
+class Number(NamedTuple):
     """A real number, rounded once to each type that products are computed in."""
 
+    name: str
     float64: float
     float32: float
 
@@ -164,33 +165,33 @@ class Slope(NamedTuple):
         """Return the number that goes with an array."""
         row = _row(x)
         compute = "float64" if row is None else row.compute
-        number: float = getattr(self, compute)
-        if not math.isfinite(number):
-            msg = f"negative_slope must be finite in {compute}, got {self.float64}"
+        value: float = getattr(self, compute)
+        if not math.isfinite(value):
+            msg = f"{self.name} must be finite in {compute}, got {self.float64}"
             raise ValueError(msg)
-        return number
+        return value
 
 
-def slope(value: Any) -> Slope:
+def number(name: str, value: Any) -> Number:
     """Return a finite real number as it is rounded to float64 and to float32."""
     if type(value) is float:
-        number = value
+        nearest = value
     else:
-        value = _real(value)
+        value = _real(name, value)
         try:
-            number = float(value)
+            nearest = float(value)
         except OverflowError:
-            number = math.inf
+            nearest = math.inf
         except ANSWERS as error:
-            msg = f"negative_slope must be a real number, got {kind_of(value)}"
+            msg = f"{name} must be a real number, got {kind_of(value)}"
             raise TypeError(msg) from error
-    if not math.isfinite(number):
-        msg = f"negative_slope must be finite, got {shown(value)}"
+    if not math.isfinite(nearest):
+        msg = f"{name} must be finite, got {shown(value)}"
         raise ValueError(msg)
-    return Slope(number, ctypes.c_float(_odd(number, value)).value)
+    return Number(name, nearest, ctypes.c_float(_odd(nearest, value)).value)
 
 
-def _real(value: Any) -> Any:
+def _real(name: str, value: Any) -> Any:
     """Return a real number that compares with floats exactly, or refuse it."""
     if _is(value, np.ndarray) and value.ndim == 0:
         value = value[()]
@@ -202,7 +203,7 @@ def _real(value: Any) -> Any:
     else:
         real = _is(value, numbers.Real) and not _is(value, bool)
     if not real:
-        msg = f"negative_slope must be a real number, got {kind_of(value)}"
+        msg = f"{name} must be a real number, got {kind_of(value)}"
         raise TypeError(msg)
     return value
 
@@ -216,6 +217,34 @@ def _odd(number: float, value: Any) -> float:
         return number
     other = math.nextafter(number, math.inf if number < value else -math.inf)
     return number if struct.pack("<d", number)[0] & 1 else other
+
+
+def is_scalar(value: Any) -> bool:
+    """Say whether a value stands for one number, not for one of each element."""
+    if _is(value, np.ndarray):
+        return bool(value.ndim == 0)
+    return _is(value, (np.generic, numbers.Real))
+
+
+def bounds(lower: Any, upper: Any) -> tuple[float, float]:
+    """Return two finite numbers, the first not above the second."""
+    low, high = number("lower", lower).float64, number("upper", upper).float64
+    if low > high:
+        msg = f"lower must not be above upper, {shown(upper)}, got {shown(lower)}"
+        raise ValueError(msg)
+    return low, high
+
+
+def generator(rng: Any) -> np.random.Generator:
+    """Return what numbers are drawn from."""
+    try:
+        return np.random.default_rng(rng)
+    except ANSWERS as error:
+        msg = (
+            "rng must be a numpy.random.Generator or a seed of one, "
+            f"got {kind_of(rng)}: {shown(error)}"
+        )
+        raise (ValueError if _is(error, ValueError) else TypeError)(msg) from error
 
 
 # What is written to -------------------------------------------------------------------
@@ -311,14 +340,17 @@ def pair(value: Any) -> Sequence[Any]:
 def unchanged(mask: Mask) -> Mask:
     """Return a mask that is still as it was made, as one of our own."""
     try:
-        return Mask(mask.bits, mask.shape)
+        return Mask(mask.bits, mask.shape, mask._axes, mask.predicate)
     except ANSWERS as error:
         msg = f"saved must be a mask that is still as it was made: {shown(error)}"
         raise (ValueError if _is(error, ValueError) else TypeError)(msg) from error
 
 
-def bits_of(mask: Mask, bits: Array, name: str, model: Array) -> Array:
+def bits_of(mask: Mask, bits: Array, predicate: str, name: str, model: Array) -> Array:
     """Return a mask's bits, which must be those of an array like model."""
+    if mask.predicate != predicate:
+        msg = f"saved must be a mask of {predicate}, got one of {mask.predicate}"
+        raise ValueError(msg)
     if mask.shape != model.shape:
         msg = (
             f"saved must be a mask of shape {model.shape}, as {name} is, "

@@ -1,22 +1,28 @@
-"""From the type of an array to its engine, found without importing anything."""
+"""From a public function to its engine: the quick call, or else the long way.
+
+A quick call asks an array the few questions that say that no check could fail.  Each
+public function has one; whatever it does not take, it hands on to the function's `left`
+here: the first call of a kind, which makes something ready, masks, arrays on a GPU,
+and all that needs the long way, with its checks and error messages.
+"""
 
 import functools
 import importlib
 import importlib.util
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
 
-import numpy as np
 from numpy import ndarray
 
-from fastrelu import cpu
+from fastrelu import _arguments, cpu
 from fastrelu._arguments import is_on_gpu
-from fastrelu._dtypes import is_accepted, row_of
+from fastrelu._layout import memory_order
+from fastrelu._spec import ARRAY, BITS, NUMBER, WEIGHT, Operation, Spec
 from fastrelu.cpu.abi import Unproven
 from fastrelu.mask import ANSWERS, Mask
 
+Array = Any
 _ON_GPU: set[type] = set()  # the types of arrays on a GPU that came so far
 
 
@@ -42,131 +48,394 @@ def _cuda() -> ModuleType:
     return importlib.import_module(f"{__package__}.cuda")
 
 
-def _is_plain(mask: Mask) -> bool:
-    """Say whether to compare a mask's shape runs no code of other people."""
-    shape = getattr(mask, "shape", None)
-    return type(shape) is tuple and all(type(length) is int for length in shape)
+# The long way -------------------------------------------------------------------------
 
 
-class PlainCalls:
-    """The short way for plain arrays.
+def _fresh(engine: ModuleType, x: Array) -> tuple[Any, Array]:
+    """Return a new array like x, and what the engine sees of it."""
+    y = engine.empty_like(x)
+    return y, engine.read(y)
 
-    At a thousand elements the checks cost more than the work, so the engine has calls
-    that ask the few questions that say that no other check could fail.  Here is what
-    these leave to Python: the first of its kind, and masks.  Whatever gives a method
-    pause, it leaves to the long way and its error messages: it then returns None.
+
+def _target(
+    engine: ModuleType,
+    name: str,
+    objects: tuple[Any, Any],
+    views: tuple[Array, Array],
+    model: Array,
+    overwrite: bool,
+) -> tuple[Any, Array]:
+    """Return the object to give back, and the array to write to.
+
+    `objects` are the first argument and `out` as they came, `views` what was read.
+    """
+    if overwrite:
+        return objects[0], _arguments.writeable(name, views[0], model)
+    if views[1] is not None:
+        return objects[1], _arguments.writeable("out", views[1], model)
+    return _fresh(engine, model)
+
+
+Named = tuple[str, Any]
+
+
+def _elementwise(
+    spec: Spec,
+    function: Callable[..., Any],
+    first: Named,
+    inplace: Any,
+    out: Any,
+    others: Sequence[Named] = (),
+    numbers: Sequence[Named] = (),
+    mask: Mask | None = None,
+    return_mask: Any = False,
+) -> Any:
+    """Return what comes of arguments that are not plain, each with its name.
+
+    The others are arrays, or a mask's bits if there is a mask.
+    """
+    name, x = first
+    engine = engine_of(x)
+    rounded = [_arguments.number(*each) for each in numbers]
+    want_mask = _arguments.flag("return_mask", return_mask)
+    overwrite = _arguments.in_place(inplace, out)
+    arrays = first, *others, ("out", out)
+    given, *more, target = _arguments.read(engine, *arrays, in_place=overwrite)
+    checked = _arguments.accepted(name, given, integers=spec.integers)
+    values = [(NUMBER, number.of(checked)) for number in rounded]
+    operands: list[tuple[str, Any]] = [(ARRAY, checked)]
+    for (other, _), array in zip(others, more, strict=True):
+        if mask is None:
+            operands.append((ARRAY, _arguments.like(other, array, name, checked)))
+        else:
+            bits = _arguments.bits_of(mask, array, spec.predicate, name, checked)
+            operands.append((BITS, (bits, mask.axes)))
+    operands += values
+    y, target = _target(engine, name, (x, out), (given, target), checked, overwrite)
+    if not want_mask:
+        engine.elementwise(function, operands, target)
+        return y
+    kept = len(spec.numbers_kept)
+    bits, axes = engine.elementwise_mask(function, spec.active, kept, operands, target)
+    order = None if axes == tuple(range(len(axes))) else axes
+    return y, Mask._make(bits, checked.shape, order, spec.predicate)
+
+
+def _prelu(spec: Spec, x: Any, inplace: Any, out: Any, weight: Any, axis: Any) -> Any:
+    engine = engine_of(x)
+    position = _arguments.index("axis", axis)
+    overwrite = _arguments.in_place(inplace, out)
+    arrays = ("x", x), ("weight", weight), ("out", out)
+    given, slopes, target = _arguments.read(engine, *arrays, in_place=overwrite)
+    checked = _arguments.accepted("x", given)
+    _, broadcast = _arguments.weight(slopes, checked, position)
+    y, target = _target(engine, "x", (x, out), (given, target), checked, overwrite)
+    operands = (ARRAY, checked), (WEIGHT, broadcast)
+    engine.elementwise(spec.formula, operands, target)
+    return y
+
+
+def _prelu_backward(
+    spec: Spec, grad_output: Any, inplace: Any, out: Any, x: Any, weight: Any, axis: Any
+) -> Any:
+    engine = engine_of(grad_output)
+    position = _arguments.index("axis", axis)
+    out_input, out_weight = _arguments.pair(out)
+    overwrite = _arguments.in_place(inplace, out_input)
+    given, saved, slopes, target, sums = _arguments.read(
+        engine,
+        ("grad_output", grad_output),
+        ("x", x),
+        ("weight", weight),
+        ("out", out_input),
+        ("out[1]", out_weight),
+        in_place=overwrite,
+    )
+    grad = _arguments.accepted("grad_output", given)
+    checked = _arguments.like("x", saved, "grad_output", grad)
+    slopes, broadcast = _arguments.weight(slopes, checked, position)
+    objects, views = (grad_output, out_input), (given, target)
+    if sums is not None:
+        _arguments.writeable("out[1]", sums, slopes)
+        written = given if overwrite else target
+        if written is not None:
+            _arguments.distinct("out[0]", written, "out[1]", sums)
+    else:
+        out_weight, sums = _fresh(engine, slopes)
+    dx, target = _target(engine, "grad_output", objects, views, grad, overwrite)
+    engine.prelu_backward(spec.of_saved, grad, checked, broadcast, target, sums)
+    return dx, out_weight
+
+
+# One object for each public function --------------------------------------------------
+
+
+class _Function:
+    """A public function's quick call for NumPy arrays, and what takes the rest.
+
+    `call` is ``call(x, inplace, out, *operands)``.
     """
 
-    def __init__(
-        self, formula: Callable[..., Any], *, gradient: bool, integers: bool
-    ) -> None:
-        self.formula, self.integers = formula, integers
-        self.flat = cpu.flat_call(formula, gradient=gradient)
-        self.masked = cpu.mask_call(formula, gradient=gradient)
-        self.by_channel = cpu.channel_call(formula, gradient=gradient)
+    def __init__(self, spec: Spec, operation: Operation, **options: bool) -> None:
+        self.spec = spec
+        self.quick = cpu.quick_call(operation, **options)
+        self.call: Any = self.left
         self.on_gpu: dict[type, Any] = {}
+
+    def left(self, x: Any, *others: Any) -> Any:
+        """Take what the quick call does not."""
+        if type(x) is ndarray:
+            y = self.masked(x, *others)
+            if y is None:
+                y = self._again(self.quick, x, *others)
+        else:
+            calls = self.on_gpu.get(type(x)) or self._elsewhere(x)
+            y = calls and self.gpu(calls, x, *others)
+        return self.long(x, *others) if y is None else y
+
+    def _again(self, quick: Any, x: Any, *others: Any) -> Any:
+        """Make a quick call again if something was missing, or return None."""
+        if not cpu.is_fast():
+            return None
+        try:
+            y = quick.again(x, *others, integers=self.spec.integers)
+        except Unproven as error:
+            cpu.give_up(error)
+            return None
+        if quick is self.quick and quick.rows and self.call == self.left:
+            self.call = quick.before(self.left)
+        return y
 
     def _elsewhere(self, x: Any) -> Any:
         """Return the calls for a type of arrays on a GPU, from its second array on."""
         if type(x) not in _ON_GPU:
             return None
-        calls = _cuda().Calls(type(x), self.formula, integers=self.integers)
-        return self.on_gpu.setdefault(type(x), calls)
+        return self.on_gpu.setdefault(type(x), _cuda().Calls(type(x), self.spec))
 
-    def forward(
-        self, x: Any, slope: Any, inplace: Any, out: Any, return_mask: Any
+    def masked(self, *arguments: Any) -> Any:
+        """Take a call that makes or uses a mask, if it is plain otherwise, or None."""
+
+    def gpu(self, calls: Any, *arguments: Any) -> Any:
+        """Take a call with an array on a GPU, if it is plain otherwise, or None."""
+
+    def long(self, *arguments: Any) -> Any:
+        """Take any call."""
+        raise NotImplementedError
+
+    def _with_bits(self, x: Any, *others: Any) -> Any:
+        """Make the quick call with a mask's bits, or return None."""
+        y = self.quick_with_bits.call(x, *others)
+        return self._again(self.quick_with_bits, x, *others) if y is None else y
+
+    quick_with_bits: Any
+
+
+class _Forward(_Function):
+    """``call(x, inplace, out, return_mask, *numbers)``."""
+
+    def __init__(self, spec: Spec) -> None:
+        kinds = ARRAY, *(NUMBER for _ in spec.numbers)
+        super().__init__(spec, Operation(spec.formula, kinds), flag=True)
+        if spec.active is not None:
+            kept = spec.active, len(spec.numbers_kept)
+            operation = Operation(spec.formula, kinds, *kept)
+            self.quick_with_bits = cpu.quick_call(operation)
+
+    def masked(
+        self, x: Any, inplace: Any, out: Any, return_mask: Any, *numbers: Any
     ) -> Any:
-        if return_mask is False:
-            y = self.flat.call(x, slope, inplace, out)
-            if y is not None:
-                return y
-        if type(x) is not ndarray:
-            calls = self.on_gpu.get(type(x)) or self._elsewhere(x)
-            return calls and calls.forward(x, slope, inplace, out, return_mask)
-        if return_mask is False:
-            return self._again(self.flat, x, slope, inplace, out)
         if return_mask is not True:
             return None
         shape = x.shape
+        axes = None if x.flags.c_contiguous else tuple(memory_order(x))
         try:
             bits = cpu.empty_bytes((x.size + 7) >> 3)
         except (MemoryError, Unproven):  # another argument may be wrong as well
             return None
-        y = self.masked.call(x, slope, inplace, out, bits)
+        y = self._with_bits(x, inplace, out, bits, *numbers)
         if y is None:
-            y = self._again(self.masked, x, slope, inplace, out, bits)
-            if y is None:
-                return None
-        mask = Mask.__new__(Mask)
-        mask.shape, mask.bits = shape, bits
-        return y, mask
+            return None
+        return y, Mask._make(bits, shape, axes, self.spec.predicate)
 
-    def backward(
-        self, grad: Any, saved: Any, slope: Any, inplace: Any, out: Any
-    ) -> Any:
-        if type(grad) is not ndarray:
-            calls = self.on_gpu.get(type(grad)) or self._elsewhere(grad)
-            return calls and calls.backward(grad, saved, slope, inplace, out)
-        call = self.flat
-        if type(saved) is Mask:
-            try:
-                if saved.shape != grad.shape:
-                    return None
-                call, saved = self.masked, saved.bits
-            except (*ANSWERS, MemoryError):
-                if _is_plain(saved):  # a signal's handler has raised that
-                    raise
-                return None  # what was changed since it was made may be anything
-        dx = call.call(grad, slope, inplace, out, saved)
-        return self._again(call, grad, slope, inplace, out, saved) if dx is None else dx
-
-    def _again(
+    def gpu(
         self,
-        call: Any,
-        a: Any,
-        slope: Any,
+        calls: Any,
+        x: Any,
         inplace: Any,
         out: Any,
-        *others: Any,
-        block: int = 0,
+        return_mask: Any,
+        *numbers: Any,
     ) -> Any:
-        """Call once more with what was missing, if that is why nothing came of it."""
-        if not cpu.is_fast() or type(a) is not ndarray:
+        return calls.forward(x, numbers, inplace, out, return_mask)
+
+    def long(
+        self, x: Any, inplace: Any, out: Any, return_mask: Any, *numbers: Any
+    ) -> Any:
+        named = list(zip(self.spec.numbers, numbers, strict=True))
+        return _elementwise(
+            self.spec,
+            self.spec.formula,
+            ("x", x),
+            inplace,
+            out,
+            numbers=named,
+            return_mask=return_mask,
+        )
+
+
+class _Backward(_Function):
+    """``call(grad_output, inplace, out, saved, *numbers)``."""
+
+    def __init__(self, spec: Spec) -> None:
+        numbers = tuple(NUMBER for _ in spec.numbers_kept)
+        super().__init__(spec, Operation(spec.of_saved, (ARRAY, ARRAY, *numbers)))
+        if spec.active is not None:
+            operation = Operation(spec.gradient, (ARRAY, BITS, *numbers))
+            self.quick_with_bits = cpu.quick_call(operation)
+
+    def masked(
+        self, grad: Any, inplace: Any, out: Any, saved: Any, *numbers: Any
+    ) -> Any:
+        if type(saved) is not Mask or not self.spec.predicate:
             return None
-        if not a.flags.forc or not self._takes(a.dtype):
-            return None
-        target = out[0] if type(out) is tuple and out else out
-        in_place = inplace is True or target is a
         try:
-            call.prepare(a.dtype, a.nbytes, in_place=in_place, block=block)
-        except Unproven as error:
-            cpu.give_up(error)
-            return None
-        return call.call(a, slope, inplace, out, *others)
+            same = saved.shape == grad.shape and saved.predicate == self.spec.predicate
+            bits = saved.bits if same and _lies_as(saved._axes, grad) else None
+        except (*ANSWERS, MemoryError):
+            if _is_plain(saved):  # a signal's handler has raised that
+                raise
+            return None  # what was changed since it was made may be anything
+        return self._with_bits(grad, inplace, out, bits, *numbers)
 
-    def _takes(self, dtype: np.dtype[Any]) -> bool:
-        return is_accepted(row_of(dtype), integers=self.integers) and dtype.isnative
-
-    def channels(
-        self, a: Any, weight: Any, axis: Any, inplace: Any, out: Any, *x: Any
+    def gpu(
+        self, calls: Any, grad: Any, inplace: Any, out: Any, saved: Any, *numbers: Any
     ) -> Any:
-        """Take one slope for each index of an axis, or one for all.
+        return calls.backward(grad, saved, numbers, inplace, out)
 
-        For the gradients, `a` is that of the output, and `x` follows.
-        """
-        call = self.by_channel
-        y = call.call(a, weight, inplace, out, axis, *x)
-        if y is not None:
-            return y
-        if type(a) is not ndarray:
-            calls = self.on_gpu.get(type(a)) or self._elsewhere(a)
-            return calls and calls.channels(a, weight, axis, inplace, out, *x)
-        if not self._takes(a.dtype):
-            return None
-        if type(weight) is not ndarray or type(axis) is not int:
-            return None
-        block = 0
-        if weight.size != 1 and -a.ndim <= axis < a.ndim:
-            inner = math.prod(a.shape[axis + 1 :] if axis != -1 else ())
-            block = call.block_of(a, weight.size, inner)
-        return self._again(call, a, weight, inplace, out, axis, *x, block=block)
+    def long(self, grad: Any, inplace: Any, out: Any, saved: Any, *numbers: Any) -> Any:
+        spec, mask, function, name = self.spec, None, self.spec.of_saved, "saved"
+        if spec.active is None:
+            name = "x"
+        if issubclass(type(saved), Mask):
+            if spec.active is None:
+                msg = f"{name} must be the input: of {spec.name}, a mask does not tell enough"
+                raise TypeError(msg)
+            mask = _arguments.unchanged(saved)
+            function, saved = spec.gradient, mask.bits
+        return _elementwise(
+            spec,
+            function,
+            ("grad_output", grad),
+            inplace,
+            out,
+            [(name, saved)],
+            list(zip(spec.numbers_kept, numbers, strict=True)),
+            mask,
+        )
+
+
+def _lies_as(axes: tuple[int, ...] | None, x: Any) -> bool:
+    """Say whether an array lies in memory in the order of a mask's bits."""
+    if axes is None or x.flags.c_contiguous:
+        return axes is None and bool(x.flags.c_contiguous)
+    return type(axes) is tuple and list(axes) == memory_order(x)
+
+
+def _is_plain(mask: Mask) -> bool:
+    """Say whether to compare a mask's attributes runs no code of other people."""
+    shape = getattr(mask, "shape", None)
+    if type(getattr(mask, "predicate", None)) is not str:
+        return False
+    return type(shape) is tuple and all(type(length) is int for length in shape)
+
+
+class _ByChannel(_Function):
+    """``call(x, inplace, out, weight, axis)``."""
+
+    def __init__(self, spec: Spec) -> None:
+        super().__init__(spec, Operation(spec.formula, (ARRAY, WEIGHT)))
+
+    def gpu(
+        self, calls: Any, x: Any, inplace: Any, out: Any, weight: Any, axis: Any
+    ) -> Any:
+        return calls.by_channel(x, weight, axis, inplace, out)
+
+    def long(self, x: Any, *others: Any) -> Any:
+        return _prelu(self.spec, x, *others)
+
+
+class _ByChannelBackward(_Function):
+    """``call(grad_output, inplace, out, x, weight, axis)``."""
+
+    def __init__(self, spec: Spec) -> None:
+        super().__init__(
+            spec, Operation(spec.of_saved, (ARRAY, ARRAY, WEIGHT)), sums=True
+        )
+
+    def gpu(
+        self,
+        calls: Any,
+        grad: Any,
+        inplace: Any,
+        out: Any,
+        x: Any,
+        weight: Any,
+        axis: Any,
+    ) -> Any:
+        return calls.by_channel_backward(grad, x, weight, axis, inplace, out)
+
+    def long(self, grad: Any, *others: Any) -> Any:
+        return _prelu_backward(self.spec, grad, *others)
+
+
+class _ByElement(_Function):
+    """``call(x, inplace, out, slopes)``."""
+
+    def __init__(self, spec: Spec) -> None:
+        super().__init__(spec, Operation(spec.formula, (ARRAY, ARRAY)))
+
+    def long(self, x: Any, inplace: Any, out: Any, slopes: Any) -> Any:
+        others = [("slopes", slopes)]
+        return _elementwise(
+            self.spec, self.spec.formula, ("x", x), inplace, out, others
+        )
+
+
+class _ByElementBackward(_Function):
+    """``call(grad_output, inplace, out, x, slopes)``; slopes may be one number."""
+
+    def __init__(self, spec: Spec) -> None:
+        super().__init__(spec, Operation(spec.of_saved, (ARRAY, ARRAY, ARRAY)))
+        self.of_number = _Backward(spec)
+
+    def long(self, grad: Any, inplace: Any, out: Any, x: Any, slopes: Any) -> Any:
+        spec, others, numbers = self.spec, [("x", x)], [("slopes", slopes)]
+        if not _arguments.is_scalar(slopes):
+            others, numbers = others + numbers, []
+        first = "grad_output", grad
+        return _elementwise(spec, spec.of_saved, first, inplace, out, others, numbers)
+
+
+def elementwise(spec: Spec) -> tuple[_Function, _Function]:
+    """Return the functions of an activation with numbers, or none, for parameters."""
+    return _Forward(spec), _Backward(spec)
+
+
+def by_channel(spec: Spec) -> tuple[_Function, _Function]:
+    """Return those whose one number is a weight for each channel."""
+    return _ByChannel(spec), _ByChannelBackward(spec)
+
+
+def by_element(spec: Spec) -> tuple[_Function, _Function]:
+    """Return those whose one number is an array's, one for each element."""
+    return _ByElement(spec), _ByElementBackward(spec)
+
+
+def slopes(x: Any, lower: Any, upper: Any, training: Any, rng: Any) -> Any:
+    """Return a slope for each element of x in training, and their mean otherwise."""
+    low, high = _arguments.bounds(lower, upper)
+    if not _arguments.flag("training", training):
+        return low + (high - low) / 2
+    engine = engine_of(x)
+    (given,) = _arguments.read(engine, ("x", x))
+    return engine.uniform(_arguments.accepted("x", given), low, high, rng)

@@ -3,40 +3,64 @@
 A formula is a plain function of scalars.  Each engine compiles its kernels from it, so
 it is written once.  The rules for formulas:
 
-- They see `x` (the input), `g` (the gradient of the output) and `slope`, in the type
-  that products are computed in.  The saved `x` of a gradient may be the input, the
-  output, or 1 and 0 from a mask.
+- They get `x` (the input) and the activation's numbers, in the type that products are
+  computed in.  They may call other plain functions.
 - ``type(x)(0)`` is a zero of x's own type; a literal 0 would widen some integers.
 - The order of the comparisons decides what a NaN does.
+- `active` says where the gradient passes.  It is the bit that a mask keeps, and must give
+  the same answer for the saved output if that may be saved.
+- The gradient gets `g` (the gradient of the output), what `active` says, and the numbers.
+  Where a bit is not enough, a specification names no `active`: the gradient gets x.
 
-To add an activation, write one block and one row of the table at the foot.
+To add an activation, write one block and one row of the table at the foot: the README
+has the recipe.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from types import ModuleType
+from dataclasses import dataclass, field
 from typing import Any
 
-from fastrelu import _arguments
-from fastrelu._dispatch import PlainCalls, engine_of
+from fastrelu import _dispatch
+from fastrelu._spec import Spec
 from fastrelu.mask import Mask
 
+__all__ = [
+    "leaky_relu",
+    "leaky_relu_backward",
+    "prelu",
+    "prelu_backward",
+    "relu",
+    "relu6",
+    "relu6_backward",
+    "relu_backward",
+    "rrelu",
+    "rrelu_backward",
+    "squared_relu",
+    "squared_relu_backward",
+    "threshold",
+    "threshold_backward",
+]
+
 Array = Any  # an array of any library; the result is of the same
+
+
+def _is_positive(x: Any, *slope: Any) -> Any:
+    return x > 0
 
 
 # ReLU ---------------------------------------------------------------------------------
 
 
-def _relu(x: Any, slope: Any) -> Any:
+def _relu(x: Any) -> Any:
     return type(x)(0) if x <= 0 else x  # not `x if x > 0`: a NaN comes through
 
 
-def _relu_gradient(g: Any, x: Any, slope: Any) -> Any:
-    return g if x > 0 else type(g)(0)  # a choice, no product: inf * 0 would be NaN
+def _relu_gradient(g: Any, passes: Any) -> Any:
+    return g if passes else type(g)(0)  # a choice, no product: inf * 0 would be NaN
 
 
-_relu_calls = PlainCalls(_relu, gradient=False, integers=True)
-_relu_backward_calls = PlainCalls(_relu_gradient, gradient=True, integers=True)
+_RELU = Spec("relu", _relu, _relu_gradient, _is_positive, "x > 0", integers=True)
+_relu_forward, _relu_backward = _dispatch.elementwise(_RELU)
 
 
 def relu(
@@ -93,10 +117,7 @@ def relu(
     >>> fastrelu.relu(np.array([-2.0, -0.0, 3.0, np.nan]))
     array([ 0.,  0.,  3., nan])
     """
-    y = _relu_calls.forward(x, 0.0, inplace, out, return_mask)
-    if y is not None:
-        return y
-    return _forward(_relu, x, 0.0, inplace, out, return_mask, integers=True)
+    return _relu_forward.call(x, inplace, out, return_mask)
 
 
 def relu_backward(
@@ -150,12 +171,7 @@ def relu_backward(
     >>> fastrelu.relu_backward(np.array([10.0, 10.0, 10.0]), mask)
     array([ 0.,  0., 10.])
     """
-    dx = _relu_backward_calls.backward(grad_output, saved, 0.0, inplace, out)
-    if dx is not None:
-        return dx
-    return _backward(
-        _relu_gradient, grad_output, saved, 0.0, inplace, out, integers=True
-    )
+    return _relu_backward.call(grad_output, inplace, out, saved)
 
 
 # Leaky ReLU ---------------------------------------------------------------------------
@@ -165,14 +181,19 @@ def _leaky_relu(x: Any, slope: Any) -> Any:
     return x if x > 0 else slope * x
 
 
-def _leaky_relu_gradient(g: Any, x: Any, slope: Any) -> Any:
-    return g if x > 0 else slope * g
+def _leaky_relu_gradient(g: Any, passes: Any, slope: Any) -> Any:
+    return g if passes else slope * g
 
 
-_leaky_relu_calls = PlainCalls(_leaky_relu, gradient=False, integers=False)
-_leaky_relu_backward_calls = PlainCalls(
-    _leaky_relu_gradient, gradient=True, integers=False
+_LEAKY_RELU = Spec(
+    "leaky_relu",
+    _leaky_relu,
+    _leaky_relu_gradient,
+    _is_positive,
+    "x > 0",
+    numbers=("negative_slope",),
 )
+_leaky_relu_forward, _leaky_relu_backward = _dispatch.elementwise(_LEAKY_RELU)
 
 
 def leaky_relu(
@@ -235,10 +256,7 @@ def leaky_relu(
     >>> fastrelu.leaky_relu(np.array([-2.0, 0.0, 3.0]), 0.1)
     array([-0.2,  0. ,  3. ])
     """
-    y = _leaky_relu_calls.forward(x, negative_slope, inplace, out, return_mask)
-    if y is not None:
-        return y
-    return _forward(_leaky_relu, x, negative_slope, inplace, out, return_mask)
+    return _leaky_relu_forward.call(x, inplace, out, return_mask, negative_slope)
 
 
 def leaky_relu_backward(
@@ -292,17 +310,13 @@ def leaky_relu_backward(
     >>> fastrelu.leaky_relu_backward(np.array([10.0, 10.0, 10.0]), x, 0.1)
     array([ 1.,  1., 10.])
     """
-    dx = _leaky_relu_backward_calls.backward(
-        grad_output, saved, negative_slope, inplace, out
-    )
-    if dx is not None:
-        return dx
-    return _backward(
-        _leaky_relu_gradient, grad_output, saved, negative_slope, inplace, out
-    )
+    return _leaky_relu_backward.call(grad_output, inplace, out, saved, negative_slope)
 
 
 # PReLU: Leaky ReLU whose slope is the weight of the element's channel -----------------
+
+
+_prelu_forward, _prelu_backward = _dispatch.by_channel(_LEAKY_RELU)
 
 
 def prelu(
@@ -364,19 +378,7 @@ def prelu(
     array([[-0.5 , -0.25],
            [ 2.  , -0.5 ]])
     """
-    y = _leaky_relu_calls.channels(x, weight, axis, inplace, out)
-    if y is not None:
-        return y
-    engine = engine_of(x)
-    position = _arguments.index("axis", axis)
-    overwrite = _arguments.in_place(inplace, out)
-    arrays = ("x", x), ("weight", weight), ("out", out)
-    given, slopes, target = _arguments.read(engine, *arrays, in_place=overwrite)
-    checked = _arguments.accepted("x", given)
-    _, broadcast = _arguments.weight(slopes, checked, position)
-    y, target = _target(engine, "x", (x, out), (given, target), checked, overwrite)
-    engine.prelu(_leaky_relu, checked, broadcast, target)
-    return y
+    return _prelu_forward.call(x, inplace, out, weight, axis)
 
 
 def prelu_backward(
@@ -440,147 +442,555 @@ def prelu_backward(
     >>> dw
     array([-1., -3.])
     """
-    gradients: tuple[Array, Array] | None
-    gradients = _leaky_relu_backward_calls.channels(
-        grad_output, weight, axis, inplace, out, x
-    )
-    if gradients is not None:
-        return gradients
-    engine = engine_of(grad_output)
-    position = _arguments.index("axis", axis)
-    out_input, out_weight = _arguments.pair(out)
-    overwrite = _arguments.in_place(inplace, out_input)
-    given, saved, slopes, target, sums = _arguments.read(
-        engine,
-        ("grad_output", grad_output),
-        ("x", x),
-        ("weight", weight),
-        ("out", out_input),
-        ("out[1]", out_weight),
-        in_place=overwrite,
-    )
-    grad = _arguments.accepted("grad_output", given)
-    checked = _arguments.like("x", saved, "grad_output", grad)
-    slopes, broadcast = _arguments.weight(slopes, checked, position)
-    objects, views = (grad_output, out_input), (given, target)
-    if sums is not None:
-        _arguments.writeable("out[1]", sums, slopes)
-        written = given if overwrite else target
-        if written is not None:
-            _arguments.distinct("out[0]", written, "out[1]", sums)
-    else:
-        out_weight, sums = _fresh(engine, slopes)
-    dx, target = _target(engine, "grad_output", objects, views, grad, overwrite)
-    engine.prelu_backward(_leaky_relu_gradient, grad, checked, broadcast, target, sums)
-    return dx, out_weight
+    gradients: tuple[Array, Array]
+    gradients = _prelu_backward.call(grad_output, inplace, out, x, weight, axis)
+    return gradients
 
 
-# The long way, with all checks --------------------------------------------------------
+# ReLU6 --------------------------------------------------------------------------------
 
 
-def _fresh(engine: ModuleType, x: Any) -> tuple[Any, Any]:
-    """Return a new array like x, and what the engine sees of it."""
-    y = engine.empty_like(x)
-    return y, engine.read(y)
+def _relu6(x: Any) -> Any:
+    return type(x)(0) if x <= 0 else type(x)(6) if x >= 6 else x
 
 
-def _target(
-    engine: ModuleType,
-    name: str,
-    objects: tuple[Any, Any],
-    views: tuple[Any, Any],
-    model: Any,
-    overwrite: bool,
-) -> tuple[Any, Any]:
-    """Return the object to give back, and the array to write to.
+def _is_between(x: Any) -> Any:
+    return x > 0 and x < 6
 
-    `objects` are the first argument and `out` as they came, `views` what was read.
+
+_RELU6 = Spec("relu6", _relu6, _relu_gradient, _is_between, "0 < x < 6")
+_relu6_forward, _relu6_backward = _dispatch.elementwise(_RELU6)
+
+
+def relu6(
+    x: Array,
+    /,
+    inplace: bool = False,
+    *,
+    out: Array | None = None,
+    return_mask: bool = False,
+) -> Any:
+    r"""Return x cut off below 0 and above 6.
+
+    .. math:: y = 0 \text{ if } x \le 0, \quad 6 \text{ if } x \ge 6, \quad x \text{ else}
+
+    At 0, and at -0, the value is +0 and the derivative 0; at 6 it is 0, too.  A NaN stays
+    a NaN.
+
+    Parameters
+    ----------
+    x : array of any shape and memory layout
+        float16, bfloat16, float32 or float64.  Without `inplace`, also anything
+        ``numpy.asarray`` makes such an array of.
+    inplace : bool
+        Overwrite `x` and return it.
+    out : array, optional
+        Where to write the result; of x's shape and dtype.  It may be `x` and may
+        overlap it.
+    return_mask : bool
+        Also return where ``0 < x < 6``, in 1 bit each, for the backward pass.
+
+    Returns
+    -------
+    array
+        Of x's shape and dtype; `x` or `out` themselves where they were written to.
+    Mask
+        Only with ``return_mask=True``.
+
+    Raises
+    ------
+    TypeError
+        For another kind of argument or dtype.
+    ValueError
+        For `out` as `relu` does.
+
+    References
+    ----------
+    .. [1] A. Krizhevsky, "Convolutional Deep Belief Networks on CIFAR-10", 2010.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import fastrelu
+    >>> fastrelu.relu6(np.array([-2.0, 3.0, 8.0]))
+    array([0., 3., 6.])
     """
-    if overwrite:
-        return objects[0], _arguments.writeable(name, views[0], model)
-    if views[1] is not None:
-        return objects[1], _arguments.writeable("out", views[1], model)
-    return _fresh(engine, model)
+    return _relu6_forward.call(x, inplace, out, return_mask)
 
 
-def _forward(
-    formula: Callable[..., Any],
-    x: Any,
-    negative_slope: Any,
-    inplace: Any,
-    out: Any,
-    return_mask: Any,
+def relu6_backward(
+    grad_output: Array,
+    saved: Array | Mask,
+    /,
     *,
-    integers: bool = False,
-) -> Any:
-    engine = engine_of(x)
-    slope = _arguments.slope(negative_slope)
-    want_mask = _arguments.flag("return_mask", return_mask)
-    overwrite = _arguments.in_place(inplace, out)
-    arrays = ("x", x), ("out", out)
-    given, target = _arguments.read(engine, *arrays, in_place=overwrite)
-    checked = _arguments.accepted("x", given, integers=integers)
-    number = slope.of(checked)
-    y, target = _target(engine, "x", (x, out), (given, target), checked, overwrite)
-    bits = engine.forward(formula, checked, number, target, want_mask=want_mask)
-    if not want_mask:
-        return y
-    mask = Mask.__new__(Mask)  # without its checks: they could still want memory
-    mask.bits, mask.shape = bits, checked.shape
-    return y, mask
+    inplace: bool = False,
+    out: Array | None = None,
+) -> Array:
+    r"""Return the gradient of a loss towards relu6's input.
+
+    .. math:: dx = g \text{ if } 0 < x < 6 \text{ else } 0
+
+    The derivative at 0, at 6 and at NaN is 0.  The gradient is chosen, not multiplied.
+
+    Parameters
+    ----------
+    grad_output : array
+        The gradient towards relu6's output; dtypes as for `relu6`.
+    saved : array or Mask
+        What was kept of the forward pass: its input, its output or its mask.
+    inplace : bool
+        Overwrite `grad_output` and return it.
+    out : array, optional
+        Where to write the result; of grad_output's shape and dtype.
+
+    Returns
+    -------
+    array
+        Of grad_output's shape and dtype.
+
+    Raises
+    ------
+    TypeError
+        For another kind of argument, or if `saved` has another dtype.
+    ValueError
+        If `saved` has another shape or is a mask of another activation, and for `out` as
+        `relu` does.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import fastrelu
+    >>> fastrelu.relu6_backward(np.ones(3), np.array([-2.0, 3.0, 8.0]))
+    array([0., 1., 0.])
+    """
+    return _relu6_backward.call(grad_output, inplace, out, saved)
 
 
-def _backward(
-    gradient: Callable[..., Any],
-    grad_output: Any,
-    saved: Any,
-    negative_slope: Any,
-    inplace: Any,
-    out: Any,
+# Squared ReLU -------------------------------------------------------------------------
+
+
+def _squared_relu(x: Any) -> Any:
+    return type(x)(0) if x <= 0 else x * x
+
+
+def _squared_relu_gradient(g: Any, x: Any) -> Any:
+    return (x + x) * g if x > 0 else type(g)(0)
+
+
+_SQUARED_RELU = Spec("squared_relu", _squared_relu, _squared_relu_gradient, None)
+_squared_relu_forward, _squared_relu_backward = _dispatch.elementwise(_SQUARED_RELU)
+
+
+def squared_relu(
+    x: Array, /, inplace: bool = False, *, out: Array | None = None
+) -> Array:
+    r"""Return the square of the rectified linear unit, max(x, 0)^2.
+
+    .. math:: y = 0 \text{ if } x \le 0 \text{ else } x \cdot x
+
+    At 0 the value is +0 and the derivative 0.  A NaN stays a NaN.
+
+    Parameters
+    ----------
+    x : array of any shape and memory layout
+        float16, bfloat16, float32 or float64.  Without `inplace`, also anything
+        ``numpy.asarray`` makes such an array of.
+    inplace : bool
+        Overwrite `x` and return it.
+    out : array, optional
+        Where to write the result; of x's shape and dtype.  It may be `x` and may
+        overlap it.
+
+    Returns
+    -------
+    array
+        Of x's shape and dtype; `x` or `out` themselves where they were written to.
+
+    Raises
+    ------
+    TypeError
+        For another kind of argument or dtype.
+    ValueError
+        For `out` as `relu` does.
+
+    References
+    ----------
+    .. [1] D. So et al., "Primer: Searching for Efficient Transformers for Language
+       Modeling", NeurIPS 2021, arXiv:2109.08668.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import fastrelu
+    >>> fastrelu.squared_relu(np.array([-2.0, 0.5, 3.0]))
+    array([0.  , 0.25, 9.  ])
+    """
+    return _squared_relu_forward.call(x, inplace, out, False)
+
+
+def squared_relu_backward(
+    grad_output: Array,
+    x: Array,
+    /,
     *,
-    integers: bool = False,
+    inplace: bool = False,
+    out: Array | None = None,
+) -> Array:
+    r"""Return the gradient of a loss towards squared_relu's input.
+
+    .. math:: dx = 2 x \cdot g \text{ if } x > 0 \text{ else } 0
+
+    The derivative at 0 and at NaN is 0.
+
+    Parameters
+    ----------
+    grad_output : array
+        The gradient towards squared_relu's output; dtypes as for `squared_relu`.
+    x : array
+        The input of the forward pass; of grad_output's shape and dtype.  A mask, 1 bit,
+        does not tell how large it was.
+    inplace : bool
+        Overwrite `grad_output` and return it.
+    out : array, optional
+        Where to write the result; of grad_output's shape and dtype.
+
+    Returns
+    -------
+    array
+        Of grad_output's shape and dtype.
+
+    Raises
+    ------
+    TypeError
+        For another kind of argument or dtype, a mask among them.
+    ValueError
+        If `x` has another shape, and for `out` as `relu` does.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import fastrelu
+    >>> fastrelu.squared_relu_backward(np.ones(3), np.array([-2.0, 0.5, 3.0]))
+    array([0., 1., 6.])
+    """
+    return _squared_relu_backward.call(grad_output, inplace, out, x)
+
+
+# Threshold ----------------------------------------------------------------------------
+
+
+def _threshold(x: Any, threshold: Any, value: Any) -> Any:
+    return value if x <= threshold else x  # a NaN comes through
+
+
+def _is_above(x: Any, threshold: Any) -> Any:
+    return x > threshold
+
+
+def _threshold_gradient(g: Any, passes: Any, threshold: Any) -> Any:
+    return g if passes else type(g)(0)
+
+
+_THRESHOLD = Spec(
+    "threshold",
+    _threshold,
+    _threshold_gradient,
+    _is_above,
+    "x > threshold",
+    numbers=("threshold", "value"),
+    kept=1,
+)
+_threshold_forward, _threshold_backward = _dispatch.elementwise(_THRESHOLD)
+
+
+def threshold(
+    x: Array,
+    /,
+    threshold: float,
+    value: float,
+    inplace: bool = False,
+    *,
+    out: Array | None = None,
+    return_mask: bool = False,
 ) -> Any:
-    engine = engine_of(grad_output)
-    slope = _arguments.slope(negative_slope)
-    overwrite = _arguments.in_place(inplace, out)
-    mask = _arguments.unchanged(saved) if issubclass(type(saved), Mask) else None
-    kept = saved if mask is None else mask.bits
-    arrays = ("grad_output", grad_output), ("saved", kept), ("out", out)
-    given, kept, target = _arguments.read(engine, *arrays, in_place=overwrite)
-    grad = _arguments.accepted("grad_output", given, integers=integers)
-    number = slope.of(grad)
-    if mask is None:
-        kept = _arguments.like("saved", kept, "grad_output", grad)
-    else:
-        kept = _arguments.bits_of(mask, kept, "grad_output", grad)
-    objects, views = (grad_output, out), (given, target)
-    dx, target = _target(engine, "grad_output", objects, views, grad, overwrite)
-    run = engine.backward if mask is None else engine.backward_mask
-    run(gradient, grad, kept, number, target)
-    return dx
+    r"""Return x where it is above a threshold and one value elsewhere.
+
+    .. math:: y = v \text{ if } x \le \theta \text{ else } x
+
+    At the threshold the value is `value` and the derivative 0.  A NaN stays a NaN.
+
+    Parameters
+    ----------
+    x : array of any shape and memory layout
+        float16, bfloat16, float32 or float64.  Without `inplace`, also anything
+        ``numpy.asarray`` makes such an array of.
+    threshold, value : float
+        Any finite numbers, each rounded once to float64 for float64 arrays and to
+        float32 for the others; a `value` that is taken is then rounded to x's dtype.
+    inplace : bool
+        Overwrite `x` and return it.
+    out : array, optional
+        Where to write the result; of x's shape and dtype.  It may be `x` and may
+        overlap it.
+    return_mask : bool
+        Also return where ``x > threshold``, in 1 bit each, for the backward pass.
+
+    Returns
+    -------
+    array
+        Of x's shape and dtype; `x` or `out` themselves where they were written to.
+    Mask
+        Only with ``return_mask=True``.
+
+    Raises
+    ------
+    TypeError
+        For another kind of argument or dtype.
+    ValueError
+        If `threshold` or `value` is not finite once it is rounded, and for `out` as
+        `relu` does.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import fastrelu
+    >>> fastrelu.threshold(np.array([-2.0, 0.5, 3.0]), 1.0, -1.0)
+    array([-1., -1.,  3.])
+    """
+    return _threshold_forward.call(x, inplace, out, return_mask, threshold, value)
+
+
+def threshold_backward(
+    grad_output: Array,
+    saved: Array | Mask,
+    /,
+    threshold: float,
+    *,
+    inplace: bool = False,
+    out: Array | None = None,
+) -> Array:
+    r"""Return the gradient of a loss towards threshold's input.
+
+    .. math:: dx = g \text{ if } x > \theta \text{ else } 0
+
+    The derivative at the threshold and at NaN is 0.
+
+    Parameters
+    ----------
+    grad_output : array
+        The gradient towards threshold's output; dtypes as for `threshold`.
+    saved : array or Mask
+        What was kept of the forward pass: its input or its mask; or its output, if its
+        `value`, as x's dtype holds it, is not above its `threshold`.
+    threshold : float
+        As in the forward pass.
+    inplace : bool
+        Overwrite `grad_output` and return it.
+    out : array, optional
+        Where to write the result; of grad_output's shape and dtype.
+
+    Returns
+    -------
+    array
+        Of grad_output's shape and dtype.
+
+    Raises
+    ------
+    TypeError
+        For another kind of argument, or if `saved` has another dtype.
+    ValueError
+        If `saved` has another shape or is a mask of another activation, if `threshold` is
+        not finite once it is rounded, and for `out` as `relu` does.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import fastrelu
+    >>> fastrelu.threshold_backward(np.ones(3), np.array([-2.0, 0.5, 3.0]), 1.0)
+    array([0., 0., 1.])
+    """
+    return _threshold_backward.call(grad_output, inplace, out, saved, threshold)
+
+
+# Randomised leaky ReLU: Leaky ReLU with a slope of its own for each element ------------
+
+
+_rrelu_forward, _rrelu_backward = _dispatch.by_element(_LEAKY_RELU)
+
+
+def rrelu(
+    x: Array,
+    /,
+    lower: float = 1 / 8,
+    upper: float = 1 / 3,
+    training: bool = False,
+    inplace: bool = False,
+    *,
+    rng: Any = None,
+    out: Array | None = None,
+) -> Any:
+    r"""Return x where it is positive and a random multiple of it elsewhere.
+
+    .. math:: y = x \text{ if } x > 0 \text{ else } a \cdot x
+
+    In training, each element has a slope `a` of its own, drawn uniformly from `lower` to
+    `upper`.  Otherwise all have the mean of these two.  At 0 the value is ``a * x``, a
+    zero, and the derivative `a`.  A NaN stays a NaN.
+
+    Parameters
+    ----------
+    x : array of any shape and memory layout
+        float16, bfloat16, float32 or float64.  Without `inplace`, also anything
+        ``numpy.asarray`` makes such an array of.
+    lower, upper : float
+        Any finite numbers, the first not above the second.
+    training : bool
+        Draw slopes, and return them.
+    inplace : bool
+        Overwrite `x` and return it.
+    rng : numpy.random.Generator or what ``numpy.random.default_rng`` takes, optional
+        What slopes are drawn from, in C order, whatever the layout: None for one that is
+        seeded afresh.  For CuPy arrays, a ``cupy.random.Generator`` or None.
+    out : array, optional
+        Where to write the result; of x's shape and dtype.  It may be `x` and may
+        overlap it.
+
+    Returns
+    -------
+    array
+        Of x's shape and dtype; `x` or `out` themselves where they were written to.
+    array
+        Only with ``training=True``: the slopes, of x's shape and dtype, for
+        `rrelu_backward`.
+
+    Raises
+    ------
+    TypeError
+        For another kind of argument or dtype.
+    ValueError
+        If `lower` or `upper` is not finite, or `lower` above `upper`, and for `out` as
+        `relu` does.
+
+    References
+    ----------
+    .. [1] B. Xu et al., "Empirical Evaluation of Rectified Activations in Convolutional
+       Network", 2015, arXiv:1505.00853.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import fastrelu
+    >>> x = np.array([-8.0, 3.0])
+    >>> fastrelu.rrelu(x, 0.25, 0.5)
+    array([-3.,  3.])
+    >>> y, slopes = fastrelu.rrelu(x, 0.25, 0.5, training=True, rng=0)
+    >>> bool(y[0] == slopes[0] * x[0])
+    True
+    """
+    slopes = _dispatch.slopes(x, lower, upper, training, rng)
+    if training:
+        return _rrelu_forward.call(x, inplace, out, slopes), slopes
+    return _leaky_relu_forward.call(x, inplace, out, False, slopes)
+
+
+def rrelu_backward(
+    grad_output: Array,
+    x: Array,
+    /,
+    slopes: Array | float,
+    *,
+    inplace: bool = False,
+    out: Array | None = None,
+) -> Array:
+    r"""Return the gradient of a loss towards rrelu's input.
+
+    .. math:: dx = g \text{ if } x > 0 \text{ else } a \cdot g
+
+    The derivative at 0 and at NaN is the element's slope.
+
+    Parameters
+    ----------
+    grad_output : array
+        The gradient towards rrelu's output; dtypes as for `rrelu`.
+    x : array
+        The input of the forward pass; of grad_output's shape and dtype.
+    slopes : array or float
+        What the forward pass returned, of grad_output's shape and dtype; or one number.
+    inplace : bool
+        Overwrite `grad_output` and return it.
+    out : array, optional
+        Where to write the result; of grad_output's shape and dtype.
+
+    Returns
+    -------
+    array
+        Of grad_output's shape and dtype.
+
+    Raises
+    ------
+    TypeError
+        For another kind of argument or dtype.
+    ValueError
+        If `x` or `slopes` has another shape, and for `out` as `relu` does.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import fastrelu
+    >>> x, slopes = np.array([-8.0, 3.0]), np.array([0.5, 0.25])
+    >>> fastrelu.rrelu_backward(np.ones(2), x, slopes)
+    array([0.5, 1. ])
+    """
+    return _rrelu_backward.call(grad_output, inplace, out, x, slopes)
 
 
 # The table ----------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Activation:
-    """One row: what tests, benchmarks and the README's matrix walk."""
+def _always(*numbers: float) -> bool:
+    return True
 
+
+def _never(*numbers: float) -> bool:
+    return False
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row: what tests walk, and what the README's matrix is compared with."""
+
+    spec: Spec
     forward: Callable[..., Any]
     backward: Callable[..., Any]
-    parameter: str | None  # the name of the slope's argument
-    integers: bool = False
+    # Whether the output may be saved, which may hang on the numbers.
+    output_tells: Callable[..., bool] = _never
+    parameter: str = ""  # "weight" for one of each channel, "slopes" for each element
+    examples: dict[str, tuple[float, ...]] = field(default_factory=dict)  # numbers
+
+    @property
+    def takes_mask(self) -> bool:
+        """Whether the backward pass takes a mask."""
+        return self.spec.active is not None and not self.parameter
 
 
 ACTIVATIONS = {
-    "relu": Activation(relu, relu_backward, None, integers=True),
-    "leaky_relu": Activation(leaky_relu, leaky_relu_backward, "negative_slope"),
-    "prelu": Activation(prelu, prelu_backward, "weight"),
+    "relu": Row(_RELU, relu, relu_backward, _always),
+    "leaky_relu": Row(
+        _LEAKY_RELU,
+        leaky_relu,
+        leaky_relu_backward,
+        lambda negative_slope: negative_slope >= 0,
+        examples={"negative_slope": (0.01, -0.5, -0.0, 0.0, 1e-30, 1.0, 2.0)},
+    ),
+    "prelu": Row(_LEAKY_RELU, prelu, prelu_backward, parameter="weight"),
+    "relu6": Row(_RELU6, relu6, relu6_backward, _always),
+    "squared_relu": Row(_SQUARED_RELU, squared_relu, squared_relu_backward),
+    "threshold": Row(
+        _THRESHOLD,
+        threshold,
+        threshold_backward,
+        lambda threshold, value: value <= threshold,
+        examples={"threshold": (0.5, -1.0, 0.0), "value": (0.25, 3.0, -0.0)},
+    ),
+    "rrelu": Row(_LEAKY_RELU, rrelu, rrelu_backward, parameter="slopes"),
 }
-
-__all__ = sorted(  # noqa: PLE0605
-    function.__name__
-    for row in ACTIVATIONS.values()
-    for function in (row.forward, row.backward)
-)

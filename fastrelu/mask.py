@@ -31,27 +31,33 @@ def is_foreign(kind: type) -> bool:
 
 
 class Mask:
-    """Which units were active, ``x > 0``, one bit each.
+    """Where a gradient passes, one bit each: for ReLU and Leaky ReLU, where ``x > 0``.
 
-    All that a backward pass of ReLU or Leaky ReLU needs to know, in 1/32 of the memory
-    of a float32 input.  ``relu(x, return_mask=True)`` makes one in the same pass.
+    All that their backward pass needs to know, in 1/32 of the memory of a float32 input.
+    ``relu(x, return_mask=True)`` makes one in the same pass.
 
     Parameters
     ----------
     bits : array of uint8, of NumPy or on a GPU
-        One-dimensional, of ``ceil(prod(shape) / 8)`` bytes: the elements in C order,
-        the first in the lowest bit, as ``numpy.packbits(..., bitorder="little")``.
+        One-dimensional, of ``ceil(prod(shape) / 8)`` bytes: the elements in the order of
+        `axes`, the first in the lowest bit, as ``numpy.packbits(..., bitorder="little")``.
         Not copied.
     shape : int or tuple of int
         The shape of the array the mask was made from.
+    axes : tuple of int, optional
+        The axes of the array, from the one that varies slowest among the bits to the one
+        that varies fastest; the default is C order.
+    predicate : str
+        What a bit says of an element: a backward pass refuses the mask of another one.
 
     Raises
     ------
     TypeError
-        If `bits` is not an array of uint8, or `shape` holds something else than
-        integers.
+        If `bits` is not an array of uint8, `shape` or `axes` holds something else than
+        integers, or `predicate` is not a string.
     ValueError
-        If no array has that `shape`, or `bits` another than `shape` asks for.
+        If no array has that `shape`, `bits` another than `shape` asks for, or `axes` are
+        not all of its axes.
 
     Examples
     --------
@@ -64,12 +70,16 @@ class Mask:
     array([False,  True,  True])
     """
 
-    __slots__ = ("bits", "shape")
+    __slots__ = ("_axes", "bits", "predicate", "shape")
 
     bits: Any
     shape: tuple[int, ...]
+    predicate: str
+    _axes: tuple[int, ...] | None  # None is C order
 
-    def __init__(self, bits: Any, shape: Any) -> None:
+    def __init__(
+        self, bits: Any, shape: Any, axes: Any = None, predicate: str = "x > 0"
+    ) -> None:
         kind = type(bits)
         plain = bits
         if issubclass(kind, np.ndarray) and not issubclass(kind, np.ma.MaskedArray):
@@ -80,12 +90,7 @@ class Mask:
         if name_of(plain.dtype) != "uint8":
             msg = f"bits must be an array of uint8, got {plain.dtype}"
             raise TypeError(msg)
-        try:
-            lengths = shape if issubclass(type(shape), tuple) else (shape,)
-            checked = tuple(operator.index(length) for length in lengths)
-        except ANSWERS as error:
-            msg = f"shape must be an integer or a tuple of integers: {error}"
-            raise TypeError(msg) from error
+        checked = _integers("shape", shape)
         try:
             np.broadcast_to(True, checked)
         except ValueError as error:
@@ -98,7 +103,35 @@ class Mask:
                 f"got {plain.shape}"
             )
             raise ValueError(msg)
-        self.bits, self.shape = plain, checked
+        order = None if axes is None else _integers("axes", axes)
+        if order is not None and sorted(order) != list(range(len(checked))):
+            msg = (
+                f"axes must be all of 0 to {len(checked) - 1} in any order, got {order}"
+            )
+            raise ValueError(msg)
+        if type(predicate) is not str:
+            msg = f"predicate must be a string, got {type(predicate).__name__}"
+            raise TypeError(msg)
+        self.bits, self.shape, self.predicate = plain, checked, predicate
+        self._axes = None if order == tuple(range(len(checked))) else order
+
+    @classmethod
+    def _make(
+        cls,
+        bits: Any,
+        shape: tuple[int, ...],
+        axes: tuple[int, ...] | None,
+        predicate: str,
+    ) -> "Mask":
+        """Make a mask without its checks: they could still want memory."""
+        mask = cls.__new__(cls)
+        mask.bits, mask.shape, mask._axes, mask.predicate = bits, shape, axes, predicate
+        return mask
+
+    @property
+    def axes(self) -> tuple[int, ...]:
+        """The axes, from the one that varies slowest among the bits to the fastest."""
+        return tuple(range(len(self.shape))) if self._axes is None else self._axes
 
     @property
     def nbytes(self) -> int:
@@ -111,20 +144,33 @@ class Mask:
         Returns
         -------
         array of bool
-            True where the unit was active; of the library that the bits are of.
+            True where the gradient passes; of the library that the bits are of, and in
+            memory as the bits are.
 
         Raises
         ------
         TypeError
             If that library is not one that arrays can be asked of.
         """
+        axes = self.axes
+        lengths = tuple(self.shape[axis] for axis in axes)
+        back = sorted(range(len(axes)), key=axes.__getitem__)
         if not isinstance(self.bits, np.ndarray):
             from fastrelu.cuda import arrays
 
-            return arrays.unpack(self.bits, self.shape)
+            return arrays.unpack(self.bits, lengths, back)
         size = math.prod(self.shape)
         flags = np.unpackbits(self.bits, count=size, bitorder="little")
-        return flags.view(np.bool_).reshape(self.shape)
+        return flags.view(np.bool_).reshape(lengths).transpose(back)
 
     def __repr__(self) -> str:
         return f"Mask(shape={self.shape}, nbytes={self.nbytes})"
+
+
+def _integers(name: str, value: Any) -> tuple[int, ...]:
+    try:
+        items = value if issubclass(type(value), tuple) else (value,)
+        return tuple(operator.index(item) for item in items)
+    except ANSWERS as error:
+        msg = f"{name} must be an integer or a tuple of integers: {error}"
+        raise TypeError(msg) from error

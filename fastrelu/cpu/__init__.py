@@ -1,4 +1,4 @@
-"""The NumPy engine: lays arrays flat and hands them to loops.
+"""The NumPy engine: which loops run, and what the checks ask of arrays.
 
 There are two kinds of loops.  Those of `fast` rest on facts about CPython, NumPy and
 Numba, which are proven once in each process.  Where one does not hold, those of
@@ -8,19 +8,21 @@ Numba, which are proven once in each process.  Where one does not hold, those of
 import functools
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any, TypeVar
 
 import numpy as np
 
-from fastrelu._arguments import is_on_gpu, kind_of, shown
+from fastrelu._arguments import generator, is_on_gpu, kind_of, shown
+from fastrelu._dtypes import row_of
+from fastrelu._layout import added_up, channels_of, flat, lay_flat, slopes_of
 from fastrelu.cpu import abi, portable
-from fastrelu.cpu.layout import added_up, channels_of, flat, lay_flat, slopes_of
 from fastrelu.mask import ANSWERS
 
 Array = Any  # numpy.ndarray of any dtype; its own generic type says nothing more here
 Function = Callable[..., Any]
+Operands = Sequence[tuple[str, Any]]
 F = TypeVar("F", bound=Function)
 
 KIND = "an array in the host's memory"
@@ -136,80 +138,38 @@ def empty_like(x: Array) -> Array:
     return _loops.empty_like(x)
 
 
-# Quick calls, made when the catalogue is ----------------------------------------------
+def uniform(x: Array, lower: float, upper: float, rng: Any) -> Array:
+    """Return an array like x of numbers drawn in C order, in the type of products."""
+    row = row_of(x.dtype)
+    assert row is not None
+    drawn: Array = generator(rng).random(x.shape, row.product)
+    drawn *= upper - lower
+    drawn += lower
+    return np.asarray(drawn).astype(x.dtype, copy=False)
 
-flat_call, mask_call = _loops.flat_call, _loops.mask_call
-channel_call, empty_bytes = _loops.channel_call, _loops.empty_bytes
+
+quick_call, empty_bytes = _loops.quick_call, _loops.empty_bytes
 
 
 # Elementwise --------------------------------------------------------------------------
 
 
-def _finish(run: Function, waiting: Any, y: Array, out: Array) -> None:
-    """Copy what waited until nothing can fail any more, and run a loop over y."""
-    for pair in waiting:
-        np.copyto(*pair)
-    run()
-    if y is not out:
-        np.copyto(out, y)
+@_or_portable
+def elementwise(function: Function, operands: Operands, out: Array) -> None:
+    """Write a function of the operands into out."""
+    _loops.elementwise(function, operands, out)
 
 
 @_or_portable
-def forward(
-    formula: Function, x: Array, slope: float, out: Array, *, want_mask: bool
-) -> Array | None:
-    """Write formula(x, slope) into out; return the mask bits if they are wanted."""
-    laid = lay_flat(out, [x], _loops.empty_like, c_order=want_mask)
-    y, _, (flat_y, flat_x), waiting = laid
-    bits = None
-    if want_mask:
-        bits = _loops.empty_bytes(-(-x.size // 8))
-        run = _loops.forward_mask(formula, flat_x, slope, flat_y, bits)
-    else:
-        run = _loops.forward(formula, flat_x, slope, flat_y)
-    _finish(run, waiting, y, out)
-    return bits
+def elementwise_mask(
+    function: Function, active: Function, kept: int, operands: Operands, out: Array
+) -> tuple[Array, tuple[int, ...]]:
+    """Write a function of the operands into out; return mask bits and their order."""
+    bits, order = _loops.elementwise_mask(function, active, kept, operands, out)
+    return bits, order
 
 
-@_or_portable
-def backward(
-    gradient: Function, grad: Array, saved: Array, slope: float, out: Array
-) -> None:
-    """Write gradient(grad, saved, slope) into out."""
-    laid = lay_flat(out, [grad, saved], _loops.empty_like)
-    y, _, (flat_y, flat_grad, flat_saved), waiting = laid
-    run = _loops.backward(gradient, flat_grad, slope, flat_y, flat_saved)
-    _finish(run, waiting, y, out)
-
-
-@_or_portable
-def backward_mask(
-    gradient: Function, grad: Array, bits: Array, slope: float, out: Array
-) -> None:
-    """Write gradient(grad, 1 or 0, slope) into out; the bits are in C order."""
-    if np.may_share_memory(bits, out):
-        bits = bits.copy()
-    laid = lay_flat(out, [grad], _loops.empty_like, c_order=True)
-    y, _, (flat_y, flat_grad), waiting = laid
-    bits = np.ascontiguousarray(bits)
-    run = _loops.backward_mask(gradient, flat_grad, slope, flat_y, bits)
-    _finish(run, waiting, y, out)
-
-
-# A weight for each channel ------------------------------------------------------------
-
-
-@_or_portable
-def prelu(formula: Function, x: Array, weight: Array, out: Array) -> None:
-    """Write formula(x, weight of x's channel) into out."""
-    y, order, (flat_y, flat_x), waiting = lay_flat(out, [x], _loops.empty_like)
-    if x.size == 0:
-        return
-    weight = weight.transpose(order)
-    view = channels_of(y.transpose(order).shape, weight.shape)
-    slopes = slopes_of(weight, view, x)
-    run = _loops.prelu(formula, flat_x, slopes, flat_y, view.inner)
-    _finish(run, waiting, y, out)
+# Both gradients of PReLU ------------------------------------------------------------
 
 
 @_or_portable
@@ -237,7 +197,7 @@ def prelu_backward(
         y = _loops.empty_like(y)
         flat_y = flat(y, order)
     operands = flat_grad, flat_x, slopes, flat_y, view.inner, sums
-    _loops.prelu_backward(gradient, *operands)()
+    _loops.weight_sums(gradient, *operands)()
     axes = sorted(range(x.ndim), key=order.__getitem__)
     with np.errstate(all="ignore"):
         sums = added_up(sums.reshape(2, *view.span), view.spread)

@@ -1,128 +1,146 @@
-"""The fast loops, by way of quick calls over flat arrays.
+"""The fast loops for arrays that the checks have let through.
 
-Each function makes all ready that a loop needs, and returns what runs it: that cannot
-fail any more.
+Quick calls work on arrays of any layout.  What is left to do here is to copy what they do
+not take: elements that are not aligned, or that are written to while they are read.
+Nothing is written before all is ready, and then nothing can fail.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from fastrelu.cpu import loops, pool, threads
-from fastrelu.cpu.calls import Call, kind_of_loop
+import numpy as np
+
+from fastrelu._layout import is_simple, lay_flat, lies_on
+from fastrelu._spec import ARRAY, BITS, NUMBER, WEIGHT, Operation
+from fastrelu.cpu import build, calls, pool, sums, threads
+from fastrelu.cpu.calls import Call
 from fastrelu.cpu.lanes import lane_of
+from fastrelu.cpu.loops import KINDS, MANY_SUMMED
 from fastrelu.cpu.pool import empty_bytes, empty_like
 
 Array = Any
 Function = Callable[..., Any]
-Run = Callable[[], None]
+Operands = Sequence[tuple[str, Any]]
 
 __all__ = [
-    "Call",
-    "backward",
-    "backward_mask",
-    "channel_call",
+    "elementwise",
+    "elementwise_mask",
     "empty_bytes",
     "empty_like",
-    "flat_call",
-    "forward",
-    "forward_mask",
     "get_default_memory_pool",
-    "mask_call",
-    "prelu",
-    "prelu_backward",
+    "quick_call",
+    "weight_sums",
 ]
 
 get_default_memory_pool = pool.get_default_memory_pool
 
 
 @functools.cache
-def flat_call(formula: Function, *, gradient: bool) -> Call:
-    """Return ``call(x, slope, inplace, out)`` or ``call(g, slope, ..., saved)``."""
-    return Call(formula, loops.backward if gradient else loops.forward)
+def quick_call(operation: Operation, **options: bool) -> Call:
+    """Return the quick calls of an operation."""
+    return Call(operation, **options)
 
 
-@functools.cache
-def mask_call(formula: Function, *, gradient: bool) -> Call:
-    """Return the same with a mask's bits, which are written or for a gradient read."""
-    return Call(formula, loops.backward_mask if gradient else loops.forward_mask)
+def _run(call: Call, x: Array, y: Array, *others: Any) -> None:
+    """Make a quick call that checked arrays leave no question."""
+    if call.run(x, False, y, *others) is None:
+        msg = "a quick call left checked arrays to Python: this is a bug of fastrelu"
+        raise RuntimeError(msg)
 
 
-@functools.cache
-def channel_call(formula: Function, *, gradient: bool) -> Call:
-    """Return ``call(x, weight, inplace, out, axis)`` or ``call(g, ..., axis, x)``."""
-    if gradient:
-        return Call(formula, loops.prelu_backward_rows, loops.prelu_backward_columns)
-    return Call(formula, loops.rows, loops.columns)
+def _run_over(
+    call: Call, x: Array, y: Array, waiting: Any, bits: Array, *numbers: float
+) -> None:
+    """Do the same for flat arrays once what waits is copied to y, if anything does."""
+    if waiting:
+        _run(call, x[:0], y[:0], bits[:0], *numbers)
+        threads.ready()
+    for pair in waiting:
+        np.copyto(*pair)
+    _run(call, x, y, bits, *numbers)
 
 
-def _run(call: Call, *arguments: Any) -> None:
-    """Make a quick call that flat arrays leave no question."""
-    if call.call(*arguments) is None:
-        threads.ready()  # no more: Numba may have started its own threads just now
-        if call.call(*arguments) is None:  # an answer left out is no result
-            msg = "a quick call left flat arrays to Python: this is a bug of fastrelu"
-            raise RuntimeError(msg)
+def _taken(x: Array, y: Array | None = None) -> Array:
+    """Return an array as quick calls take it: y if it is that, and else aligned."""
+    if y is not None and lies_on(x, y):
+        return y
+    if not x.flags.aligned:
+        copy = empty_like(x)
+        np.copyto(copy, x)
+        x = copy
+    # NumPy has two names for some integers, which calls would take for two dtypes.
+    return x if x.dtype.kind == "V" else x.view(x.dtype.str)
 
 
-def _flat(call: Call, a: Array, slope: float, y: Array, *b: Array) -> Run:
-    call.prepare(a.dtype, a.nbytes, in_place=y is a)
-    return functools.partial(_run, call, a, slope, False, y, *b)
+def _is_written_to(out: Array, inputs: Sequence[Array]) -> bool:
+    """Say whether a loop may write to `out` itself: nothing lies on it in part."""
+    if not out.flags.aligned or not is_simple(out):
+        return False
+    return all(lies_on(x, out) or not np.may_share_memory(x, out) for x in inputs)
 
 
-def forward(formula: Function, x: Array, slope: float, y: Array) -> Run:
-    """Write formula(x, slope) into y."""
-    return _flat(flat_call(formula, gradient=False), x, slope, y)
+def _of_kind(kind: str, operands: Operands) -> list[Any]:
+    return [value for each, value in operands if each == kind]
 
 
-def forward_mask(
-    formula: Function, x: Array, slope: float, y: Array, bits: Array
-) -> Run:
-    """Write formula(x, slope) into y, and which are active into bits."""
-    return _flat(mask_call(formula, gradient=False), x, slope, y, bits)
+def elementwise(function: Function, operands: Operands, out: Array) -> None:
+    """Write a function of the operands into out."""
+    call = quick_call(Operation(function, tuple(kind for kind, _ in operands)))
+    arrays, numbers = _of_kind(ARRAY, operands), _of_kind(NUMBER, operands)
+    for bits, axes in _of_kind(BITS, operands):
+        y, _, (flat_y, x), waiting = lay_flat(out, arrays, empty_like, axes)
+        # A copy where they lie on the result, or not one after another.
+        own = np.array(bits) if np.may_share_memory(bits, out) else bits
+        own = np.ascontiguousarray(own)
+        _run_over(call, x, flat_y, waiting, own, *numbers)
+        break
+    else:
+        y = _taken(out if _is_written_to(out, arrays) else empty_like(out))
+        first, *others = [_taken(x, y) for x in arrays]
+        for weight in _of_kind(WEIGHT, operands):
+            others += [np.array(weight, order="C"), 0 if weight.ndim == 1 else 1]
+        _run(call, first, y, *others, *numbers)
+    if not np.may_share_memory(y, out):
+        np.copyto(out, y)
 
 
-def backward(
-    gradient: Function, grad: Array, slope: float, y: Array, saved: Array
-) -> Run:
-    """Write gradient(grad, saved, slope) into y."""
-    return _flat(flat_call(gradient, gradient=True), grad, slope, y, saved)
+def elementwise_mask(
+    function: Function, active: Function, kept: int, operands: Operands, out: Array
+) -> tuple[Array, tuple[int, ...]]:
+    """Write a function of the operands into out; return mask bits and their order."""
+    kinds = tuple(kind for kind, _ in operands)
+    call = quick_call(Operation(function, kinds, active, kept))
+    arrays, numbers = _of_kind(ARRAY, operands), _of_kind(NUMBER, operands)
+    y, order, (flat_y, x), waiting = lay_flat(out, arrays, empty_like)
+    bits = empty_bytes(-(-y.size // 8))
+    _run_over(call, x, flat_y, waiting, bits, *numbers)
+    if y is not out:
+        np.copyto(out, y)
+    return bits, tuple(order)
 
 
-def backward_mask(
-    gradient: Function, grad: Array, slope: float, y: Array, bits: Array
-) -> Run:
-    """Write gradient(grad, 1 or 0, slope) into y."""
-    return _flat(mask_call(gradient, gradient=True), grad, slope, y, bits)
-
-
-def prelu(formula: Function, x: Array, slopes: Array, y: Array, inner: int) -> Run:
-    """Write formula(x, slope of x's channel) into y."""
-    call = channel_call(formula, gradient=False)
-    block = call.block_of(x, slopes.size, inner)
-    call.prepare(x.dtype, x.nbytes, in_place=y is x, block=block)
-    shape = -1, slopes.size, inner
-    arguments = x.reshape(shape), slopes, False, y.reshape(shape), 1
-    return functools.partial(_run, call, *arguments)
-
-
-def prelu_backward(
+def weight_sums(
     gradient: Function,
     grad: Array,
     x: Array,
     slopes: Array,
     y: Array,
     inner: int,
-    sums: Array,
-) -> Run:
-    """Write the gradient towards x into y, and sums and their errors into sums."""
-    call = channel_call(gradient, gradient=True)
-    moved = call.streams * x.nbytes
-    driver = call.blocks[call.block_of(x, slopes.size, inner)]
-    kind = loops.KINDS[kind_of_loop(threads.CACHE, moved, y is grad)]
-    loop = loops.compiled(driver, gradient, lane_of(x.dtype), kind)
+    result: Array,
+) -> Callable[[], None]:
+    """Return what writes the gradient towards x into y, and sums and their errors.
+
+    All arrays are flat.
+    """
+    operation = Operation(gradient, (ARRAY, ARRAY, WEIGHT))
+    moved = 3 * x.nbytes
+    block = calls.block_of(MANY_SUMMED, x.size, slopes.size, inner)
+    kind = KINDS[calls.kind_of_loop(threads.CACHE, moved, y is grad)]
+    driver = tuple(sums.PARTS)[block]
+    loop = build.compiled(driver, operation, lane_of(x.dtype), kind)
     threads.ready(moved)
-    addresses = [a.ctypes.data for a in (grad, x, slopes, y, sums)]
+    addresses = [a.ctypes.data for a in (grad, x, slopes, y, result)]
 
     def run() -> None:
         if loop.ctypes(*addresses, x.size, slopes.size, inner, moved):

@@ -97,32 +97,11 @@ class Lane:
     compute: Any  # the Numba type of every product
     load: Any  # storage -> a number
     store: Any  # a number -> storage
-    active: Any  # active(x, first): the mask bits of the WORD elements from there
 
     @property
     def product(self) -> np.dtype[Any]:
         """The dtype of every product."""
         return np.dtype(str(self.compute))
-
-
-def _tester(positive: Callable[[Any, Any], Any]) -> Any:
-    """Return `active(x, first)`; `positive` tests a vector of 64 stored values."""
-
-    @intrinsic
-    def active(typingctx, x, first):
-        def codegen(context, builder, signature, args):
-            element = context.get_value_type(x.dtype)
-            source = _pointer(context, builder, x, args[0], element)
-            source = builder.bitcast(
-                builder.gep(source, [args[1]]),
-                ir.VectorType(element, WORD).as_pointer(),
-            )
-            value = builder.load(source, align=1)
-            return builder.bitcast(positive(builder, value), ir.IntType(WORD))
-
-        return types.uint64(x, types.uintp), codegen
-
-    return active
 
 
 @intrinsic
@@ -143,37 +122,14 @@ def _pointer(context: Any, builder: Any, array: Any, value: Any, element: Any) -
     return builder.bitcast(data, element.as_pointer())
 
 
-def _splat(vector: Any, number: float) -> Any:
-    return ir.Constant(vector.type, [number] * WORD)
-
-
-def _positive_bits(infinity: int) -> Callable[[Any, Any], Any]:
-    """Test 16-bit floats as integers: 1 <= bits <= infinity."""
-
-    def positive(builder: Any, value: Any) -> Any:
-        below = builder.sub(value, _splat(value, 1))
-        return builder.icmp_unsigned("<", below, _splat(value, infinity))
-
-    return positive
-
-
-_ACTIVE = {
-    "f": _tester(lambda b, v: b.fcmp_ordered(">", v, _splat(v, 0.0))),
-    "i": _tester(lambda b, v: b.icmp_signed(">", v, _splat(v, 0))),
-    "u": _tester(lambda b, v: b.icmp_unsigned("!=", v, _splat(v, 0))),
-}
 _HALVES = {
-    "float16": (_half_to_float, _float_to_half, _tester(_positive_bits(0x7C00))),
-    "bfloat16": (
-        _bfloat16_to_float,
-        _float_to_bfloat16,
-        _tester(_positive_bits(0x7F80)),
-    ),
+    "float16": (_half_to_float, _float_to_half),
+    "bfloat16": (_bfloat16_to_float, _float_to_bfloat16),
 }
 
 
 def _lane(row: Row) -> Lane:
-    words = _HALVES.get(row.name, (_same, _same, _ACTIVE[row.kind]))
+    words = _HALVES.get(row.name, (_same, _same))
     return Lane(row.name, row.storage, getattr(types, row.compute), *words)
 
 
@@ -187,6 +143,21 @@ def lane_of(dtype: np.dtype[Any]) -> Lane:
         msg = f"no loops are known for dtype {dtype}: this is a bug of fastrelu"
         raise TypeError(msg)
     return _LANES[row]
+
+
+@intrinsic
+def pack(typingctx, flags):
+    """Return the mask bits of WORD bytes of 0 and 1."""
+
+    def codegen(context, builder, signature, args):
+        vector = ir.VectorType(_BYTE, WORD)
+        source = _pointer(context, builder, flags, args[0], vector)
+        each = builder.load(source, align=64)
+        return builder.bitcast(
+            builder.trunc(each, ir.VectorType(_BIT, WORD)), ir.IntType(WORD)
+        )
+
+    return types.uint64(flags), codegen
 
 
 @intrinsic

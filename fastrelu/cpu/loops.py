@@ -1,260 +1,322 @@
-"""From a formula to compiled loops.
+"""From a formula to loops over arrays.
 
-A *block* applies a formula to a part of flat arrays: in place, or to others, by way of
-the cache or past it.  A *driver* spreads the parts over the team of threads.  Every
-combination is compiled when it is first needed and kept in Numba's disk cache.
+A *block* applies a function of the catalogue to a part of flat arrays.  A *driver* reads
+what it is called with and spreads the parts over the team of threads.  All drivers are
+called with the address of one row of *words* (below), so that the number and the kinds
+of operands are data.  Every combination is compiled when it is first needed and kept on
+the disk.
 
 All blocks have one signature, so that one set of drivers serves them all:
 
-    block(a, b, y, slope, start)
+    block(a, b, y, s, inner, start)
 
-`a` is the part from `start` on of the array whose shape the result has (x, or the
-gradient), `b` all of what goes with it (the saved array, mask bits, channel weights, or
-`a` again), and `y` receives the results.
+`a` is a tuple with the part from `start` on of each array of the result's shape (x, or
+the gradient and what was saved), `b` all of what else goes with them (mask bits or
+weights), `s` the tuple of numbers, `inner` how many elements in a row have one weight,
+and `y` receives the results.
 """
 
-import functools
 from typing import Any
 
 import numba
 import numpy as np
 from numba import types
 
-from fastrelu._functions import rebuild
-from fastrelu.cpu.jit import (
-    Function,
-    array_at,
-    compile_and_keep,
-    inlined,
-    larger,
-    piece,
-    shielded,
-    smaller,
-)
-from fastrelu.cpu.lanes import (
-    WORD,
-    Lane,
-    buffer,
-    fence,
-    put_word,
-    round_to_odd,
-    store_word,
-    stream_halves,
-    stream_word,
-    unpack,
-)
+from fastrelu.cpu.jit import array_at, inlined, larger, piece, pointer_to, smaller
+from fastrelu.cpu.lanes import WORD, buffer, pack, put_word, unpack
 from fastrelu.cpu.threads import spread
 
 TILE = 4096  # elements that are not shared: what is, is cut at their multiples
-SUMMED = 512  # elements that are summed before the rest is done
 MASKED = 1024  # elements whose bits are unpacked before the rest is done
-LANES = 32  # running sums kept side by side, so that a row's sum is vector work
-FEW, FEW_ROWS = 4, 8  # products that are summed without compensation, and rows of them
-SEGMENT = 1 << 14  # elements of a row summed on their own
-BLOCK_ROWS = 64  # rows summed together where channels are the last axis, or more:
-BLOCK = 1 << 17  # up to so many elements,
-BLOCKS = 16  # while there are so many blocks
-SEGMENT_COLUMNS = 1024
 NARROW = 64  # rows of a weight shorter than this are better treated as columns,
 SHORT, MANY, MANY_SUMMED = 256, 4, 16  # or than this, if there are many of each weight;
-WIDE = 2048  # columns whose weights are laid out at once,
-TOGETHER = 256  # and those of short rows that are summed together
+WIDE = 2048  # columns whose weights are laid out at once
 
 # Where a loop writes: to another array, to one beyond the cache, or where it reads.
 KINDS = PLAIN, PAST_CACHE, IN_PLACE = "plain", "past_cache", "in_place"
 
-_malloc = types.ExternalFunction("PyMem_RawMalloc", types.int64(types.intp))
-_free = types.ExternalFunction("PyMem_RawFree", types.void(types.int64))
+# The words that a driver is called with.  Arrays are addresses, numbers float64.
+Y, SIZE, MOVED, BESIDE, CHANNELS, INNER, NUMBERS = range(7)  # BESIDE: bits or weights
+MOST_NUMBERS, MOST_ARRAYS = 2, 3
+ARRAYS = NUMBERS + MOST_NUMBERS
+# What has no flat layout also says how it lies, strides in bytes, of weights too, and
+# which loop takes its lines.
+_MORE = ARRAYS + MOST_ARRAYS
+COUNT, ITEMSIZE, WEIGHT_SIZE, LOOP, NDIM, SHAPE, Y_STRIDES = range(_MORE, _MORE + 7)
+STRIDES = Y_STRIDES + 1
+BESIDE_STRIDES = STRIDES + MOST_ARRAYS
+LENGTH = BESIDE_STRIDES + 1
+
+SIGNATURE = types.void(types.int64)
+
+words = pointer_to(types.CPointer(types.int64))
+floats = pointer_to(types.CPointer(types.float64))
 word_buffer, rest_buffer = buffer(WORD), buffer(WORD)
 flag_buffer = buffer(MASKED + 2 * WORD, numba.uint8)
-sum_buffer = buffer(LANES, numba.float64)
-column_buffer = buffer(SEGMENT_COLUMNS + WORD, numba.float64)
+bit_buffer = buffer(WORD, numba.uint8)
 weight_buffer = buffer(WIDE)
 
-# The names the blocks and drivers below leave open; `rebuild` binds them.
+# The names the blocks and drivers below leave open; `build` binds them.
 formula: Any
+active: Any
 block: Any
 part: Any
 beside: Any
+arrays_of: Any
+numbers_of: Any
+kept: Any
+get: Any
+cut: Any
 load: Any
 store: Any
 compute: Any
 storage: Any
-active: Any
 element: Any
 lead_of: Any
 finished: Any
-product: Any
-add_up: Any
 write_word: Any
+fill: Any
+
+
+# Operands -----------------------------------------------------------------------------
+#
+# Tuples have one length each to the compiler: a template for each.
+
+
+def no_numbers(address):
+    return ()
+
+
+def one_number(address):
+    return (compute(floats(address)[NUMBERS]),)
+
+
+def two_numbers(address):
+    return compute(floats(address)[NUMBERS]), compute(floats(address)[NUMBERS + 1])
+
+
+def keep_none(s):
+    return ()
+
+
+def keep_one(s):
+    return (s[0],)
+
+
+def keep_two(s):
+    return s[0], s[1]
+
+
+def one_array(address, size):
+    return (array_at(words(address)[ARRAYS], size, storage),)
+
+
+def two_arrays(address, size):
+    first = array_at(words(address)[ARRAYS], size, storage)
+    return first, array_at(words(address)[ARRAYS + 1], size, storage)
+
+
+def three_arrays(address, size):
+    first = array_at(words(address)[ARRAYS], size, storage)
+    second = array_at(words(address)[ARRAYS + 1], size, storage)
+    return first, second, array_at(words(address)[ARRAYS + 2], size, storage)
+
+
+def get_one(a, i):
+    return (load(a[0][i]),)
+
+
+def get_two(a, i):
+    return load(a[0][i]), load(a[1][i])
+
+
+def get_three(a, i):
+    return load(a[0][i]), load(a[1][i]), load(a[2][i])
+
+
+def cut_one(a, start, stop):
+    return (piece(a[0], start, stop),)
+
+
+def cut_two(a, start, stop):
+    return piece(a[0], start, stop), piece(a[1], start, stop)
+
+
+def cut_three(a, start, stop):
+    first, second = piece(a[0], start, stop), piece(a[1], start, stop)
+    return first, second, piece(a[2], start, stop)
+
+
+# By how many there are; the first is that for none, or for one array.
+OF_NUMBERS, KEEP = (
+    (no_numbers, one_number, two_numbers),
+    (keep_none, keep_one, keep_two),
+)
+OF_ARRAYS = one_array, two_arrays, three_arrays
+GET, CUT = (get_one, get_two, get_three), (cut_one, cut_two, cut_three)
 
 
 # Elements -----------------------------------------------------------------------------
 #
-# What is written at i: `b` holds what goes with each element, `s` what all share.
+# What is written at i: `b` is nothing, a number for all, or holds one for each element.
 
 
-def of_input(x, b, s, i):
-    return store(formula(load(x[i]), s))
+def of_arrays(a, b, s, i):
+    return store(formula(*(get(a, i) + s)))
 
 
-def of_gradient(grad, saved, s, i):
-    return store(formula(load(grad[i]), load(saved[i]), s))
+def with_one(a, b, s, i):
+    return store(formula(*(get(a, i) + (b,) + s)))
 
 
-def of_flag(grad, flags, s, i):
-    return store(formula(load(grad[i]), flags[i], s))
-
-
-def of_weight(x, weights, s, i):
-    return store(formula(load(x[i]), weights[i]))
-
-
-def of_both(grad, saved, weights, i):
-    return store(formula(load(grad[i]), load(saved[i]), weights[i]))
+def with_each(a, b, s, i):
+    return store(formula(*(get(a, i) + (b[i],) + s)))
 
 
 @inlined
-def _before_line(y):
+def before_line(y):
     """Return how many elements lie before a cache line."""
     return -y.ctypes.data % 64 // y.itemsize
 
 
-def _to_line(y):
+def to_line(y):
     """Return how many elements lie before a cache line, or 0 for a short array.
 
     Vectors that cross lines cost a tenth, less than one more loop over a short array.
     """
-    return np.uintp(_before_line(y) if y.size >= TILE else 0)
+    return np.uintp(before_line(y) if y.size >= TILE else 0)
 
 
-def _at_once(y):
+def at_once(y):
     """Return 0, for what comes in short pieces: no loop is made that never runs."""
     return np.uintp(0)
 
 
-def fill(y, x, b, s):
+def fill_plain(y, a, b, s):
     lead = lead_of(y)
     for i in range(lead):
-        y[i] = element(x, b, s, i)
-    for i in range(lead, np.uintp(x.size)):
-        y[i] = element(x, b, s, i)
+        y[i] = element(a, b, s, i)
+    for i in range(lead, np.uintp(y.size)):
+        y[i] = element(a, b, s, i)
 
 
-def fill_past_cache(y, x, b, s):
+def fill_past_cache(y, a, b, s):
     """Write whole cache lines to memory and leave the cache to others.
 
     They are made in registers, by way of a small buffer that the compiler sees through.
     """
-    lead = smaller(_before_line(y), x.size)
+    lead = smaller(before_line(y), y.size)
     for i in range(lead):
-        y[i] = element(x, b, s, i)
+        y[i] = element(a, b, s, i)
     buffer = word_buffer(y)
-    words = (x.size - lead) // WORD
-    for word in range(np.uintp(words)):  # unsigned: an index from the end is no option
+    whole = (y.size - lead) // WORD
+    for word in range(np.uintp(whole)):  # unsigned: an index from the end is no option
         first = np.uintp(lead) + word * np.uintp(WORD)
         for j in range(np.uintp(WORD)):
-            buffer[j] = element(x, b, s, first + j)
+            buffer[j] = element(a, b, s, first + j)
         write_word(y, first, buffer)
-    for i in range(lead + words * WORD, x.size):
-        y[i] = element(x, b, s, i)
+    for i in range(lead + whole * WORD, y.size):
+        y[i] = element(a, b, s, i)
 
 
-def fill_in_place(y, x, b, s):
-    """Write where x is: a word is read before it is written.
+def fill_in_place(y, a, b, s):
+    """Write where an array is that is read: a word is read before it is written.
 
-    The compiler could not tell that x is y, or would leave out what a formula keeps.
+    The compiler could not tell that it is y, or would leave out what a formula keeps.
     """
-    lead, size = lead_of(y), np.uintp(x.size)
-    words = (size - lead) // np.uintp(WORD)
+    lead, size = lead_of(y), np.uintp(y.size)
+    whole = (size - lead) // np.uintp(WORD)
     rest = rest_buffer(y)
-    for first, stop in ((np.uintp(0), lead), (lead + words * np.uintp(WORD), size)):
+    for first, stop in ((np.uintp(0), lead), (lead + whole * np.uintp(WORD), size)):
         for j in range(stop - first):
-            rest[j] = element(x, b, s, first + j)
+            rest[j] = element(a, b, s, first + j)
         for j in range(stop - first):
             y[first + j] = rest[j]
     buffer = word_buffer(y)
-    for word in range(words):
+    for word in range(whole):
         first = lead + word * np.uintp(WORD)
         for j in range(np.uintp(WORD)):
-            buffer[j] = element(x, b, s, first + j)
+            buffer[j] = element(a, b, s, first + j)
         write_word(y, first, buffer)
 
 
-FILLING = {PLAIN: fill, PAST_CACHE: fill_past_cache, IN_PLACE: fill_in_place}
+FILLING = {PLAIN: fill_plain, PAST_CACHE: fill_past_cache, IN_PLACE: fill_in_place}
 
 
 # Blocks -------------------------------------------------------------------------------
 
 
-def forward(x, b, y, slope, start):
-    fill(y, x, b, compute(slope))
-
-
-def backward(grad, b, y, slope, start):
-    fill(y, grad, piece(b, start, start + grad.size), compute(slope))
+def plain(a, b, y, s, inner, start):
+    fill(y, a, b, s)
 
 
 @inlined
-def _end_of_line(y, stop):
+def end_of_line(y, stop):
     """Return the last place, not after stop, at which a cache line of y ends."""
     if stop >= y.size:
         return y.size
     return stop - (y.ctypes.data + stop * y.itemsize) % 64 // y.itemsize
 
 
-def forward_mask(x, b, y, slope, start):
-    """Make the bits in the same breath, before the results: they may go where x is.
+def bit_at(a, s, i):
+    return np.uint64(1 if active(*((load(a[0][i]),) + kept(s))) else 0)
+
+
+bit: Any  # bit_at, bound
+
+
+def to_bits(a, b, y, s, inner, start):
+    """Make the mask's bits together with the results, before these: y may be x.
 
     The lines of y start `lead` elements after the words of the mask.
     """
-    rounded = compute(slope)
-    lead = smaller(_before_line(y), x.size)
+    lead = smaller(before_line(y), y.size)
     bits = piece(b, start // 8, b.size)
     shift, rest = np.uint64(lead), np.uint64(WORD - lead)
     carry = np.uint64(0)
     for i in range(lead):
-        carry |= np.uint64(load(x[i]) > 0) << np.uint64(i)
-        y[i] = element(x, b, rounded, i)
-    buffer = word_buffer(y)
-    words = (x.size - lead) // WORD
-    for word in range(np.uintp(words)):
+        carry |= bit(a, s, i) << np.uint64(i)
+        y[i] = element(a, b, s, i)
+    buffer, bytes_ = word_buffer(y), bit_buffer(y)
+    whole = (y.size - lead) // WORD
+    for word in range(np.uintp(whole)):
         first = np.uintp(lead) + word * np.uintp(WORD)
         for j in range(np.uintp(WORD)):
-            buffer[j] = element(x, b, rounded, first + j)
-        flags = active(x, first)
+            bytes_[j] = np.uint8(bit(a, s, first + j))
+        for j in range(np.uintp(WORD)):
+            buffer[j] = element(a, b, s, first + j)
+        flags = pack(bytes_)
         put_word(bits, word, carry | flags << shift)
         carry = flags >> rest if lead > 0 else np.uint64(0)
         write_word(y, first, buffer)
-    first = lead + words * WORD
+    first = lead + whole * WORD
     flags = np.uint64(0)
-    for i in range(first, x.size):
-        flags |= np.uint64(load(x[i]) > 0) << np.uint64(i - first)
-        y[i] = element(x, b, rounded, i)
-    for place in range(-(-(x.size - words * WORD) // 8)):
+    for i in range(first, y.size):
+        flags |= bit(a, s, i) << np.uint64(i - first)
+        y[i] = element(a, b, s, i)
+    for place in range(-(-(y.size - whole * WORD) // 8)):
         word = carry | flags << shift if place < 8 else flags >> rest
-        bits[words * 8 + place] = np.uint8(word >> np.uint64(place % 8 * 8))
+        bits[whole * 8 + place] = np.uint8(word >> np.uint64(place % 8 * 8))
 
 
-def backward_mask(grad, b, y, slope, start):
-    rounded = compute(slope)
+def from_bits(a, b, y, s, inner, start):
     flags = flag_buffer(y)
     done = 0
-    for first in range(0, grad.size, MASKED):
-        stop = _end_of_line(y, smaller(first + MASKED, grad.size))
+    for first in range(0, y.size, MASKED):
+        stop = end_of_line(y, smaller(first + MASKED, y.size))
         base = done // WORD * WORD
-        words = smaller(-(-(stop - base) // WORD), (grad.size - base) // WORD)
+        whole = smaller(-(-(stop - base) // WORD), (y.size - base) // WORD)
         bits = piece(b, (start + base) // 8, b.size)
-        unpack(bits, flags, words)
-        for i in range(words * WORD, stop - base):
+        unpack(bits, flags, whole)
+        for i in range(whole * WORD, stop - base):
             flags[i] = (bits[i // 8] >> np.uint8(i % 8)) & np.uint8(1)
-        active = piece(flags, done - base, flags.size)
-        fill(piece(y, done, stop), piece(grad, done, stop), active, rounded)
+        passes = piece(flags, done - base, flags.size)
+        fill(piece(y, done, stop), cut(a, done, stop), passes, s)
         done = stop
 
 
 @inlined
-def widen(w, inner, wide):
+def repeat(w, inner, wide):
     """Repeat each weight `inner` times, and all of them until `wide` is full."""
     if inner == 1:
         for start in range(0, wide.size, w.size):
@@ -267,437 +329,104 @@ def widen(w, inner, wide):
             wide[np.uintp(row * inner) + column] = weight
 
 
-def rows(x, b, y, slope, start):
-    """One weight a row of `slope` elements, as in (N, C, H, W)."""
+def rows(a, b, y, s, inner, start):
+    """One weight a row of `inner` elements, as in (N, C, H, W)."""
     first = 0
-    while first < x.size:
-        row = (start + first) // slope
-        last = smaller((row + 1) * slope - start, x.size)
-        fill(piece(y, first, last), piece(x, first, last), b, b[row % b.size])
+    while first < y.size:
+        row = (start + first) // inner
+        last = smaller((row + 1) * inner - start, y.size)
+        fill(piece(y, first, last), cut(a, first, last), b[row % b.size], s)
         first = last
 
 
-def columns(x, b, y, slope, start):
-    """One weight for each `slope` columns, as in (N, C).
+def columns(a, b, y, s, inner, start):
+    """One weight for each `inner` columns, as in (N, C).
 
     Short rows are taken together until a loop over them is worth starting, and long ones
     piece by piece.  Each part lays out its weights, at most WIDE at once: lines of another
     processor's cache would be slow to come.
     """
-    width = b.size * slope
-    length = (smaller(WIDE, x.size // 8) // width or 1) * width
+    width = b.size * inner
+    length = (smaller(WIDE, y.size // 8) // width or 1) * width
     step = length
-    if length > WIDE and slope > 1:
-        channels = WIDE // slope
+    if length > WIDE and inner > 1:
+        channels = WIDE // inner
         channels = channels // 16 * 16 or channels  # whole cache lines, if it can be
-        step = channels * slope
+        step = channels * inner
     for left in range(0, length, step):
         right = smaller(left + step, length)
         row = -(start % length)
         if row + right <= 0:  # the part begins behind this piece of its first row,
             row += length
-        if row + left >= x.size:  # and ends before that of the next
+        if row + left >= y.size:  # and ends before that of the next
             continue
         weights = b
         if length > b.size:
             weights = piece(weight_buffer(b), 0, right - left)
-            widen(piece(b, left // slope, b.size), slope, weights)
-        for base in range(row + left, x.size, length):
-            first, last = larger(base, 0), smaller(base + right - left, x.size)
+            repeat(piece(b, left // inner, b.size), inner, weights)
+        for base in range(row + left, y.size, length):
+            first, last = larger(base, 0), smaller(base + right - left, y.size)
             fit = piece(weights, first - base, last - base)
-            fill(piece(y, first, last), piece(x, first, last), fit, slope)
+            fill(piece(y, first, last), cut(a, first, last), fit, s)
 
 
-# Drivers ------------------------------------------------------------------------------
+def each(a, b, y, s, inner, start):
+    """Take a weight for each element, as a line has that is walked along."""
+    fill(y, a, piece(b, start, start + y.size), s)
+
+
+# The driver for flat arrays -----------------------------------------------------------
 #
-# C functions: they take the addresses of their arrays and spread their part over the
-# team.  `moved` says how many bytes they will read and write in all.  A part allocates
-# nothing, so that nothing in it can fail.
+# A C function, called without the interpreter's lock.  The words MOVED says how many
+# bytes it will read and write in all.  A part allocates nothing, so that nothing in it
+# can fail.
 
 
 @inlined
-def _nothing():
+def nothing():
     pass
 
 
-def flat(a, b, y, size, channels, inner, slope, moved):
-    x, result = array_at(a, size, storage), array_at(y, size, storage)
-    spread(part, (x, beside(b, x), result, slope), size, TILE, moved)
+def flat(address):
+    w = words(address)
+    y = array_at(w[Y], w[SIZE], storage)
+    operands = arrays_of(address, w[SIZE]), beside(address), y, numbers_of(address)
+    spread(part, (*operands, w[INNER]), w[SIZE], TILE, w[MOVED])
 
 
-def by_channel(a, w, y, size, channels, inner, slope, moved):
-    """One weight for each row of `inner` elements, or for as many columns."""
-    x, result = array_at(a, size, storage), array_at(y, size, storage)
-    weights = array_at(w, channels, compute)
-    spread(part, (x, weights, result, inner), size, TILE, moved)
-
-
-def _part(a, b, y, slope, start, stop):
-    block(piece(a, start, stop), b, piece(y, start, stop), slope, start)
+def flat_part(a, b, y, s, inner, start, stop):
+    block(cut(a, start, stop), b, piece(y, start, stop), s, inner, start)
     finished()
 
 
-def _itself(b, x):
-    return x
-
-
-def _saved(b, x):
-    return array_at(b, x.size, storage)
-
-
-def _bits(b, x):
-    return array_at(b, (x.size + 7) >> 3, np.uint8)
-
-
-# What lies at `b`.
-BESIDE: dict[Any, Function] = {
-    backward: _saved,
-    forward_mask: _bits,
-    backward_mask: _bits,
-}
-
-SIGNATURE = types.void(*[types.int64] * 3, *[types.intp] * 3, types.float64, types.intp)
-WEIGHTS_SIGNATURE = types.void(types.int64, types.int64, types.intp)
-BACKWARD_SIGNATURE = types.int64(*[types.int64] * 5, *[types.intp] * 4)
-DRIVERS = {rows: by_channel, columns: by_channel}  # flat for the others
-
-
-# PReLU's backward pass ----------------------------------------------------------------
-#
-# The weight gradient is summed in float64.  A few products are added up as they are, and
-# their sum with Neumaier's compensation (doi:10.1002/zamm.19740540106, in Knuth's
-# branch-free form), so that the error does not grow with the number of elements.  Which
-# of them are summed together follows from the shape alone: neither the number of
-# threads nor the width of the processor's vectors can change a bit.
-#
-# These drivers, too, take addresses; at `total` go the sums, a float64 for each channel,
-# and behind them what each has lost.  They return 0, or 1 where there is no memory for
-# partial sums.
-#
-# A piece of a row is summed and then, while it is in the first cache, gone over again for
-# the other gradient, with the loops that write all other results.  Where each column has
-# a sum of its own, a word's two gradients are made together.
-
-
-@inlined
-def _error(a, b, total):
-    """Return what was lost in total = a + b."""
-    shadow = total - a
-    return (a - (total - shadow)) + (b - shadow)
-
-
-@inlined
-def _add(sums, errors, i, value, error):
-    """Add a sum and its error to sum i; an error of -0.0 costs nothing."""
-    total = sums[i] + value
-    errors[i] += _error(sums[i], value, total) + error
-    sums[i] = total
-
-
-def _product(g, x, i):
-    """Return the part of element i in its weight's gradient."""
-    value = load(x[i])
-    product = numba.float64(value) * numba.float64(load(g[i]))
-    if value > 0:  # Python 3.14 makes two ways of a conditional expression here
-        product = 0.0
-    return product
-
-
-def _one_weight(g, x, sums, errors):
-    """Add a row, or a piece of one, to LANES sums."""
-    lanes = np.uintp(LANES)
-    groups = x.size // (FEW * LANES)
-    for group in range(np.uintp(groups)):
-        for j in range(lanes):
-            i = group * np.uintp(FEW * LANES) + j
-            few = product(g, x, i) + product(g, x, i + lanes)
-            i += lanes + lanes
-            few += product(g, x, i) + product(g, x, i + lanes)
-            _add(sums, errors, j, few, -0.0)
-    for start in range(np.uintp(groups * FEW * LANES), np.uintp(x.size), lanes):
-        for j in range(smaller(lanes, np.uintp(x.size) - start)):
-            _add(sums, errors, j, product(g, x, start + j), -0.0)
-
-
-def _own_weights(g, x, weights, sums, results, at, column, count):
-    """Add so many elements to their columns' sums, and make the other gradient."""
-    grad, saved = piece(g, at, at + count), piece(x, at, at + count)
-    slopes = piece(weights, column, column + count)
-    here = piece(sums, column, column + count)
-    for i in range(np.uintp(count)):
-        here[i] += product(grad, saved, i)
-    for i in range(np.uintp(count)):
-        results[i] = element(grad, saved, slopes, i)
-
-
-@inlined
-def _clear(sums):
-    for i in range(sums.size):
-        sums[i] = 0.0
-
-
-def prelu_backward_rows(g, x, w, y, total, size, channels, inner, moved):
-    """One weight a row of `inner` elements."""
-    grad, saved = array_at(g, size, storage), array_at(x, size, storage)
-    result = array_at(y, size, storage)
-    weights = array_at(w, channels, compute)
-    segments = -(-inner // SEGMENT)
-    cells = size // inner * segments
-    memory = _malloc(2 * cells * 8)
-    if memory == 0:
-        return 1
-    sums = array_at(memory, cells, np.float64)
-    errors = array_at(memory + cells * 8, cells, np.float64)
-    operands = grad, saved, weights, result, inner, segments, sums, errors
-    spread(part, operands, cells, 1, moved)
-    totals = array_at(total, channels, np.float64)
-    lost = array_at(total + channels * 8, channels, np.float64)
-    _clear(totals)
-    _clear(lost)
-    for cell in range(cells):
-        channel = cell // segments % channels
-        _add(totals, lost, channel, sums[cell], errors[cell])
-    _free(memory)
+def beside_nothing(address):
     return 0
 
 
-def _prelu_backward_rows(g, x, w, y, inner, segments, sums, errors, first, last):
-    many, lost = sum_buffer(y), sum_buffer(y)
-    for cell in range(first, last):
-        row = cell // segments
-        weight = w[row % w.size]
-        _clear(many)
-        _clear(lost)
-        begin = row * inner + cell % segments * SEGMENT
-        end = smaller(begin + SEGMENT, (row + 1) * inner)
-        grad, saved = piece(g, begin, end), piece(x, begin, end)
-        result = piece(y, begin, end)
-        done = 0
-        for start in range(0, end - begin, SUMMED):
-            stop = smaller(start + SUMMED, end - begin)
-            add_up(piece(grad, start, stop), piece(saved, start, stop), many, lost)
-            stop = _end_of_line(result, stop)  # a line waits until all of it is there
-            whole = piece(result, done, stop)
-            fill(whole, piece(grad, done, stop), piece(saved, done, stop), weight)
-            done = stop
-        half = LANES // 2
-        while half > 0:
-            for i in range(half):
-                _add(many, lost, i, many[i + half], lost[i + half])
-            half //= 2
-        sums[cell], errors[cell] = many[0], lost[0]
-    finished()
+def beside_bits(address):
+    w = words(address)
+    return array_at(w[BESIDE], (w[SIZE] + 7) >> 3, np.uint8)
 
 
-def prelu_backward_columns(g, x, w, y, total, size, channels, inner, moved):
-    """One weight for each `inner` columns; the rows are `channels * inner` long.
-
-    Short ones are taken together until the loops over them are worth starting.
-    """
-    grad, saved = array_at(g, size, storage), array_at(x, size, storage)
-    result = array_at(y, size, storage)
-    weights = array_at(w, channels, compute)
-    length = channels * inner
-    width = (smaller(TOGETHER, size) // length or 1) * length
-    columns = smaller(width, SEGMENT_COLUMNS)
-    rows = larger(BLOCK_ROWS, smaller(size // BLOCKS, BLOCK) // columns)
-    cells = -(-size // (rows * width)) * width
-    copies = 2 if columns == width else 1  # where a word may end in the next row
-    memory = _malloc((2 * cells + copies * width) * 8 + 64)
-    if memory == 0:
-        return 1
-    start = -(-memory // 64) * 64
-    sums = array_at(start, cells, np.float64)
-    errors = array_at(start + cells * 8, cells, np.float64)
-    wide = array_at(start + cells * 16, copies * width, compute)
-    widen(weights, inner, wide)
-    operands = grad, saved, wide, result, width, rows, sums, errors
-    spread(part, operands, cells // width * -(-width // columns), 1, moved)
-    totals, lost = piece(sums, 0, length), piece(errors, 0, length)
-    for first in range(length, cells, length):
-        more, behind = piece(sums, first, cells), piece(errors, first, cells)
-        for column in range(length):
-            _add(totals, lost, column, more[column], behind[column])
-    answer = array_at(total, 2 * channels, np.float64)
-    for channel in range(channels):
-        first = channel * inner
-        value, error = totals[first], lost[first]  # in registers: memory is a long way
-        for column in range(first + 1, first + inner):
-            before = value
-            value += totals[column]
-            error += _error(before, totals[column], value) + lost[column]
-        answer[channel], answer[channels + channel] = value, error
-    _free(memory)
-    return 0
+def beside_weights(address):
+    w = words(address)
+    return array_at(w[BESIDE], w[CHANNELS], compute)
 
 
-@inlined
-def _gather(few, totals, errors):
-    """Add sums of a few products, and start them anew."""
-    for i in range(totals.size):
-        _add(totals, errors, i, few[i], -0.0)
-        few[i] = 0.0
-
-
-def _prelu_backward_columns(g, x, wide, y, width, rows, sums, errors, first, last):
-    """Go from word to word, and across the ends of rows.
-
-    What a word has of the next row waits behind the sums of this one.
-    """
-    few = piece(column_buffer(y), 0, smaller(width, SEGMENT_COLUMNS) + WORD)
-    _clear(few)
-    buffer = word_buffer(y)
-    segments = -(-width // SEGMENT_COLUMNS)
-    for cell in range(first, last):
-        block, left = cell // segments, cell % segments * SEGMENT_COLUMNS
-        right = smaller(left + SEGMENT_COLUMNS, width)
-        columns = right - left
-        weights = piece(wide, left, wide.size)
-        totals = piece(sums, block * width + left, block * width + right)
-        lost = piece(errors, block * width + left, block * width + right)
-        _clear(totals)
-        _clear(lost)
-        at = block * rows * width + left
-        end = smaller((block + 1) * rows * width, g.size) - width + right
-        column = done = 0
-        while at < end:
-            room = end - at if segments == 1 else columns - column
-            # Those before the first line are no word, nor are the last ones.
-            count = room if room < WORD else _before_line(piece(y, at, end))
-            if count > 0:
-                add_up(g, x, weights, few, buffer, at, column, count)
-                for j in range(np.uintp(count)):
-                    y[np.uintp(at) + j] = buffer[j]
-                at += count
-                column += count
-            words = smaller((room - count) // WORD, -(-(columns - column) // WORD))
-            for _ in range(words):
-                add_up(g, x, weights, few, buffer, at, column, WORD)
-                write_word(y, np.uintp(at), buffer)
-                at += WORD
-                column += WORD
-            if column >= columns:
-                done += 1
-                if done % FEW_ROWS == 0:
-                    _gather(few, totals, lost)
-                column -= columns
-                for i in range(column):
-                    few[i] += few[columns + i]
-                    few[columns + i] = 0.0
-                at += width - columns
-        _gather(few, totals, lost)
-    finished()
-
-
-PARTS: dict[Function, tuple[Function, Function]] = {
-    prelu_backward_rows: (_prelu_backward_rows, _one_weight),
-    prelu_backward_columns: (_prelu_backward_columns, _own_weights),
+# What lies beside the arrays, and what is written at each place.
+BESIDE_OF = {
+    plain: beside_nothing,
+    to_bits: beside_bits,
+    from_bits: beside_bits,
+    rows: beside_weights,
+    columns: beside_weights,
+    each: beside_weights,
 }
-ELEMENTS = {
-    forward: of_input,
-    backward: of_gradient,
-    forward_mask: of_input,
-    backward_mask: of_flag,
-    rows: of_input,
-    columns: of_weight,
-    prelu_backward_rows: of_gradient,
-    prelu_backward_columns: of_both,
+ELEMENT_OF = {
+    plain: of_arrays,
+    to_bits: of_arrays,
+    from_bits: with_each,
+    rows: with_one,
+    columns: with_each,
+    each: with_each,
 }
-
-
-@inlined
-def total_of(total, error):
-    """Return a sum with what it has lost."""
-    # Past an infinity or a NaN the errors are NaN and say nothing.
-    return total + error if np.isfinite(total) else total
-
-
-# Half floats' weights, for calls from compiled code: WEIGHTS_SIGNATURE.
-
-
-def widen_weights(weights, slopes, channels):
-    """Write the slopes in the type of the products."""
-    given = array_at(weights, channels, storage)
-    wide = array_at(slopes, channels, compute)
-    for channel in range(channels):
-        wide[channel] = load(given[channel])
-
-
-def round_sums(total, result, channels):
-    """Round sums, and behind them what they have lost, once to half floats."""
-    sums = array_at(total, 2 * channels, np.float64)
-    halves = array_at(result, channels, storage)
-    for channel in range(channels):
-        halves[channel] = store(
-            round_to_odd(total_of(sums[channel], sums[channels + channel]))
-        )
-
-
-# Building -----------------------------------------------------------------------------
-
-
-def _names(lane: Lane) -> dict[str, Any]:
-    """Return what a lane binds."""
-    return {
-        "load": lane.load,
-        "store": lane.store,
-        "compute": lane.compute,
-        "storage": lane.storage.type,
-        "active": lane.active,
-    }
-
-
-def bound(block: Function, formula: Function, lane: Lane, kind: str) -> Function:
-    """Return a driver whose open names are bound, for Numba to compile.
-
-    In the place of a block may be one of the drivers in `PARTS`, which have none.
-    """
-    driver = block if block in PARTS else DRIVERS.get(block, flat)
-    stream = stream_halves if lane.name == "float16" else stream_word
-    names = {
-        **_names(lane),
-        "finished": fence if kind == PAST_CACHE else _nothing,
-        "write_word": stream if kind == PAST_CACHE else store_word,
-        "formula": inlined(formula),
-    }
-    parts = *(part.__name__ for part in (driver, block, formula)), lane.name, kind
-
-    def bind(name: str, template: Any) -> None:
-        """Bind one more name; the template may use those before it."""
-        names[name] = inlined(rebuild(template, name, names))
-
-    bind("element", ELEMENTS[block])
-    bind("lead_of", _to_line if block in (forward, backward, rows) else _at_once)
-    bind("fill", FILLING[kind])
-    if driver is block:
-        template, loop = PARTS[driver]
-        bind("product", _product)
-        bind("add_up", loop)
-        bind("part", template)
-    else:
-        bind("beside", BESIDE.get(block, _itself))
-        bind("block", block)
-        bind("part", _part)
-    return rebuild(driver, "_".join(parts), names)
-
-
-# The outer cache answers at once.  The inner one knows what came of a call that was
-# interrupted, and hands what two threads want at once to both.
-@functools.cache
-@shielded
-@functools.cache
-def compiled(block: Function, formula: Function, lane: Lane, kind: str = PLAIN) -> Any:
-    """Return one compiled loop, a C function."""
-    return compile_and_keep(
-        bound(block, formula, lane, kind),
-        BACKWARD_SIGNATURE if block in PARTS else SIGNATURE,
-    )
-
-
-@functools.cache
-@shielded
-@functools.cache
-def compiled_for(lane: Lane, template: Function) -> Any:
-    """Return a C function that converts a lane's weights."""
-    name = f"{template.__name__}_{lane.name}"
-    return compile_and_keep(rebuild(template, name, _names(lane)), WEIGHTS_SIGNATURE)

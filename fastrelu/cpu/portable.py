@@ -10,7 +10,7 @@ As in `fast`, each function here makes all ready, and returns what cannot fail.
 
 import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numba
@@ -19,7 +19,9 @@ from numba.extending import is_jitted
 
 from fastrelu._digest import digest
 from fastrelu._dtypes import Row, row_of
-from fastrelu._functions import rebuild
+from fastrelu._functions import bound, rebuild
+from fastrelu._layout import channels_of, lay_flat, slopes_of
+from fastrelu._spec import ARRAY, BITS, NUMBER, WEIGHT, Operation
 from fastrelu.cpu import halves
 from fastrelu.cpu.shield import shielded
 
@@ -33,57 +35,50 @@ PARTS = 64  # and the most parts with sums of their own
 
 # The names that the loops below leave open; `rebuild` binds them.
 formula: Any
+active: Any
+get: Any
+kept: Any
 load: Any
 store: Any
-compute: Any
 body: Any
 mode: Any
 
 
 # Loops --------------------------------------------------------------------------------
 #
-# All have one signature: `a` is x or the gradient, `b` what goes with it (the saved
-# array, mask bits, channel weights, or `a` again), `inner` how many elements in a row
-# have one weight.
+# All have one signature: `a` is a tuple of arrays, `b` what else goes with them (mask
+# bits or weights), `s` a tuple of numbers, `inner` how many elements in a row have one
+# weight.
 
 
-def _forward(a, b, y, slope, inner, start, stop):
-    s = compute(slope)
+def _plain(a, b, y, s, inner, start, stop):
     for i in range(start, stop):
-        y[i] = store(formula(load(a[i]), s))
+        y[i] = store(formula(*(get(a, i) + s)))
 
 
-def _forward_mask(a, bits, y, slope, inner, start, stop):
-    """Go over bytes of the mask: the bits are read before y, which may be `a`."""
-    s = compute(slope)
+def _to_bits(a, bits, y, s, inner, start, stop):
+    """Go over bytes of the mask: the bits are read before y, which may be x."""
     for byte in range(start, stop):
         flags = np.uint8(0)
-        for i in range(8 * byte, min(8 * byte + 8, a.size)):
-            x = load(a[i])
-            flags |= np.uint8(x > 0) << np.uint8(i & 7)
-            y[i] = store(formula(x, s))
+        for i in range(8 * byte, min(8 * byte + 8, y.size)):
+            if active(*(get(a, i) + kept(s))):
+                flags |= np.uint8(1) << np.uint8(i & 7)
+            y[i] = store(formula(*(get(a, i) + s)))
         bits[byte] = flags
 
 
-def _backward(a, b, y, slope, inner, start, stop):
-    s = compute(slope)
+def _from_bits(a, bits, y, s, inner, start, stop):
     for i in range(start, stop):
-        y[i] = store(formula(load(a[i]), load(b[i]), s))
+        passes = (bits[i >> 3] >> np.uint8(i & 7)) & np.uint8(1)
+        y[i] = store(formula(*(get(a, i) + (passes,) + s)))
 
 
-def _backward_mask(a, bits, y, slope, inner, start, stop):
-    s = compute(slope)
-    for i in range(start, stop):
-        active = (bits[i >> 3] >> np.uint8(i & 7)) & np.uint8(1)
-        y[i] = store(formula(load(a[i]), active, s))
-
-
-def _prelu(a, weights, y, slope, inner, start, stop):
+def _rows(a, weights, y, s, inner, start, stop):
     """Go over rows of one weight."""
     for row in range(start, stop):
         w = weights[row % weights.size]
         for i in range(row * inner, row * inner + inner):
-            y[i] = store(formula(load(a[i]), w))
+            y[i] = store(formula(*(get(a, i) + (w,) + s)))
 
 
 def _prelu_backward(g, x, weights, y, sums, inner, rows, start, stop):
@@ -123,13 +118,13 @@ def _add_up(parts, sums):
         sums[0, channel], sums[1, channel] = total, error
 
 
-def _shared(a, b, y, slope, inner, size, probe, done):
+def _shared(a, b, y, s, inner, size, probe, done):
     """Give parts to threads that compute in the caller's mode; say which are done."""
     ours = mode(probe)
     part = -(-size // done.size)
     for i in numba.prange(done.size):
         if mode(probe) == ours:
-            body(a, b, y, slope, inner, min(i * part, size), min(i * part + part, size))
+            body(a, b, y, s, inner, min(i * part, size), min(i * part + part, size))
             done[i] = True
 
 
@@ -153,6 +148,39 @@ def _mode(probe):
     up, down = 1.0 + probe[2] != 1.0, -1.0 - probe[2] != -1.0
     nearest = 1.0 + (2.0**-52 - probe[2]) != 1.0
     return operand + 2 * result + 4 * up + 8 * down + 16 * nearest
+
+
+# Tuples have one length each to the compiler: a template for each.
+
+
+def _get_one(a, i):
+    return (load(a[0][i]),)
+
+
+def _get_two(a, i):
+    return load(a[0][i]), load(a[1][i])
+
+
+def _get_three(a, i):
+    return load(a[0][i]), load(a[1][i]), load(a[2][i])
+
+
+_GET = _get_one, _get_two, _get_three
+
+
+def _keep_none(s):
+    return ()
+
+
+def _keep_one(s):
+    return (s[0],)
+
+
+def _keep_two(s):
+    return s[0], s[1]
+
+
+_KEEP = _keep_none, _keep_one, _keep_two
 
 
 # Building -----------------------------------------------------------------------------
@@ -200,27 +228,31 @@ def _names(row: Row) -> dict[str, Any]:
         _inlined(rebuild(template, template.__name__, _BY_BITS))
         for template in _HALVES.get(row.name, (_itself, _itself))
     )
-    return {"load": load, "store": store, "compute": getattr(numba, row.compute)}
+    return {"load": load, "store": store}
 
 
 @functools.cache
 def _loop(
-    template: Function, formula: Function, row: Row, kinds: tuple[Any, ...]
+    template: Function, operation: Operation, row: Row, kinds: tuple[Any, ...]
 ) -> tuple[Any, Function]:
     """Return a compiled loop, and what gives its twin for several threads."""
-    names = {**_names(row), "formula": _inlined(formula)}
-    bound = rebuild(template, template.__name__, names)
+    names = {**_names(row), "formula": bound(operation.function, _inlined)}
+    names["get"] = _inlined(rebuild(_GET[operation.arrays - 1], "get", names))
+    if operation.active is not None:
+        names["active"] = bound(operation.active, _inlined)
+        names["kept"] = _inlined(_KEEP[operation.kept])
+    own = rebuild(template, template.__name__, names)
     shared = _shared_sums if template is _prelu_backward else _shared
 
     @functools.cache
     def twin() -> Any:
-        names = {"body": _inlined(bound), "mode": _inlined(_mode)}
-        own = rebuild(shared, f"{template.__name__}{shared.__name__}", names)
+        names = {"body": _inlined(own), "mode": _inlined(_mode)}
+        both = rebuild(shared, f"{template.__name__}{shared.__name__}", names)
         more = () if template is _prelu_backward else (numba.intp,)
         last = map(numba.typeof, (PROBE, np.empty(1, bool)))
-        return _compile(own, (*kinds[:-2], *more, *last), True)
+        return _compile(both, (*kinds[:-2], *more, *last), True)
 
-    return _compile(bound, kinds), twin
+    return _compile(own, kinds), twin
 
 
 @functools.cache
@@ -250,7 +282,7 @@ def _is_shared() -> bool:
 
 def _plan(
     template: Function,
-    formula: Function,
+    operation: Operation,
     row: Row,
     operands: tuple[Any, ...],
     size: int,
@@ -258,7 +290,7 @@ def _plan(
 ) -> Run:
     """Return what runs a loop over range(size), in parts of `grain` if that is shared."""
     kinds = *map(numba.typeof, operands), numba.intp, numba.intp
-    loop, twin = _loop(template, formula, row, kinds)
+    loop, twin = _loop(template, operation, row, kinds)
     parts = -(-size // grain)
     if parts < 2 or not _is_shared():
         return functools.partial(loop, *operands, 0, size)
@@ -273,22 +305,6 @@ def _plan(
                 loop(*operands, min(i * part, size), min(i * part + part, size))
 
     return run
-
-
-def _elementwise(
-    template: Function,
-    formula: Function,
-    a: Array,
-    b: Array,
-    y: Array,
-    slope: float = 0.0,
-    inner: int = 1,
-    unit: int = 1,
-) -> Run:
-    row = _row(a)
-    operands = _stored(a), b, _stored(y), slope, inner
-    size = -(-a.size // unit)
-    return _plan(template, formula, row, operands, size, max(1, PART // unit))
 
 
 def _row(x: Array) -> Row:
@@ -314,38 +330,69 @@ def empty_bytes(size: int) -> Array:
     return np.empty(size, np.uint8)
 
 
-def forward(formula: Function, x: Array, slope: float, y: Array) -> Run:
-    """Write formula(x, slope) into y."""
-    return _elementwise(_forward, formula, x, _stored(x), y, slope)
+def elementwise(
+    function: Function, operands: Sequence[tuple[str, Any]], out: Array
+) -> None:
+    """Write a function of the operands into out."""
+    operation = Operation(function, tuple(kind for kind, _ in operands))
+    _elementwise(operation, operands, out)
 
 
-def forward_mask(
-    formula: Function, x: Array, slope: float, y: Array, bits: Array
-) -> Run:
-    """Write formula(x, slope) into y, and which are active into bits."""
-    return _elementwise(_forward_mask, formula, x, bits, y, slope, unit=8)
+def elementwise_mask(
+    function: Function,
+    active: Function,
+    kept: int,
+    operands: Sequence[tuple[str, Any]],
+    out: Array,
+) -> tuple[Array, tuple[int, ...]]:
+    """Write a function of the operands into out; return mask bits and their order."""
+    kinds = tuple(kind for kind, _ in operands)
+    bits = np.empty(-(-out.size // 8), np.uint8)
+    operation = Operation(function, kinds, active, kept)
+    return bits, _elementwise(operation, operands, out, bits)
 
 
-def backward(
-    gradient: Function, grad: Array, slope: float, y: Array, saved: Array
-) -> Run:
-    """Write gradient(grad, saved, slope) into y."""
-    return _elementwise(_backward, gradient, grad, _stored(saved), y, slope)
+def _elementwise(
+    operation: Operation,
+    operands: Sequence[tuple[str, Any]],
+    out: Array,
+    bits: Array | None = None,
+) -> tuple[int, ...]:
+    """Lay arrays flat, run a loop over them, and return the order of the axes."""
+    arrays = [value for kind, value in operands if kind == ARRAY]
+    beside = dict(operands)
+    x, template, axes, unit, inner = arrays[0], _plain, None, 1, 1
+    b: Array = np.empty(0, np.uint8)
+    if bits is not None:
+        template, b, unit = _to_bits, bits, 8
+    elif BITS in beside:
+        (given, axes), template = beside[BITS], _from_bits
+        b = np.array(given)  # it may lie on the result
+    y, order, (flat_y, *flats), waiting = lay_flat(out, arrays, empty_like, axes)
+    if WEIGHT in beside and x.size:
+        weight = beside[WEIGHT].transpose(order)
+        view = channels_of(y.transpose(order).shape, weight.shape)
+        template, b, unit, inner = (
+            _rows,
+            slopes_of(weight, view, x),
+            view.inner,
+            view.inner,
+        )
+    row = _row(x)
+    number = getattr(np, row.compute)
+    numbers = tuple(number(value) for kind, value in operands if kind == NUMBER)
+    given = tuple(map(_stored, flats)), b, _stored(flat_y), numbers, inner
+    size = -(-x.size // unit)
+    run = _plan(template, operation, row, given, size, max(1, PART // unit))
+    for pair in waiting:
+        np.copyto(*pair)
+    run()
+    if y is not out:
+        np.copyto(out, y)
+    return tuple(order)
 
 
-def backward_mask(
-    gradient: Function, grad: Array, slope: float, y: Array, bits: Array
-) -> Run:
-    """Write gradient(grad, 1 or 0, slope) into y."""
-    return _elementwise(_backward_mask, gradient, grad, bits, y, slope)
-
-
-def prelu(formula: Function, x: Array, slopes: Array, y: Array, inner: int) -> Run:
-    """Write formula(x, slope of x's channel) into y."""
-    return _elementwise(_prelu, formula, x, slopes, y, inner=inner, unit=inner)
-
-
-def prelu_backward(
+def weight_sums(
     gradient: Function,
     grad: Array,
     x: Array,
@@ -354,7 +401,7 @@ def prelu_backward(
     inner: int,
     sums: Array,
 ) -> Run:
-    """Write the gradient towards x into y, and sums and their errors into sums."""
+    """Return what writes the gradient towards x into y, and sums and their errors."""
     if slopes.size == 1:
         inner = 1  # any piece of one channel is a row
     width = slopes.size * inner
@@ -362,7 +409,8 @@ def prelu_backward(
     rows = max(-(-SUMMED // width), -(-outer // PARTS))
     parts = np.zeros((2, -(-outer // rows), slopes.size))
     operands = _stored(grad), _stored(x), slopes, _stored(y), parts, inner, rows
-    loop = _plan(_prelu_backward, gradient, _row(x), operands, parts.shape[1], 1)
+    operation = Operation(gradient, (ARRAY, ARRAY, WEIGHT))
+    loop = _plan(_prelu_backward, operation, _row(x), operands, parts.shape[1], 1)
     add_up = _adder(numba.typeof(parts), numba.typeof(sums))
 
     def run() -> None:
@@ -396,29 +444,19 @@ def get_default_memory_pool() -> Any:
     return _DEFAULT
 
 
-# The way without quick calls ----------------------------------------------------------
-
-
 class _NoCall:
     """Stands for a quick call, and leaves all to Python."""
-
-    def prepare(self, *_: Any, **__: Any) -> None:
-        """Have nothing to prepare."""
 
     def call(self, *_: Any) -> None:
         """Answer nothing."""
 
-    def block_of(self, *_: Any) -> int:
-        """Have one block."""
-        return 0
+    def again(self, *_: Any, integers: bool) -> None:
+        """Answer nothing, either."""
 
 
 _NO_CALL = _NoCall()
 
 
-def flat_call(formula: Function, *, gradient: bool) -> Any:
+def quick_call(operation: Operation, **options: bool) -> Any:
     """Return what leaves all to Python."""
     return _NO_CALL
-
-
-mask_call = channel_call = flat_call

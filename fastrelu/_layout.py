@@ -12,9 +12,16 @@ from fastrelu._dtypes import row_of
 Array = Any  # numpy.ndarray of any dtype; its own generic type says nothing more here
 
 
-def _memory_order(x: Array) -> list[int]:
-    """Return the axes from the one with the largest stride to the smallest."""
-    return sorted(range(x.ndim), key=lambda axis: -abs(x.strides[axis]))
+def memory_order(x: Array) -> list[int]:
+    """Return the axes from the one with the largest stride to the smallest.
+
+    Those of length 1, whose strides say nothing, come first.
+    """
+    steps = [
+        math.inf if length == 1 else abs(stride)
+        for length, stride in zip(x.shape, x.strides, strict=True)
+    ]
+    return sorted(range(len(steps)), key=lambda axis: -steps[axis])
 
 
 def flat(x: Array, order: Sequence[int]) -> Array | None:
@@ -30,27 +37,32 @@ def lay_flat(
     y: Array,
     inputs: Sequence[Array],
     empty_like: Callable[..., Array],
+    order: Sequence[int] | None = None,
     *,
-    c_order: bool = False,
     may_wait: bool = True,
 ) -> tuple[Array, list[int], list[Array], list[tuple[Array, Array]]]:
     """Return where to write, its order of axes, and y and the inputs flat along it.
 
+    The order is that of y's memory, if none is given.
     An input that lies exactly where y does becomes the same object as flat y.  What is
     laid out otherwise, or overlaps y in part, is worked on in a copy.  That of the
     first input may wait where its result will be: the last value has what to copy,
     (to, from), when nothing can fail any more, for until then y must not change.
     """
-    order = list(range(y.ndim)) if c_order else _memory_order(y)
+    given, order = order, list(memory_order(y) if order is None else order)
     flat_y = flat(y, order)
-    on_y = [x is y or _lies_on(x, y) for x in inputs]
+    on_y = [x is y or lies_on(x, y) for x in inputs]
     if flat_y is None or any(
         np.may_share_memory(x, y)
         for x, same in zip(inputs, on_y, strict=True)
         if not same
     ):
-        y = empty_like(y, "C" if c_order else "K")
-        order = list(range(y.ndim)) if c_order else _memory_order(y)
+        if given is None:
+            y = empty_like(y)
+            order = memory_order(y)
+        else:
+            back = sorted(range(y.ndim), key=order.__getitem__)
+            y = empty_like(y.transpose(order), "C").transpose(back)
         flat_y = flat(y, order)
         on_y = [False] * len(inputs)
     flats, waiting = [flat_y], []
@@ -67,7 +79,7 @@ def lay_flat(
     return y, order, flats, waiting
 
 
-def _lies_on(x: Array, y: Array) -> bool:
+def lies_on(x: Array, y: Array) -> bool:
     """Say whether two arrays are the same elements of the same memory."""
     return bool(
         np.may_share_memory(x, y)
@@ -75,6 +87,17 @@ def _lies_on(x: Array, y: Array) -> bool:
         and x.dtype == y.dtype
         and (x.strides == y.strides or (x.flags.c_contiguous and y.flags.c_contiguous))
     )
+
+
+def is_simple(x: Array) -> bool:
+    """Say whether each axis steps over all that the finer ones reach."""
+    reach = x.itemsize
+    for axis in reversed(memory_order(x)):
+        if x.shape[axis] != 1:
+            if abs(x.strides[axis]) < reach:
+                return False
+            reach += abs(x.strides[axis]) * (x.shape[axis] - 1)
+    return True
 
 
 # A weight for each channel ------------------------------------------------------------

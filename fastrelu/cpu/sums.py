@@ -1,0 +1,311 @@
+"""PReLU's backward pass: both gradients at once.
+
+The weight gradient is summed in float64.  A few products are added up as they are, and
+their sum with Neumaier's compensation (doi:10.1002/zamm.19740540106, in Knuth's
+branch-free form), so that the error does not grow with the number of elements.  Which
+of them are summed together follows from the shape alone: neither the number of
+threads nor the width of the processor's vectors can change a bit.
+
+These drivers, too, take addresses; at `total` go the sums, a float64 for each channel,
+and behind them what each has lost.  They return 0, or 1 where there is no memory for
+partial sums.
+
+A piece of a row is summed and then, while it is in the first cache, gone over again for
+the other gradient, with the loops that write all other results.  Where each column has
+a sum of its own, a word's two gradients are made together.
+"""
+
+from typing import Any
+
+import numba
+import numpy as np
+from numba import types
+
+from fastrelu.cpu.jit import array_at, inlined, larger, piece, smaller
+from fastrelu.cpu.lanes import WORD, buffer, round_to_odd
+from fastrelu.cpu.loops import (
+    before_line,
+    end_of_line,
+    repeat,
+    with_each,
+    with_one,
+    word_buffer,
+)
+from fastrelu.cpu.threads import spread
+
+SUMMED = 512  # elements that are summed before the rest is done
+LANES = 32  # running sums kept side by side, so that a row's sum is vector work
+FEW, FEW_ROWS = 4, 8  # products that are summed without compensation, and rows of them
+SEGMENT = 1 << 14  # elements of a row summed on their own
+BLOCK_ROWS = 64  # rows summed together where channels are the last axis, or more:
+BLOCK = 1 << 17  # up to so many elements,
+BLOCKS = 16  # while there are so many blocks
+SEGMENT_COLUMNS = 1024
+TOGETHER = 256  # columns of short rows that are summed together
+
+SIGNATURE = types.int64(*[types.int64] * 5, *[types.intp] * 4)
+WEIGHTS_SIGNATURE = types.void(types.int64, types.int64, types.intp)
+
+_malloc = types.ExternalFunction("PyMem_RawMalloc", types.int64(types.intp))
+_free = types.ExternalFunction("PyMem_RawFree", types.void(types.int64))
+sum_buffer = buffer(LANES, numba.float64)
+column_buffer = buffer(SEGMENT_COLUMNS + WORD, numba.float64)
+
+# The names that are bound later.
+element: Any
+fill: Any
+cut: Any
+product: Any
+add_up: Any
+part: Any
+finished: Any
+write_word: Any
+load: Any
+store: Any
+compute: Any
+storage: Any
+
+
+@inlined
+def _error(a, b, total):
+    """Return what was lost in total = a + b."""
+    shadow = total - a
+    return (a - (total - shadow)) + (b - shadow)
+
+
+@inlined
+def _add(sums, errors, i, value, error):
+    """Add a sum and its error to sum i; an error of -0.0 costs nothing."""
+    total = sums[i] + value
+    errors[i] += _error(sums[i], value, total) + error
+    sums[i] = total
+
+
+def product_at(g, x, i):
+    """Return the part of element i in its weight's gradient."""
+    value = load(x[i])
+    product = numba.float64(value) * numba.float64(load(g[i]))
+    if value > 0:  # Python 3.14 makes two ways of a conditional expression here
+        product = 0.0
+    return product
+
+
+def one_weight(g, x, sums, errors):
+    """Add a row, or a piece of one, to LANES sums."""
+    lanes = np.uintp(LANES)
+    groups = x.size // (FEW * LANES)
+    for group in range(np.uintp(groups)):
+        for j in range(lanes):
+            i = group * np.uintp(FEW * LANES) + j
+            few = product(g, x, i) + product(g, x, i + lanes)
+            i += lanes + lanes
+            few += product(g, x, i) + product(g, x, i + lanes)
+            _add(sums, errors, j, few, -0.0)
+    for start in range(np.uintp(groups * FEW * LANES), np.uintp(x.size), lanes):
+        for j in range(smaller(lanes, np.uintp(x.size) - start)):
+            _add(sums, errors, j, product(g, x, start + j), -0.0)
+
+
+def own_weights(g, x, weights, sums, results, at, column, count):
+    """Add so many elements to their columns' sums, and make the other gradient."""
+    grad, saved = piece(g, at, at + count), piece(x, at, at + count)
+    slopes = piece(weights, column, column + count)
+    here = piece(sums, column, column + count)
+    for i in range(np.uintp(count)):
+        here[i] += product(grad, saved, i)
+    for i in range(np.uintp(count)):
+        results[i] = element((grad, saved), slopes, (), i)
+
+
+@inlined
+def _clear(sums):
+    for i in range(sums.size):
+        sums[i] = 0.0
+
+
+def prelu_backward_rows(g, x, w, y, total, size, channels, inner, moved):
+    """One weight a row of `inner` elements."""
+    grad, saved = array_at(g, size, storage), array_at(x, size, storage)
+    result = array_at(y, size, storage)
+    weights = array_at(w, channels, compute)
+    segments = -(-inner // SEGMENT)
+    cells = size // inner * segments
+    memory = _malloc(2 * cells * 8)
+    if memory == 0:
+        return 1
+    sums = array_at(memory, cells, np.float64)
+    errors = array_at(memory + cells * 8, cells, np.float64)
+    operands = grad, saved, weights, result, inner, segments, sums, errors
+    spread(part, operands, cells, 1, moved)
+    totals = array_at(total, channels, np.float64)
+    lost = array_at(total + channels * 8, channels, np.float64)
+    _clear(totals)
+    _clear(lost)
+    for cell in range(cells):
+        channel = cell // segments % channels
+        _add(totals, lost, channel, sums[cell], errors[cell])
+    _free(memory)
+    return 0
+
+
+def _prelu_backward_rows(g, x, w, y, inner, segments, sums, errors, first, last):
+    many, lost = sum_buffer(y), sum_buffer(y)
+    for cell in range(first, last):
+        row = cell // segments
+        weight = w[row % w.size]
+        _clear(many)
+        _clear(lost)
+        begin = row * inner + cell % segments * SEGMENT
+        end = smaller(begin + SEGMENT, (row + 1) * inner)
+        grad, saved = piece(g, begin, end), piece(x, begin, end)
+        result = piece(y, begin, end)
+        done = 0
+        for start in range(0, end - begin, SUMMED):
+            stop = smaller(start + SUMMED, end - begin)
+            add_up(piece(grad, start, stop), piece(saved, start, stop), many, lost)
+            stop = end_of_line(result, stop)  # a line waits until all of it is there
+            whole = piece(result, done, stop)
+            fill(whole, cut((grad, saved), done, stop), weight, ())
+            done = stop
+        half = LANES // 2
+        while half > 0:
+            for i in range(half):
+                _add(many, lost, i, many[i + half], lost[i + half])
+            half //= 2
+        sums[cell], errors[cell] = many[0], lost[0]
+    finished()
+
+
+def prelu_backward_columns(g, x, w, y, total, size, channels, inner, moved):
+    """One weight for each `inner` columns; the rows are `channels * inner` long.
+
+    Short ones are taken together until the loops over them are worth starting.
+    """
+    grad, saved = array_at(g, size, storage), array_at(x, size, storage)
+    result = array_at(y, size, storage)
+    weights = array_at(w, channels, compute)
+    length = channels * inner
+    width = (smaller(TOGETHER, size) // length or 1) * length
+    columns = smaller(width, SEGMENT_COLUMNS)
+    rows = larger(BLOCK_ROWS, smaller(size // BLOCKS, BLOCK) // columns)
+    cells = -(-size // (rows * width)) * width
+    copies = 2 if columns == width else 1  # where a word may end in the next row
+    memory = _malloc((2 * cells + copies * width) * 8 + 64)
+    if memory == 0:
+        return 1
+    start = -(-memory // 64) * 64
+    sums = array_at(start, cells, np.float64)
+    errors = array_at(start + cells * 8, cells, np.float64)
+    wide = array_at(start + cells * 16, copies * width, compute)
+    repeat(weights, inner, wide)
+    operands = grad, saved, wide, result, width, rows, sums, errors
+    spread(part, operands, cells // width * -(-width // columns), 1, moved)
+    totals, lost = piece(sums, 0, length), piece(errors, 0, length)
+    for first in range(length, cells, length):
+        more, behind = piece(sums, first, cells), piece(errors, first, cells)
+        for column in range(length):
+            _add(totals, lost, column, more[column], behind[column])
+    answer = array_at(total, 2 * channels, np.float64)
+    for channel in range(channels):
+        first = channel * inner
+        value, error = totals[first], lost[first]  # in registers: memory is a long way
+        for column in range(first + 1, first + inner):
+            before = value
+            value += totals[column]
+            error += _error(before, totals[column], value) + lost[column]
+        answer[channel], answer[channels + channel] = value, error
+    _free(memory)
+    return 0
+
+
+@inlined
+def _gather(few, totals, errors):
+    """Add sums of a few products, and start them anew."""
+    for i in range(totals.size):
+        _add(totals, errors, i, few[i], -0.0)
+        few[i] = 0.0
+
+
+def _prelu_backward_columns(g, x, wide, y, width, rows, sums, errors, first, last):
+    """Go from word to word, and across the ends of rows.
+
+    What a word has of the next row waits behind the sums of this one.
+    """
+    few = piece(column_buffer(y), 0, smaller(width, SEGMENT_COLUMNS) + WORD)
+    _clear(few)
+    buffer = word_buffer(y)
+    segments = -(-width // SEGMENT_COLUMNS)
+    for cell in range(first, last):
+        block, left = cell // segments, cell % segments * SEGMENT_COLUMNS
+        right = smaller(left + SEGMENT_COLUMNS, width)
+        columns = right - left
+        weights = piece(wide, left, wide.size)
+        totals = piece(sums, block * width + left, block * width + right)
+        lost = piece(errors, block * width + left, block * width + right)
+        _clear(totals)
+        _clear(lost)
+        at = block * rows * width + left
+        end = smaller((block + 1) * rows * width, g.size) - width + right
+        column = done = 0
+        while at < end:
+            room = end - at if segments == 1 else columns - column
+            # Those before the first line are no word, nor are the last ones.
+            count = room if room < WORD else before_line(piece(y, at, end))
+            if count > 0:
+                add_up(g, x, weights, few, buffer, at, column, count)
+                for j in range(np.uintp(count)):
+                    y[np.uintp(at) + j] = buffer[j]
+                at += count
+                column += count
+            words = smaller((room - count) // WORD, -(-(columns - column) // WORD))
+            for _ in range(words):
+                add_up(g, x, weights, few, buffer, at, column, WORD)
+                write_word(y, np.uintp(at), buffer)
+                at += WORD
+                column += WORD
+            if column >= columns:
+                done += 1
+                if done % FEW_ROWS == 0:
+                    _gather(few, totals, lost)
+                column -= columns
+                for i in range(column):
+                    few[i] += few[columns + i]
+                    few[columns + i] = 0.0
+                at += width - columns
+        _gather(few, totals, lost)
+    finished()
+
+
+PARTS = {
+    prelu_backward_rows: (_prelu_backward_rows, one_weight),
+    prelu_backward_columns: (_prelu_backward_columns, own_weights),
+}
+ELEMENT_OF = {prelu_backward_rows: with_one, prelu_backward_columns: with_each}
+
+
+@inlined
+def total_of(total, error):
+    """Return a sum with what it has lost."""
+    # Past an infinity or a NaN the errors are NaN and say nothing.
+    return total + error if np.isfinite(total) else total
+
+
+# Half floats' weights, for calls from compiled code: WEIGHTS_SIGNATURE.
+
+
+def widen_weights(weights, slopes, channels):
+    """Write the slopes in the type of the products."""
+    given = array_at(weights, channels, storage)
+    wide = array_at(slopes, channels, compute)
+    for channel in range(channels):
+        wide[channel] = load(given[channel])
+
+
+def round_sums(total, result, channels):
+    """Round sums, and behind them what they have lost, once to half floats."""
+    sums = array_at(total, 2 * channels, np.float64)
+    halves = array_at(result, channels, storage)
+    for channel in range(channels):
+        halves[channel] = store(
+            round_to_odd(total_of(sums[channel], sums[channels + channel]))
+        )
