@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 import reference
 
-from fastrelu.activations import ACTIVATIONS
+from fastrelu import activations
 
 FLOATS = ("float16", "bfloat16", "float32", "float64")
 INTEGERS = tuple(f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64))
@@ -120,6 +120,30 @@ def no_process_is_left():
 # The grid -----------------------------------------------------------------------------
 
 
+class Tested(NamedTuple):
+    """A row of the catalogue, whose functions leave out what they do not take"""
+
+    row: object
+
+    def __getattr__(self, name):
+        return getattr(self.row, name)
+
+    def forward(self, *arrays, **given):
+        return self.row.forward(*arrays, **taken(self.row.forward, given))
+
+    def backward(self, *arrays, **given):
+        return self.row.backward(*arrays, **taken(self.row.backward, given))
+
+
+def taken(function, given):
+    """What a function takes of these keyword arguments"""
+    known = inspect.signature(function).parameters
+    return {name: value for name, value in given.items() if name in known}
+
+
+ACTIVATIONS = {name: Tested(row) for name, row in activations.ACTIVATIONS.items()}
+
+
 class Library(NamedTuple):
     """How a NumPy array becomes an array of the library, and comes back"""
 
@@ -156,13 +180,18 @@ def dtype(request):
     return dtype_of(request.param)
 
 
-def each(*dtypes, where=lambda row: True):
+# One for each kind of operands: loops and calls of the others are made of the same parts.
+TYPICAL = "relu", "leaky_relu", "prelu", "threshold"
+
+
+def each(*dtypes, where=lambda row: True, names=tuple(ACTIVATIONS)):
     """Run a test for every activation and each of these types that it takes"""
     pairs = [
         (name, dtype)
-        for name, row in ACTIVATIONS.items()
+        for name in names
         for dtype in dtypes
-        if where(row) and (dtype in FLOATS or reference.DEFINITIONS[name].integers)
+        if where(ACTIVATIONS[name])
+        and (dtype in FLOATS or reference.DEFINITIONS[name].integers)
     ]
     return pytest.mark.parametrize(("name", "dtype"), pairs, indirect=["dtype"])
 
@@ -289,21 +318,18 @@ def normal(shape, dtype, seed=0):
     return np.random.default_rng(seed).standard_normal(shape).astype(dtype)
 
 
-def run_loop(loop, a, b, y, slope, moved=0):
-    """Call a compiled loop on arrays; the slope of rows and columns is their width."""
-    sizes = a.size, b.size, int(slope)
-    addresses = [array.ctypes.data for array in (a, b, y)]
-    getattr(loop, "ctypes", loop)(*addresses, *sizes, float(slope), moved)
-
-
 def slopes_for(name, x, slope=0.2, seed=9):
     """The keyword arguments that activation `name` takes beside the array x"""
-    if ACTIVATIONS[name].parameter == "negative_slope":
-        return {"negative_slope": slope}
-    if ACTIVATIONS[name].parameter == "weight":
+    row = ACTIVATIONS[name]
+    if row.parameter == "weight":
         channels = x.shape[1] if x.ndim > 1 else 1
         return {"weight": normal(channels, reference.native(x.dtype), seed)}
-    return {}
+    if row.parameter == "slopes":
+        return {"lower": slope, "upper": slope, "slopes": slope}
+    numbers = {number: values[0] for number, values in row.examples.items()}
+    return (
+        numbers | {"negative_slope": slope} if "negative_slope" in numbers else numbers
+    )
 
 
 def gradient_of(name, *arrays, **more):

@@ -8,9 +8,8 @@ import threading
 
 import numpy as np
 import reference
-from conftest import dtype_of, normal
+from conftest import ACTIVATIONS, dtype_of, normal, slopes_for
 
-from fastrelu.activations import ACTIVATIONS
 from fastrelu.cpu import calls as quick
 from fastrelu.cpu import pool, threads
 from fastrelu.mask import Mask
@@ -42,7 +41,8 @@ def calls(dtypes=("float32", "float16")):
                 x, g = normal((n,), dtype), normal((n,), dtype, seed=1)
                 x[::7] = -0.0
                 for name, row in ACTIVATIONS.items():
-                    for shape in SHAPES[name] if n > 1 else [(n,)]:
+                    shapes = CHANNEL_SHAPES if row.parameter == "weight" else [(-1,)]
+                    for shape in shapes if n > 1 else [(n,)]:
                         made = make(name, row, x.reshape(shape), g.reshape(shape))
                         result += [
                             ((name, str(dtype), n, shape, what), call)
@@ -51,26 +51,13 @@ def calls(dtypes=("float32", "float16")):
     return result
 
 
-SHAPES = {
-    "relu": [(-1,)],
-    "leaky_relu": [(-1,)],
-    "prelu": [(1, CHANNELS, -1), (-1, CHANNELS)],  # a weight for each row, or column
-}
-
-
-def _parameter(row, x):
-    if row.parameter == "negative_slope":
-        return {"negative_slope": 0.3}
-    if row.parameter == "weight":
-        channels = x.shape[1] if x.ndim > 1 else 1
-        return {"weight": np.linspace(-1, 2, channels).astype(x.dtype)}
-    return {}
+CHANNEL_SHAPES = (1, CHANNELS, -1), (-1, CHANNELS)  # a weight for each row, or column
 
 
 def _forward(name, row, x, g):
-    more = _parameter(row, x)
+    more = slopes_for(name, x, 0.3)
     y = _bits(reference.forward(name, x, **more))
-    bits = reference.mask_bits(x)
+    bits = reference.mask_bits(x, name, **more) if row.takes_mask else None
 
     def strided():
         wide = np.zeros((*x.shape, 2), x.dtype)
@@ -85,12 +72,12 @@ def _forward(name, row, x, g):
     yield "in place", lambda: _same(row.forward(x.copy(), inplace=True, **more), y)
     yield "out", lambda: _same(row.forward(x, out=np.empty_like(x), **more), y)
     yield "strided", strided
-    if row.parameter != "weight":
+    if row.takes_mask:
         yield "mask", masked
 
 
 def _backward(name, row, x, g):
-    more = _parameter(row, x)
+    more = slopes_for(name, x, 0.3)
     dx = _bits(reference.backward(name, g, x, **more))
     if row.parameter == "weight":
         dw = _bits(row.backward(g, x, **more)[1])  # its bits must never change
@@ -104,8 +91,9 @@ def _backward(name, row, x, g):
 
     yield "backward", lambda: right(g, x)
     yield "backward in place", lambda: right(g.copy(), x, inplace=True)
-    if row.parameter != "weight":
-        mask = Mask(reference.mask_bits(x), x.shape)
+    if row.takes_mask:
+        bits = reference.mask_bits(x, name, **more)
+        mask = Mask(bits, x.shape, predicate=row.spec.predicate)
         yield "backward from a mask", lambda: right(g, mask)
 
 

@@ -5,6 +5,7 @@ float32; float64 for float64; integers as they are), where NumPy rounds each ope
 correctly, and its result is rounded once to the array's type.
 """
 
+import inspect
 import math
 from collections.abc import Callable
 from typing import NamedTuple
@@ -13,22 +14,47 @@ import numpy as np
 
 
 class Definition(NamedTuple):
-    value: Callable  # (x, slope) -> y
-    gradient: Callable  # (g, x, slope) -> the gradient towards x
+    value: Callable  # (x, parameters...) -> y
+    gradient: Callable  # (g, x, parameters...) -> the gradient towards x
+    active: Callable | None = None  # (x, parameters...) -> what a mask's bits are
     integers: bool = False
 
 
+def positive(x):
+    return x > 0
+
+
 LEAKY = Definition(
-    lambda x, a: np.where(x > 0, x, a * x), lambda g, x, a: np.where(x > 0, g, a * g)
+    lambda x, negative_slope: np.where(x > 0, x, negative_slope * x),
+    lambda g, x, negative_slope: np.where(x > 0, g, negative_slope * g),
+    positive,
 )
 DEFINITIONS = {
     "relu": Definition(
-        lambda x, _: np.where(x <= 0, 0, x),
-        lambda g, x, _: np.where(x > 0, g, 0),
-        integers=True,
+        lambda x: np.where(x <= 0, 0, x),
+        lambda g, x: np.where(x > 0, g, 0),
+        positive,
+        True,
     ),
     "leaky_relu": LEAKY,
     "prelu": LEAKY,
+    "relu6": Definition(
+        lambda x: np.where(x <= 0, 0, np.where(x >= 6, 6, x)),
+        lambda g, x: np.where((0 < x) & (x < 6), g, 0),
+        lambda x: (0 < x) & (x < 6),
+    ),
+    "squared_relu": Definition(
+        lambda x: np.where(x <= 0, 0, x * x), lambda g, x: np.where(x > 0, 2 * x * g, 0)
+    ),
+    "threshold": Definition(
+        lambda x, threshold, value: np.where(x <= threshold, value, x),
+        lambda g, x, threshold: np.where(x > threshold, g, 0),
+        lambda x, threshold: x > threshold,
+    ),
+    "rrelu": Definition(
+        lambda x, slopes: np.where(x > 0, x, slopes * x),
+        lambda g, x, slopes: np.where(x > 0, g, slopes * g),
+    ),
 }
 
 
@@ -51,33 +77,35 @@ def spread(weight, shape, axis=1):
     return np.broadcast_to(weight, shape)
 
 
-def _apply(definition, arrays, negative_slope=None, weight=None, axis=1):
+def _apply(function, arrays, weight=None, axis=1, **parameters):
     arrays = [np.asarray(a) for a in arrays]
     dtype, wide = native(arrays[0].dtype), compute_type(arrays[0].dtype)
-    slope = negative_slope
     if weight is not None:
-        slope = spread(weight, arrays[0].shape, axis).astype(wide)
-    elif slope is not None:
-        slope = wide.type(slope)
+        parameters["negative_slope"] = spread(weight, arrays[0].shape, axis)
+    names = list(inspect.signature(function).parameters)[len(arrays) :]
+    numbers = [np.asarray(parameters[name]).astype(wide) for name in names]
     with np.errstate(all="ignore"):
-        return definition(*(a.astype(wide) for a in arrays), slope).astype(dtype)
+        return function(*(a.astype(wide) for a in arrays), *numbers).astype(dtype)
 
 
-def forward(name, x, **parameter):
-    return _apply(DEFINITIONS[name].value, [x], **parameter)
+def forward(name, x, **parameters):
+    return _apply(DEFINITIONS[name].value, [x], **parameters)
 
 
-def backward(name, g, x, **parameter):
-    return _apply(DEFINITIONS[name].gradient, [g, x], **parameter)
+def backward(name, g, x, **parameters):
+    return _apply(DEFINITIONS[name].gradient, [g, x], **parameters)
 
 
-def active(x):
-    with np.errstate(invalid="ignore"):  # of a signalling NaN, where that is told
-        return x.astype(compute_type(x.dtype)) > 0
+def active(x, name="relu", **parameters):
+    """Where the gradient passes; where a signalling NaN is told, that says nothing"""
+    wide, function = compute_type(x.dtype), DEFINITIONS[name].active
+    names = list(inspect.signature(function).parameters)[1:]
+    with np.errstate(invalid="ignore"):
+        return function(x.astype(wide), *(wide.type(parameters[n]) for n in names))
 
 
-def mask_bits(x):
-    return np.packbits(active(x), bitorder="little")
+def mask_bits(x, name="relu", **parameters):
+    return np.packbits(active(x, name, **parameters), bitorder="little")
 
 
 def _halves(a):

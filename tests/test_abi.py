@@ -15,7 +15,9 @@ import fastrelu as F
 from fastrelu import _arguments, _dispatch, _dtypes, activations, cpu
 from fastrelu.cpu import abi, jit, lanes, portable
 
-pytestmark = pytest.mark.skipif(not cpu.is_fast(), reason="nothing is taken for proven")
+pytestmark = pytest.mark.skipif(
+    cpu.engine()[0] != "fast", reason="nothing is taken for proven"
+)
 
 
 def test_all_is_proven_here_and_quickly():
@@ -211,22 +213,19 @@ def test_a_doubt_at_first_use(monkeypatch):
         monkeypatch.setattr(cpu, name, getattr(cpu, name))
     fail = abi.Unproven("Numba has changed")
 
-    def prepare(*_, **__):
+    def make_ready(*_, **__):
         raise fail
 
-    calls = _dispatch.PlainCalls(
-        activations._leaky_relu, gradient=False, integers=False
-    )
     x = np.linspace(-1, 1, 9).astype(np.float32)
-    for call in (calls.flat, calls.by_channel):
-        monkeypatch.setattr(type(call), "prepare", prepare)
-        monkeypatch.setattr(call, "call", lambda *_: None)
-    assert calls.forward(x, 0.5, False, None, False) is None
-    assert cpu.engine() == ("portable", "at first use, Numba has changed")
-    assert calls.forward(x, 0.5, False, None, False) is None
+    leaky_relu = _dispatch._Forward(activations._LEAKY_RELU)
+    monkeypatch.setattr(type(leaky_relu.quick), "make_ready", make_ready)
+    for _ in range(2):
+        y = leaky_relu.call(x, False, None, False, 0.5)
+        assert_same(y, np.where(x > 0, x, x / 2))
+        assert cpu.engine() == ("portable", "at first use, Numba has changed")
     cpu._loops = importlib.import_module("fastrelu.cpu.fast")
     assert_same(F.leaky_relu(x[::2], 0.5), np.where(x > 0, x, x / 2)[::2])
-    assert not cpu.is_fast()
+    assert cpu.engine()[0] == "portable"
 
 
 # What else is looked at ---------------------------------------------------------------

@@ -34,6 +34,24 @@ SIGNATURES = {
         out=None: ...,
     "prelu_backward":
         lambda grad_output, x, /, weight, *, axis=1, inplace=False, out=None: ...,
+    "relu6":
+        lambda x, /, inplace=False, *, out=None, return_mask=False: ...,
+    "relu6_backward":
+        lambda grad_output, saved, /, *, inplace=False, out=None: ...,
+    "squared_relu":
+        lambda x, /, inplace=False, *, out=None: ...,
+    "squared_relu_backward":
+        lambda grad_output, x, /, *, inplace=False, out=None: ...,
+    "threshold":
+        lambda x, /, threshold, value, inplace=False, *, out=None,
+        return_mask=False: ...,
+    "threshold_backward":
+        lambda grad_output, saved, /, threshold, *, inplace=False, out=None: ...,
+    "rrelu":
+        lambda x, /, lower=1/8, upper=1/3, training=False, inplace=False, *,
+        rng=None, out=None: ...,
+    "rrelu_backward":
+        lambda grad_output, x, /, slopes, *, inplace=False, out=None: ...,
 }
 # fmt: on
 

@@ -14,16 +14,18 @@ from numpy.lib.stride_tricks import as_strided
 from reference import assert_same
 
 import fastrelu as F
-from fastrelu import activations, cpu
-from fastrelu._dispatch import PlainCalls
-from fastrelu.activations import ACTIVATIONS
+from fastrelu import _dispatch, activations, cpu
 
 FLOAT32 = np.dtype(np.float32)
 FUNCTIONS = {
     function.__name__: function
-    for row in ACTIVATIONS.values()
+    for row in activations.ACTIVATIONS.values()
     for function in (row.forward, row.backward)
 }
+# What some of them need beside arrays.
+NUMBERS = {"slopes": 0.2}
+for row in activations.ACTIVATIONS.values():
+    NUMBERS |= {name: values[0] for name, values in row.examples.items()}
 ARRAYS = ("x", "grad_output", "saved", "weight")
 each_function = pytest.mark.parametrize("function", FUNCTIONS)
 
@@ -68,9 +70,22 @@ def sound(function, shape=(2, 3), dtype=FLOAT32):
     return {name: normal(shapes[name], dtype, i) for i, name in enumerate(names)}
 
 
+def row_of(function):
+    return activations.ACTIVATIONS[function.removesuffix("_backward")]
+
+
+def mask_for(function, x):
+    """What the forward pass of a function's activation keeps"""
+    row = row_of(function)
+    numbers = [NUMBERS[name] for name in row.spec.numbers if name in NUMBERS]
+    return row.forward(x, *numbers, return_mask=True)[1]
+
+
 def call(function, given):
     parameters = inspect.signature(FUNCTIONS[function]).parameters.values()
     first = [p.name for p in parameters if p.kind is p.POSITIONAL_ONLY]
+    needed = {p.name for p in parameters if p.default is p.empty} & {*NUMBERS}
+    given = {name: NUMBERS[name] for name in needed} | given
     rest = {name: value for name, value in given.items() if name not in first}
     return FUNCTIONS[function](*(given[name] for name in first), **rest)
 
@@ -412,7 +427,7 @@ def test_saved_of_another_type(function, argument, dtype):
 @pytest.mark.parametrize("shape", ["3 2", "6", "2 3 1", "1 6", "2 4", "5", ""])
 @takes("saved")
 def test_mask_of_another_shape(function, shape):
-    _, mask = F.relu(np.ones(tuple(map(int, shape.split()))), return_mask=True)
+    mask = mask_for(function, np.ones(tuple(map(int, shape.split()))))
     given = sound(function) | {"saved": mask}
     refuses(ValueError, "saved", function, given)
     refuses(ValueError, "saved", function, given | {"inplace": True})
@@ -436,7 +451,7 @@ MISUSED = {
 @takes("saved")
 def test_mask_that_was_changed(function, case):
     error, attribute, value = MISUSED[case]
-    _, mask = F.relu(np.ones((3, 5), np.float32), return_mask=True)
+    mask = mask_for(function, np.ones((3, 5), np.float32))
     setattr(mask, attribute, value)
     given = sound(function, (3, 5)) | {"saved": mask}
     refuses(error, "saved", function, given)
@@ -448,10 +463,27 @@ def test_mask_that_was_changed(function, case):
 @takes("saved")
 def test_mask_of_every_other_byte(function):
     given = sound(function, (3, 5))
-    _, given["saved"] = F.relu(given["saved"], return_mask=True)
+    mask = given["saved"] = mask_for(function, given["saved"])
     expected = call(function, given)
-    bits = np.repeat(given["saved"].bits, 2)[::2]
-    assert_same(call(function, given | {"saved": F.Mask(bits, (3, 5))}), expected)
+    bits = np.repeat(mask.bits, 2)[::2]
+    given["saved"] = F.Mask(bits, (3, 5), predicate=mask.predicate)
+    assert_same(call(function, given), expected)
+
+
+@takes("saved")
+def test_mask_of_another_function(function):
+    others = [name for name in FUNCTIONS if row_of(name).takes_mask]
+    given = sound(function)
+    for name in others:
+        mask = mask_for(name, given["saved"])
+        if mask.predicate != mask_for(function, given["saved"]).predicate:
+            refuses(ValueError, "saved", function, given | {"saved": mask})
+
+
+def test_a_bit_is_not_enough_for_every_gradient():
+    x = np.ones((2, 3), np.float32)
+    given = {"grad_output": x, "x": F.relu(x, return_mask=True)[1]}
+    refuses(TypeError, "x", "squared_relu_backward", given)
 
 
 def test_mask_of_a_shape_that_no_array_has():
@@ -734,11 +766,13 @@ def test_saved_in_the_output_of_a_gradient_that_is_copied(function, argument):
 @takes("saved")
 def test_bits_within_the_output(function):
     g, x = normal(64, FLOAT32), normal(64, FLOAT32, 1)
-    expected = FUNCTIONS[function](g, x)
-    bits = g.view(np.uint8)[8:16]
-    bits[:] = reference.mask_bits(x)
-    expected[2:4] = FUNCTIONS[function](g[2:4], x[2:4])
-    FUNCTIONS[function](g, F.Mask(bits, 64), inplace=True)
+    expected = call(function, {"grad_output": g, "saved": x})
+    bits, mask = g.view(np.uint8)[8:16], mask_for(function, x)
+    bits[:] = mask.bits
+    part = {"grad_output": g[2:4], "saved": x[2:4]}
+    expected[2:4] = call(function, part)
+    mask = F.Mask(bits, 64, predicate=mask.predicate)
+    call(function, {"grad_output": g, "saved": mask, "inplace": True})
     assert_same(g, expected)
 
 
@@ -880,10 +914,10 @@ def test_a_subclass_may_answer_otherwise(function):
 @pytest.mark.parametrize("first", ["l", "q"])
 def test_integer_types_of_one_size(first):
     """C's long and long long are one dtype by ==, but two to a ufunc."""
-    relu = PlainCalls(activations._relu, gradient=False, integers=True)
+    relu = _dispatch._Forward(activations._RELU)
     for code in (first, *np.typecodes["AllInteger"]):
         x = np.array([1, 2], code)
-        y = relu.forward(x, 0.0, False, None, False) if cpu.is_fast() else F.relu(x)
+        y = relu.call(x, False, None, False)
         assert y.tolist() == [1, 2]
         assert y.dtype.char == np.dtype(code).char
 
@@ -895,7 +929,8 @@ HUGE = [(2**60, "f4"), (2**50, "f2"), (2**63 - 1, "i1"), (2**63 - 5000, "u1")]
 @each_function
 def test_arrays_larger_than_memory(function, size, dtype):
     """One element, broadcast: the result cannot be had."""
-    if dtype in ("i1", "u1") and not function.startswith("relu"):
+    name = function.removesuffix("_backward")
+    if dtype in ("i1", "u1") and not reference.DEFINITIONS[name].integers:
         dtype, size = "f8", size // 8
     x = as_strided(np.ones((), dtype), (size,), (0,))
     given = sound(function, (1, 1), x.dtype)
@@ -1029,8 +1064,7 @@ def test_what_a_handler_raises_arrives(function):
     if "negative_slope" in inspect.signature(FUNCTIONS[function]).parameters:
         ways += [given | {"negative_slope": 1}, given | {"negative_slope": np.int8(1)}]
     if "saved" in given:
-        _, mask = F.relu(given["saved"], return_mask=True)
-        ways.append(given | {"saved": mask})
+        ways.append(given | {"saved": mask_for(function, given["saved"])})
 
     def handler(*_):
         raise Stop

@@ -15,22 +15,23 @@ import numpy as np
 import pytest
 from llvmlite import ir
 from numba.extending import intrinsic
+from test_paths import LOOPS
 from test_threads import run
 
 from fastrelu import _digest
 from fastrelu._digest import digest, sources
-from fastrelu.cpu import calls, jit, lanes, loops, threads
+from fastrelu.cpu import build, calls, jit, lanes, threads
 
-# What each makes of a limit is called as formula(x, slope).
+# What each makes of a limit is called as formula(x).
 FORMULAS = {
     "a global": """
 LIMIT = {limit}
-def formula(x, slope):
+def formula(x):
     return x if x < LIMIT else type(x)(LIMIT)
 """,
     "a closure": """
 def below(limit):
-    def formula(x, slope):
+    def formula(x):
         return x if x < limit else type(x)(limit)
     return formula
 formula = below({limit})
@@ -40,19 +41,19 @@ LIMIT = {limit}
 @numba.njit
 def clip(x):
     return x if x < LIMIT else type(x)(LIMIT)
-def formula(x, slope):
+def formula(x):
     return clip(x)
 """,
     "a helper's default": """
 @numba.njit
 def clip(x, limit={limit}):
     return x if x < limit else type(x)(limit)
-def formula(x, slope):
+def formula(x):
     return clip(x)
 """,
     "an array": """
 LIMITS = np.array([{limit}])
-def formula(x, slope):
+def formula(x):
     return x if x < LIMITS[0] else type(x)(LIMITS[0])
 """,
 }
@@ -62,14 +63,17 @@ def test_a_limit_that_was_changed(tmp_path):
     """Yesterday's code would still clip at 6; where that cannot be told, none is kept."""
     script = f"""
     import os, numba, numpy as np
-    from fastrelu.cpu import lanes, loops
+    from fastrelu._spec import ARRAY, Operation
+    from fastrelu.cpu import build, lanes, loops
     x = np.arange(9, dtype=np.float32)
     def limit_of(source):
         names, y = {{"numba": numba, "np": np}}, np.empty_like(x)
         exec(source, names)
-        lane = lanes.lane_of(x.dtype)
-        loop = loops.compiled(loops.forward, names["formula"], lane)
-        loop.ctypes(x.ctypes.data, x.ctypes.data, y.ctypes.data, 9, 9, 1, 0.0, 0)
+        operation = Operation(names["formula"], (ARRAY,))
+        loop = build.compiled(loops.plain, operation, lanes.lane_of(x.dtype))
+        words = np.zeros(loops.LENGTH, np.int64)
+        words[[loops.ARRAYS, loops.Y, loops.SIZE]] = x.ctypes.data, y.ctypes.data, 9
+        loop.ctypes(words.ctypes.data)
         return y.max()
     for what, source in {FORMULAS!r}.items():
         print(what, limit_of(source.format(limit=6)), limit_of(source.format(limit=5)))
@@ -343,24 +347,16 @@ def test_a_library_goes_by_its_version(monkeypatch):
 def test_all_that_is_compiled_is_known(monkeypatch):
     """Or each process would compile it again; the machine's caches are a part of it."""
     for lane in (lanes.lane_of(np.dtype(code)) for code in "efdbHQ"):
-        for block in (*loops.ELEMENTS,):
-            for kind in loops.KINDS:
-                bound = loops.bound(block, _relu6, lane, kind)
+        for block, operation in LOOPS.values():
+            for kind in build.KINDS:
+                bound = build.bound(block, operation, lane, kind)
                 assert digest(bound) is not None, (block, lane.name, kind)
-    for function in (
-        calls.call_flat,
-        calls.call_channels,
-        calls.call_channels_backward,
-    ):
+    for function in (calls.call, calls.call_sums):
         before = digest(function)
         with monkeypatch.context() as patch:
             patch.setattr(threads, "SHARE", 12345)
             assert before is not None
             assert digest(function) != before
-
-
-def _relu6(x, y, slope=0):
-    return x if x < 6 else type(x)(6)
 
 
 @pytest.mark.parametrize("name", ["OPT", "BOUNDSCHECK", "LOOP_VECTORIZE"])

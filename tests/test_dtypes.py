@@ -16,8 +16,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import reference
-from conftest import FLOATS, GUARD, INTEGERS, LAYOUTS, dtype_of, floats_here
-from test_arguments import FUNCTIONS, sound
+from conftest import (
+    ACTIVATIONS,
+    FLOATS,
+    GUARD,
+    INTEGERS,
+    LAYOUTS,
+    dtype_of,
+    floats_here,
+)
+from test_arguments import FUNCTIONS, call, mask_for, sound
 from test_threads import run
 
 import fastrelu as F
@@ -173,9 +181,8 @@ FIRST = {
 }
 
 
-def call(function, given):
-    rest = {name: value for name, value in given.items() if name not in FIRST[function]}
-    return FUNCTIONS[function](*(given[name] for name in FIRST[function]), **rest)
+def takes_mask(function):
+    return ACTIVATIONS[function.removesuffix("_backward")].takes_mask
 
 
 def ways(function):
@@ -183,10 +190,10 @@ def ways(function):
     yield set()
     yield {"inplace"}
     yield {"out"}
-    if "saved" in ARRAYS[function]:
+    if takes_mask(function) and "saved" in ARRAYS[function]:
         yield {"mask"}
         yield {"mask", "inplace"}
-    elif not function.endswith("_backward") and "weight" not in ARRAYS[function]:
+    elif takes_mask(function):
         yield {"return_mask"}
 
 
@@ -212,7 +219,9 @@ def arguments(function, way, stock, good, foreign=None, where=()):
     given = {name: array(name) for name in ARRAYS[function]}
     if "mask" in way:
         shape = stock.shape
-        given["saved"] = F.Mask(np.zeros(-(-math.prod(shape) // 8), np.uint8), shape)
+        predicate = ACTIVATIONS[function.removesuffix("_backward")].spec.predicate
+        bits = np.zeros(-(-math.prod(shape) // 8), np.uint8)
+        given["saved"] = F.Mask(bits, shape, predicate=predicate)
     given |= dict.fromkeys(way & {"inplace", "return_mask"}, True)
     if "out" in way or "out" in where:
         given["out"] = array("out")
@@ -307,7 +316,7 @@ def test_the_bits_of_a_mask(name):
     grad = np.ones(7, np.float32)
     for function in FUNCTIONS:
         if "saved" in ARRAYS[function]:
-            mask = F.Mask(np.zeros(1, np.uint8), 7)
+            mask = mask_for(function, grad)
             call(function, {"grad_output": grad, "saved": mask})
             mask.bits = bits
             given = {"grad_output": grad, "saved": mask, "inplace": True}

@@ -18,17 +18,28 @@ import warnings
 import numpy as np
 import pytest
 import reference
-from conftest import FLOATS, INTEGERS, dtype_of, floats_here, run_command, sample
+from conftest import (
+    FLOATS,
+    INTEGERS,
+    dtype_of,
+    floats_here,
+    run_command,
+    sample,
+)
 from reference import assert_same, assert_weight_gradient, native
 
 import fastrelu as F
-from fastrelu.activations import ACTIVATIONS
+from fastrelu import activations
 
+# All kinds of operands but the slopes of rrelu, whose own tests are in test_rrelu.py.
+NAMED = "relu", "leaky_relu", "prelu", "relu6", "squared_relu", "threshold"
 FUNCTIONS = [
     (name, function)
-    for name, row in ACTIVATIONS.items()
+    for name in NAMED
+    for row in [activations.ACTIVATIONS[name]]
     for function in (row.forward, row.backward)
 ]
+NUMBERS = "negative_slope", "threshold", "value"
 NAMES = [
     "x",
     "grad_output",
@@ -203,7 +214,17 @@ class Maker(random.Random):
 
     def mask(self):
         size = math.prod(self.shape)
-        mask = F.Mask(self.window((-(-size // 8),), np.dtype(np.uint8)), self.shape)
+        axes = (
+            None
+            if self.random() < 0.5
+            else self.sample([*range(len(self.shape))], len(self.shape))
+        )
+        predicate = activations.ACTIVATIONS[self.name].spec.predicate or "x > 0"
+        if self.random() < 0.1:
+            predicate = self.choice(["x > 0", "0 < x < 6", "", "x"])
+        bits = self.window((-(-size // 8),), np.dtype(np.uint8))
+        order = None if axes is None else tuple(axes)
+        mask = F.Mask(bits, self.shape, order, predicate)
         if self.random() < 0.2:
             mask.bits = self.choice([self.window((size // 9,), mask.bits.dtype), *JUNK])
         if self.random() < 0.2:
@@ -234,11 +255,11 @@ class Maker(random.Random):
             return self.choice([1, 1, 0, -1])
         if name == "weight":
             return self.weight(1)
-        if name == "negative_slope":
+        if name in NUMBERS:
             return self.choice([0.01, 0.01, self.choice(SLOPES)])
         if name == "out":
             out = self.out(given)
-            if "weight" in given and name != "prelu" and self.random() < 0.3:
+            if "weight" in given and self.random() < 0.3:
                 own = isinstance(given["weight"], np.ndarray)
                 shape, dtype = given["weight"].shape, given["weight"].dtype
                 out = out, self.window(shape, dtype) if own else None
@@ -252,7 +273,7 @@ class Maker(random.Random):
             return self.choice(
                 [strange, self.choice(JUNK), (strange, self.choice(JUNK))]
             )
-        values = {"axis": AXES, "negative_slope": SLOPES}.get(name, FLAGS)
+        values = SLOPES if name in NUMBERS else AXES if name == "axis" else FLAGS
         return self.choice([*values, self.choice(JUNK)])
 
     def make(self):
@@ -320,29 +341,34 @@ def understood(name, given):
     first = need(readable(given[names[0]], integers))
     arrays = [first]
     more = {}
-    if "negative_slope" in given:
-        slope = given["negative_slope"]
+    for number in NUMBERS:
+        if number not in given:
+            continue
+        slope = given[number]
         if issubclass(type(slope), np.ndarray) and slope.ndim == 0:
             slope = slope[()]
         kind = type(slope)
         real = issubclass(kind, (int, float, fractions.Fraction, np.number))
         need(real and not issubclass(kind, (bool, np.timedelta64, np.complexfloating)))
         try:
-            more["negative_slope"] = float(slope)
+            more[number] = float(slope)
         except OverflowError:
             need(None)
-        need(math.isfinite(more["negative_slope"]))
+        need(math.isfinite(more[number]))
         with np.errstate(over="ignore"):
             rounded = reference.compute_type(first.dtype).type(float(slope))
         need(bool(np.isfinite(rounded)))
     second = given.get("saved", given.get("x") if names[0] == "grad_output" else None)
     if type(second) is F.Mask and "saved" in given:
         try:
-            mask = F.Mask(second.bits, second.shape)
+            mask = F.Mask(second.bits, second.shape, second._axes, second.predicate)
         except (TypeError, ValueError):
             need(None)
         need(mask.shape == first.shape)
-        arrays.append(mask.unpack().astype(native(first.dtype)))
+        need(mask.predicate == activations.ACTIVATIONS[name].spec.predicate)
+        high, low = (math.inf, -math.inf) if name == "threshold" else (1, 0)
+        passes = np.where(mask.unpack(), high, low)
+        arrays.append(passes.astype(native(first.dtype)))
     elif names[0] == "grad_output":
         arrays.append(need(readable(second, integers)))
         need(native(arrays[1].dtype) == native(first.dtype))
@@ -370,7 +396,7 @@ def understood(name, given):
     for flag in ("inplace", "return_mask"):
         need(boolean(given.get(flag, False)))
     out, out_weight = given["out"], None
-    if names[1] == "x" and issubclass(type(out), tuple):
+    if "weight" in given and names[1] == "x" and issubclass(type(out), tuple):
         need(len(out) == 2)
         out, out_weight = out
     if given["inplace"]:
@@ -429,7 +455,7 @@ def attempt(number):
     results = list(result) if isinstance(result, tuple) else [result]
     if given.get("return_mask"):
         mask = results.pop()
-        assert_same(mask.unpack(), reference.active(arrays[0]))
+        assert_same(mask.unpack(), reference.active(arrays[0], name, **more))
         assert not np.may_share_memory(mask.bits, memory)
     backward = len(arrays) == 2
     expected = (reference.backward if backward else reference.forward)(

@@ -16,7 +16,17 @@ import pytest
 import reference
 import test_paths
 import twins
-from conftest import FLOATS, each, gradient_of, normal, place, sample, slopes_for
+from conftest import (
+    ACTIVATIONS,
+    FLOATS,
+    TYPICAL,
+    each,
+    gradient_of,
+    normal,
+    place,
+    sample,
+    slopes_for,
+)
 from reference import assert_same, assert_weight_gradient
 from test_paths import (
     LEFT_CALLS,
@@ -29,9 +39,7 @@ from test_paths import (
 )
 
 import fastrelu as F
-from fastrelu import activations
-from fastrelu.activations import ACTIVATIONS
-from fastrelu.cpu import calls, halves, loops, pool, threads
+from fastrelu.cpu import blocks, calls, halves, handler, loops, pool, sums, threads
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered:RuntimeWarning")
 SIZES = 0, 1, 8, 64, 77, 1158  # the last one is past the cache
@@ -44,7 +52,7 @@ def interpreter(monkeypatch):
 
 
 @pytest.mark.parametrize("size", SIZES)
-@each(*FLOATS, "int8", "uint32")
+@each(*FLOATS, "int8", "uint32", names=TYPICAL)
 def test_forward_and_backward(name, dtype, size):
     row = ACTIVATIONS[name]
     x, g = sample((size,), dtype), sample((size,), dtype, seed=1)
@@ -64,7 +72,7 @@ def test_forward_and_backward(name, dtype, size):
 
 
 @pytest.mark.parametrize("size", SIZES)
-@each(*FLOATS, "int8", "uint32", where=lambda row: row.parameter != "weight")
+@each(*FLOATS, "int8", "uint32", where=lambda row: row.takes_mask, names=TYPICAL)
 def test_masks(name, dtype, size):
     row = ACTIVATIONS[name]
     x, g = sample((size,), dtype), sample((size,), dtype, seed=1)
@@ -75,11 +83,11 @@ def test_masks(name, dtype, size):
         out = off_line(g, skew)
         _, mask = row.forward(x, out=out, return_mask=True, **slopes)
         assert_same(out, y)
-        assert_same(mask.bits, reference.mask_bits(x))
+        assert_same(mask.bits, reference.mask_bits(x, name, **slopes))
         given = off_line(x, skew)
         _, mask = row.forward(given, inplace=True, return_mask=True, **slopes)
         assert_same(given, y)
-        assert_same(mask.bits, reference.mask_bits(x))
+        assert_same(mask.bits, reference.mask_bits(x, name, **slopes))
         assert_same(row.backward(g, mask, out=given, **slopes), dx)
         given[...] = g
         row.backward(given, mask, inplace=True, **slopes)
@@ -96,7 +104,7 @@ def off_line(values, skew):
 
 
 @pytest.mark.parametrize("cache", [1 << 11, 1 << 30])
-@each("float32")
+@each("float32", names=TYPICAL)
 def test_parts(name, dtype, cache, monkeypatch):
     """What the team shares: all but the first parts start somewhere else."""
     monkeypatch.setattr(threads, "CACHE", cache)
@@ -112,7 +120,10 @@ def test_parts(name, dtype, cache, monkeypatch):
             assert_same(F.prelu(values, weight, inplace=True), expected)
         return
     slopes = slopes_for(name, x)
-    expected, bits = reference.forward(name, x, **slopes), reference.mask_bits(x)
+    expected, bits = (
+        reference.forward(name, x, **slopes),
+        reference.mask_bits(x, name, **slopes),
+    )
     for given, more in (x, {"out": off_line(g, 1)}), (x.copy(), {"inplace": True}):
         y, mask = row.forward(given, return_mask=True, **more, **slopes)
         assert_same(y, expected)
@@ -130,13 +141,13 @@ def test_parts(name, dtype, cache, monkeypatch):
 # x's shape, the weight's, and which loop they need.
 CHANNELS = {
     "rows": ((2, 3, 100), (3,)),
-    "long rows": ((1, 2, loops.SEGMENT + 70), (2,)),
+    "long rows": ((1, 2, sums.SEGMENT + 70), (2,)),
     "columns": ((130, 7), (7,)),
     "many columns": ((70, 133), (133,)),
     "many short rows": ((400, 7), (7,)),
     "narrow rows": ((5, 6, 3), (6,)),
     "many narrow rows": ((2500, 5, 3), (5,)),
-    "wide columns": ((3, loops.SEGMENT_COLUMNS + 9), (loops.SEGMENT_COLUMNS + 9,)),
+    "wide columns": ((3, sums.SEGMENT_COLUMNS + 9), (sums.SEGMENT_COLUMNS + 9,)),
     "wide narrow rows": ((2, loops.WIDE // 2, 3), (loops.WIDE // 2,)),
     "spread": ((2, 3, 4, 5), (3, 1, 5)),
     "shared": ((4, 70), ()),
@@ -185,32 +196,33 @@ def test_large_results_come_from_the_pool(leaky, interpreter, monkeypatch):
     monkeypatch.setattr(
         pool, "restore", lambda own, before, y: asked.append(before) or y
     )
-    y = leaky.flat.call(x, 0.5, False, None)
+    leaky.flat(x, False, None, 0.5)  # which makes the loop ready
+    asked.clear()
+    y = leaky.flat(x, False, None, 0.5)
     assert_same(y, reference.forward("leaky_relu", x, negative_slope=0.5))
     assert asked == [pool.ADDRESS, 7]
-    leaky.flat.call(x[1:], 0.5, False, None)
-    leaky.flat.call(x, 0.5, False, x.copy())
+    leaky.flat(x[1:], False, None, 0.5)
+    leaky.flat(x, False, x.copy(), 0.5)
     assert len(asked) == 2
     monkeypatch.setattr(pool, "borrow", lambda own: 0)
     interpreter.error = MemoryError()
     with pytest.raises(MemoryError):
-        leaky.flat.call(x, 0.5, False, None)
+        leaky.flat(x, False, None, 0.5)
     interpreter.error = None
 
 
 def test_a_second_dtype(leaky):
-    leaky.flat.prepare(np.dtype(np.float64), 0, in_place=False)
     for dtype in (np.float32, np.float64):
         x = cube().astype(dtype)
         expected = reference.forward("leaky_relu", x, negative_slope=0.5)
-        assert_same(leaky.flat.call(x, 0.5, False, None), expected)
+        assert_same(leaky.flat(x, False, None, 0.5), expected)
 
 
 def test_a_large_array_waits_for_the_team(monkeypatch, leaky):
     monkeypatch.setattr(threads, "SHARE", 64)
     monkeypatch.setattr(threads, "is_ready", lambda: False)
-    assert leaky.flat.call(cube(), 0.5, False, None) is None
-    assert leaky.flat.call(cube()[0, 0], 0.5, False, None) is not None
+    assert leaky.flat(cube(), False, None, 0.5) is None
+    assert leaky.flat(cube()[0, 0], False, None, 0.5) is not None
 
 
 def test_when_the_team_is_ready(monkeypatch):
@@ -238,7 +250,7 @@ def test_no_memory_for_a_result(interpreter, monkeypatch, leaky):
 
     monkeypatch.setattr(calls, "_call_empty_like", none)
     with pytest.raises(MemoryError):
-        leaky.flat.call(cube(), 0.5, False, None)
+        leaky.flat(cube(), False, None, 0.5)
 
 
 @pytest.fixture
@@ -289,10 +301,7 @@ def test_no_memory_for_sums(enough, interpreter):
     x = cube().astype(np.float16)
     F.prelu(x, weight, axis=-1)
     interpreter.left = 0
-    assert (
-        activations._leaky_relu_calls.by_channel.call(x, weight, False, None, -1)
-        is None
-    )
+    assert test_paths.ready_for_float32().by_channel(x, False, None, weight, -1) is None
 
 
 def test_no_memory_for_both_gradients(interpreter, monkeypatch, gradients):
@@ -314,7 +323,7 @@ def test_no_memory_for_both_gradients(interpreter, monkeypatch, gradients):
     for enough in range(3):
         left[0], interpreter.error = enough, None
         with pytest.raises(MemoryError):
-            gradients(g, w, False, None, -1, g)
+            gradients(g, False, None, g, w, -1)
         assert not interpreter.given
 
 
@@ -335,22 +344,22 @@ class Shadow:
         self.source, self.enough = self.sources[source], enough
         self.pool = pool.MemoryPool(limit)
         self.words, self.address = self.pool._words, self.pool.address
-        self.words[pool._MAP] = source == "mmap"
-        self.words[pool._BELL] = 1
+        self.words[blocks.MAP] = source == "mmap"
+        self.words[blocks.BELL] = 1
         self.lent, self.peak, self.rng = {}, 0, random.Random(0)
 
     def idle(self):
         """Where idle blocks start, and how much they lend, the stalest first"""
-        entries = self.words[pool._LIST :].reshape(-1, pool._ENTRY)
-        return entries[: self.words[pool._COUNT], : pool._LENDS + 1].tolist()
+        entries = self.words[blocks.LIST :].reshape(-1, blocks.ENTRY)
+        return entries[: self.words[blocks.COUNT], : blocks._LENDS + 1].tolist()
 
     def check(self):
         idle, used = self.idle(), 0
-        pieces = [(block, block + lends + pool._PAGE) for block, lends in idle]
+        pieces = [(block, block + lends + blocks._PAGE) for block, lends in idle]
         for lent in self.lent:
-            block = lent - pool._HEAD
-            size = pool._words(block)[pool._SIZE]
-            pieces.append((block, block + size + pool._PAGE))
+            block = lent - blocks.HEAD
+            size = blocks._words(block)[blocks.SIZE]
+            pieces.append((block, block + size + blocks._PAGE))
             used += size
         pieces.sort()
         assert all(a[1] <= b[0] for a, b in itertools.pairwise(pieces))
@@ -359,11 +368,11 @@ class Shadow:
         assert self.pool.free_bytes() == sum(lends for _, lends in idle)
         assert self.pool.free_bytes() <= self.pool.get_limit()
         # What is joined lends the page of a head as well.
-        assert self.pool.total_bytes() <= self.peak + 4 * pool._PAGE
-        head = pool._MORE if self.source is self.sources["malloc"] else pool._PAGE
+        assert self.pool.total_bytes() <= self.peak + 4 * blocks._PAGE
+        head = blocks._MORE if self.source is self.sources["malloc"] else blocks._PAGE
         held = self.pool.total_bytes() + head * len(pieces)
         assert self.source.left == self.enough - held
-        assert self.words[pool._LOCK] == 0
+        assert self.words[blocks.LOCK] == 0
 
     def keep(self, place, nbytes, start=0):
         """Mark what was lent, from its start on, as nobody else's."""
@@ -373,20 +382,20 @@ class Shadow:
         self.lent[place] = nbytes, ctypes.string_at(place, nbytes)
 
     def lend(self, nbytes):
-        size = max(1, -(-nbytes // pool._PAGE)) * pool._PAGE
+        size = max(1, -(-nbytes // blocks._PAGE)) * blocks._PAGE
         fitting = [
             (lends, -i, block)
             for i, (block, lends) in enumerate(self.idle())
             if size <= lends <= size + size // 8
         ]
-        place = pool.malloc(self.address, nbytes)
+        place = handler.malloc(self.address, nbytes)
         if fitting:
-            assert place == min(fitting)[2] + pool._HEAD
+            assert place == min(fitting)[2] + blocks.HEAD
         elif not place:
             assert self.pool.free_bytes() == 0
         if place:
-            lends = pool._words(place - pool._HEAD)[pool._SIZE]
-            assert size <= lends <= size + max(size // 8, pool._PAGE)
+            lends = blocks._words(place - blocks.HEAD)[blocks.SIZE]
+            assert size <= lends <= size + max(size // 8, blocks._PAGE)
             self.keep(place, nbytes)
         return place
 
@@ -399,10 +408,10 @@ class Shadow:
 
 @pytest.mark.parametrize("source", ["malloc", "mmap"])
 def test_the_pool(source, monkeypatch):
-    page = pool._PAGE
+    page = blocks._PAGE
     shadow = Shadow(monkeypatch, source, 30 * page, 60 * page)
     address, rng = shadow.address, shadow.rng
-    assert pool.malloc(address, -1) == pool.malloc(address, sys.maxsize) == 0
+    assert handler.malloc(address, -1) == handler.malloc(address, sys.maxsize) == 0
     refused = 0
     for _ in range(1500):
         nbytes = rng.choice([0, 1, page, 5000, *(k * page for k in (4, 8, 9, 12))])
@@ -410,17 +419,17 @@ def test_the_pool(source, monkeypatch):
         if what == "malloc" or not shadow.lent:
             refused += not shadow.lend(nbytes)
         elif what == "calloc":
-            place = pool.calloc(address, nbytes, 1)
+            place = handler.calloc(address, nbytes, 1)
             assert not any(ctypes.string_at(place, nbytes) if place else b"")
             if place:
                 shadow.keep(place, nbytes)
         elif what == "free":
             place, length, _ = shadow.some()
-            pool.free(address, place, length)
+            handler.free(address, place, length)
         else:
             place, length, content = shadow.some()
-            before = pool._words(place - pool._HEAD)[pool._SIZE]
-            new = pool.realloc(address, place, nbytes)
+            before = blocks._words(place - blocks.HEAD)[blocks.SIZE]
+            new = handler.realloc(address, place, nbytes)
             if new:
                 start = min(length, nbytes)
                 assert ctypes.string_at(new, start) == content[:start]
@@ -432,73 +441,73 @@ def test_the_pool(source, monkeypatch):
         shadow.check()
     assert refused > 10
     for place, (length, _) in shadow.lent.items():
-        pool.free(address, place, length)
-    assert pool.realloc(address, 0, 10) != 0
-    pool.free(address, 0, 0)
-    assert pool.shrink(address, 0) == 1
+        handler.free(address, place, length)
+    assert handler.realloc(address, 0, 10) != 0
+    handler.free(address, 0, 0)
+    assert handler.shrink(address, 0) == 1
     assert shadow.pool.free_bytes() == 0
 
 
 def test_a_list_that_is_full(monkeypatch):
     """The stalest block makes room."""
-    page = pool._PAGE
+    page = blocks._PAGE
     shadow = Shadow(monkeypatch, "mmap", 100 * page, 100 * page)
-    monkeypatch.setattr(pool, "_MOST", 3)
+    monkeypatch.setattr(blocks, "MOST", 3)
     places = [shadow.lend(page) for _ in range(5)]
     for lent in places:
-        pool.free(shadow.address, lent, page)
-    idle = [block + pool._HEAD for block, _ in shadow.idle()]
+        handler.free(shadow.address, lent, page)
+    idle = [block + blocks.HEAD for block, _ in shadow.idle()]
     assert idle == places[2:]
 
 
 def test_a_list_that_somebody_has(monkeypatch):
     """Nobody waits: memory comes from the system and goes back to it."""
-    page = pool._PAGE
+    page = blocks._PAGE
     shadow = Shadow(monkeypatch, "mmap", 100 * page, 10 * page)
     first, second = shadow.lend(page), shadow.lend(page)
-    pool.free(shadow.address, second, page)
-    assert pool.hold(shadow.address) == 1
-    assert pool.hold(shadow.address) == pool.shrink(shadow.address, 0) == 0
+    handler.free(shadow.address, second, page)
+    assert handler.hold(shadow.address) == 1
+    assert handler.hold(shadow.address) == handler.shrink(shadow.address, 0) == 0
     before = shadow.source.left
-    third = pool.malloc(shadow.address, page)
+    third = handler.malloc(shadow.address, page)
     assert third not in (0, second)
-    pool.free(shadow.address, first, page)
+    handler.free(shadow.address, first, page)
     assert shadow.source.left == before
-    assert pool.malloc(shadow.address, 7 * page) == 0  # nor can idle blocks go
-    shadow.words[pool._LOCK] = 0
+    assert handler.malloc(shadow.address, 7 * page) == 0  # nor can idle blocks go
+    shadow.words[blocks.LOCK] = 0
     assert shadow.pool.free_bytes() == page
-    pool.free(shadow.address, third, page)
-    assert pool.malloc(shadow.address, 7 * page) != 0
+    handler.free(shadow.address, third, page)
+    assert handler.malloc(shadow.address, 7 * page) != 0
 
 
 @pytest.mark.parametrize("asked", [0, 14])
 def test_huge_pages_are_asked_for(asked, monkeypatch):
-    monkeypatch.setattr(pool, "_HUGE", 4 * pool._PAGE)
+    monkeypatch.setattr(blocks, "_HUGE", 4 * blocks._PAGE)
     shadow = Shadow(monkeypatch, "mmap", 1 << 20, 1 << 16)
-    shadow.words[pool._HUGE_PAGES] = asked
-    pool.malloc(shadow.address, 3 * pool._PAGE)
+    shadow.words[blocks.HUGE_PAGES] = asked
+    handler.malloc(shadow.address, 3 * blocks._PAGE)
     assert shadow.source.advice == []
-    place = pool.malloc(shadow.address, 4 * pool._PAGE)
-    advice = place - pool._HEAD, 5 * pool._PAGE, 14
+    place = handler.malloc(shadow.address, 4 * blocks._PAGE)
+    advice = place - blocks.HEAD, 5 * blocks._PAGE, 14
     assert shadow.source.advice == ([advice] if asked else [])
 
 
 @pytest.mark.parametrize("why", ["the limit", "no janitor", "limited memory"])
 def test_what_is_not_kept_is_mallocs(why, monkeypatch):
-    page = pool._PAGE
+    page = blocks._PAGE
     shadow = Shadow(monkeypatch, "mmap", 8 * page, 100 * page)
     words, malloc = shadow.words, shadow.sources["malloc"]
-    words[[pool._GET_LIMIT, pool._SPACE, pool._DATA, pool._NO_LIMIT]] = 1, 9, 2, -1
+    words[[blocks.GET_LIMIT, blocks.SPACE, blocks.DATA, blocks.NO_LIMIT]] = 1, 9, 2, -1
     size = 9 if why == "the limit" else 8
-    words[pool._BELL] = why != "no janitor"
+    words[blocks.BELL] = why != "no janitor"
     shadow.source.limits = {9: 1 << 30} if why == "limited memory" else {}
-    place = pool.malloc(shadow.address, size * page)
-    assert malloc.left == 100 * page - size * page - pool._MORE
-    words[pool._BELL], shadow.source.limits = 1, {}
-    pool.free(shadow.address, place, size * page)
+    place = handler.malloc(shadow.address, size * page)
+    assert malloc.left == 100 * page - size * page - blocks._MORE
+    words[blocks.BELL], shadow.source.limits = 1, {}
+    handler.free(shadow.address, place, size * page)
     assert malloc.left == shadow.source.left == 100 * page
     assert shadow.pool.total_bytes() == 0
-    pool.malloc(shadow.address, 8 * page)
+    handler.malloc(shadow.address, 8 * page)
     assert shadow.source.left == 91 * page
 
 
@@ -507,11 +516,11 @@ class Over(Exception):
 
 
 def test_the_janitor(monkeypatch):
-    page = pool._PAGE
+    page = blocks._PAGE
     shadow = Shadow(monkeypatch, "mmap", 100 * page, 100 * page)
     words, address, source = shadow.words, shadow.address, shadow.source
-    words[[pool._TAKEABLE, pool._GET_LIMIT, pool._SPACE, pool._DATA]] = 8, 1, 9, 2
-    words[pool._NO_LIMIT] = -1
+    words[[blocks.TAKEABLE, blocks.GET_LIMIT, blocks.SPACE, blocks.DATA]] = 8, 1, 9, 2
+    words[blocks.NO_LIMIT] = -1
     naps, rung, script = [], [], []
 
     def sleep(bell, timeout, interruptible):
@@ -521,75 +530,75 @@ def test_the_janitor(monkeypatch):
             raise Over
         script.pop(0)()
 
-    monkeypatch.setattr(pool, "_sleep", sleep)
-    monkeypatch.setattr(pool, "_wake", rung.append)
+    monkeypatch.setattr(blocks, "_sleep", sleep)
+    monkeypatch.setattr(blocks, "_wake", rung.append)
 
     def live(*steps):
         naps.clear()
         script[:] = steps
         with pytest.raises(Over):
-            pool.janitor(address)
+            blocks.janitor(address)
         return naps
 
     def release():
-        words[pool._LOCK] = 0
+        words[blocks.LOCK] = 0
 
     def hold():
-        words[pool._LOCK] = 1
+        words[blocks.LOCK] = 1
 
     def nothing():
         pass
 
-    period = words[pool._PERIOD]
+    period = words[blocks.PERIOD]
     places = [shadow.lend((i + 1) * page) for i in range(3)]
 
     def free():
-        pool.free(address, places[0], 0)
+        handler.free(address, places[0], 0)
 
     # While nothing is idle, it sleeps until somebody rings.
     assert live() == [-1]
-    assert words[pool._ASLEEP] == 1
+    assert words[blocks.ASLEEP] == 1
     assert live(free) == [-1, period]
-    assert (rung, words[pool._ASLEEP]) == ([1], 0)
+    assert (rung, words[blocks.ASLEEP]) == ([1], 0)
     # A list that somebody has is waited for, and left alone at the end of a period.
     hold()
-    assert live(release) == [pool._SECOND // 1000, period]
-    assert live(hold) == [period, pool._SECOND // 1000]
-    assert words[pool._PERIODS] == 0
+    assert live(release) == [blocks.SECOND // 1000, period]
+    assert live(hold) == [period, blocks.SECOND // 1000]
+    assert words[blocks.PERIODS] == 0
     release()
     # After a period or two, the system may have the pages; once.
     assert live(nothing) == [period] * 2
     assert source.advice == []
-    pool.free(address, places[1], 0)
+    handler.free(address, places[1], 0)
     assert rung == [1]
     live(nothing, nothing, nothing)
     assert source.advice == [
-        (place - pool._HEAD + page, (i + 1) * page, 8)
+        (place - blocks.HEAD + page, (i + 1) * page, 8)
         for i, place in enumerate(places[:2])
     ]
     # After ten, it is gone, the stalest first.
     live(*[nothing] * 6)
-    assert (words[pool._PERIODS], shadow.pool.free_bytes()) == (10, 3 * page)
-    assert (words[pool._EARLIER], words[pool._PEAK]) == (6 * page, 3 * page)
+    assert (words[blocks.PERIODS], shadow.pool.free_bytes()) == (10, 3 * page)
+    assert (words[blocks.EARLIER], words[blocks.PEAK]) == (6 * page, 3 * page)
     live(nothing)
     assert shadow.pool.free_bytes() == 2 * page
     live(nothing)
     assert shadow.pool.free_bytes() == 0
     # A peak is remembered for two stretches of time.
-    pool.free(address, places[2], 0)
+    handler.free(address, places[2], 0)
     assert shadow.pool.free_bytes() == 3 * page
     live(*[nothing] * 8)
-    assert (words[pool._EARLIER], words[pool._PEAK]) == (3 * page, 0)
+    assert (words[blocks.EARLIER], words[blocks.PEAK]) == (3 * page, 0)
     # Under a limit nothing is kept, whoever finds it.
     live(*[nothing] * 10)
     for what in (9, 2):
-        words[pool._PEAK] = 100 * page
-        place, other = (pool.malloc(address, page) for _ in range(2))
-        pool.free(address, place, 0)
+        words[blocks.PEAK] = 100 * page
+        place, other = (handler.malloc(address, page) for _ in range(2))
+        handler.free(address, place, 0)
         source.limits = {what: 1 << 30}
         live(nothing)
         assert shadow.pool.total_bytes() == page
-        pool.free(address, other, 0)
+        handler.free(address, other, 0)
         assert shadow.pool.total_bytes() == 0
         source.limits = {}
     assert source.left == 100 * page
@@ -597,11 +606,11 @@ def test_the_janitor(monkeypatch):
 
 def test_a_janitor_whose_system_takes_no_pages(monkeypatch):
     shadow = Shadow(monkeypatch, "malloc", 1 << 20, 1 << 20)
-    pool.free(shadow.address, shadow.lend(10), 0)
-    shadow.words[pool._PERIODS] = 5
-    pool._tend(shadow.address)
+    handler.free(shadow.address, shadow.lend(10), 0)
+    shadow.words[blocks.PERIODS] = 5
+    blocks._tend(shadow.address)
     assert shadow.sources["mmap"].advice == []
-    assert shadow.pool.free_bytes() == pool._PAGE
+    assert shadow.pool.free_bytes() == blocks._PAGE
 
 
 @pytest.mark.parametrize("fails", [None, "before", "call", "after", "call and after"])
@@ -631,10 +640,10 @@ def test_a_call_from_the_pool(fails, monkeypatch):
         "_let_go": let_go,
         "_vectorcall": call,
     }.items():
-        monkeypatch.setattr(pool, name, twin)
+        monkeypatch.setattr(handler, name, twin)
     tested = pool.MemoryPool()
     given = (ctypes.py_object * 2)(np.empty, 3)
-    result = pool.call(id(tested._words), ctypes.addressof(given), 2)
+    result = handler.call(id(tested._words), ctypes.addressof(given), 2)
     assert result == (9 if fails is None else 0)
     assert count == {"own": 0, "before": 0, "result": int(fails is None)}
 

@@ -19,11 +19,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import reference
-from conftest import dtype_of, floats_here, normal, run_loop, sample
+from conftest import dtype_of, floats_here, normal, sample
 from reference import assert_same
+from test_paths import LOOPS, run_loop, without_numbers
 
 from fastrelu import activations
-from fastrelu.cpu import loops, threads
+from fastrelu.cpu import build, loops, sums, threads
 from fastrelu.cpu.lanes import lane_of
 
 CANARY = 0xA5
@@ -68,18 +69,6 @@ class Fenced:
         )
 
 
-BLOCKS = {
-    "forward": (loops.forward, activations._leaky_relu),
-    "backward": (loops.backward, activations._leaky_relu_gradient),
-    "forward_mask": (loops.forward_mask, activations._leaky_relu),
-    "backward_mask": (loops.backward_mask, activations._leaky_relu_gradient),
-    "rows": (loops.rows, activations._leaky_relu),
-    "columns": (loops.columns, activations._leaky_relu),
-}
-RELU = {
-    activations._leaky_relu: activations._relu,
-    activations._leaky_relu_gradient: activations._relu_gradient,
-}
 BELIEVED = 0, threads.MUCH  # bytes that a loop is told it will move
 ROW = 50  # elements that share a weight
 
@@ -98,70 +87,71 @@ def walk_loops(dtype, step, note):
     lane = lane_of(dtype)
     x, other = sample((MOST,), dtype), sample((MOST,), dtype, seed=1)
     random = np.random.default_rng(0).integers(0, 256, -(-MOST // 8), np.uint8)
-    fences = [Fenced(MOST * dtype.itemsize) for _ in range(3)]
-    for name, (block, formula) in BLOCKS.items():
+    fences = [Fenced(MOST * max(8, dtype.itemsize)) for _ in range(4)]
+    for name, (block, operation) in LOOPS.items():
+        if block in sums.PARTS:
+            continue
         if dtype.kind == "i":
             if name in ("rows", "columns"):
                 continue
-            formula = RELU[formula]
-        a, b, slope = x.view(lane.storage), other.view(lane.storage), 0.37
+            operation = without_numbers(operation)
+        more = {"numbers": [0.37] * operation.numbers}
+        arrays = [x.view(lane.storage), other.view(lane.storage)][: operation.arrays]
+        beside = random.copy()
         if name in ("rows", "columns"):
-            weights = 7 if name == "rows" else ROW
-            b = np.linspace(-1, 2, weights).astype(lane.product)
-            slope = ROW if name == "rows" else 1
-        elif name == "forward":
-            b = a
-        elif name in ("forward_mask", "backward_mask"):
-            b = random.copy()
-        whole = np.zeros_like(a)
-        run_loop(loops.compiled(block, formula, lane), a, b, whole, slope)
-        check(name, dtype, x, other, b, whole.view(dtype))
-        for kind, moved in itertools.product(loops.KINDS, BELIEVED):
-            loop = loops.compiled(block, formula, lane, kind)
+            weights, more["inner"] = (7, ROW) if name == "rows" else (ROW, 1)
+            beside = np.linspace(-1, 2, weights).astype(lane.product)
+        whole = np.zeros_like(arrays[0])
+        run_loop(build.compiled(block, operation, lane), arrays, whole, beside, **more)
+        check(name, dtype, x, other, beside, whole.view(dtype))
+        for kind, moved in itertools.product(build.KINDS, BELIEVED):
+            loop = build.compiled(block, operation, lane, kind)
             for tail, alignment, at_end in places(step, dtype, True):
                 n = tail + (loops.TILE if moved else 0)
                 note(dtype.name, name, kind, moved, n)
                 note.place(alignment, at_end)
-                size = -(-n // 8) if "mask" in name else b.size if b is not a else n
-                size = n if name == "backward" else size
-                kept = b[:size].copy()
-                if name == "forward_mask" and n % 8:
+                kept = beside[: -(-n // 8) if "bits" in name else beside.size].copy()
+                if name == "to_bits" and n % 8:
                     kept[-1] &= (1 << n % 8) - 1
-                first = fences[0].put(a[:n], alignment, at_end)
-                second = first if b is a else fences[1].put(b[:size], alignment, at_end)
-                if kind == loops.IN_PLACE:
-                    run_loop(loop, first, second, first, slope, moved)
+                given = [
+                    fence.put(a[:n], alignment, at_end)
+                    for fence, a in zip(fences, arrays, strict=False)
+                ]
+                second = fences[3].put(kept, alignment, at_end)
+                if kind == build.IN_PLACE:
+                    run_loop(loop, given, given[0], second, moved=moved, **more)
                     assert fences[0].holds(whole[:n])
                 else:
-                    y = fences[2].put(np.zeros_like(a[:n]), alignment, at_end)
-                    run_loop(loop, first, second, y, slope, moved)
-                    assert fences[0].holds(a[:n])
+                    y = fences[2].put(np.zeros_like(whole[:n]), alignment, at_end)
+                    run_loop(loop, given, y, second, moved=moved, **more)
+                    assert fences[0].holds(arrays[0][:n])
                     assert fences[2].holds(whole[:n])
-                assert b is a or fences[1].holds(kept)
+                assert len(arrays) == 1 or fences[1].holds(arrays[1][:n])
+                assert fences[3].holds(kept)
 
 
-COLUMNS = 2, loops.BLOCK_ROWS + 1  # rows: of one block, and of more than one
+COLUMNS = 2, sums.BLOCK_ROWS + 1  # rows: of one block, and of more than one
 
 
 def walk_gradients(dtype, step, note):
-    """PReLU's backward loops; their sums must have the bits that one thread gave"""
-    lane, formula = lane_of(dtype), activations._leaky_relu_gradient
+    """PReLU's backward loops; their totals must have the bits that one thread gave"""
+    lane = lane_of(dtype)
     most = max(6 * MOST, COLUMNS[1] * 2 * TAILS)
     x, g = normal((most,), dtype), normal((most,), dtype, seed=1)
     weights = np.linspace(-1, 2, TAILS).astype(lane.product)
     fences = [Fenced(most * dtype.itemsize) for _ in range(5)]
 
-    def run(kind, grad, saved, w, y, sums, inner, moved):
-        loop = loops.compiled(driver, formula, lane, kind)
-        places = [a.ctypes.data for a in (grad, saved, w, y, sums)]
+    def run(kind, grad, saved, w, y, totals, inner, moved):
+        loop = build.compiled(*LOOPS[driver.__name__], lane, kind)
+        places = [a.ctypes.data for a in (grad, saved, w, y, totals)]
         assert loop.ctypes(*places, grad.size, w.size, inner, moved) == 0
 
-    for driver in loops.PARTS:
+    for driver in sums.PARTS:
         right = {}  # by shape
-        for kind, moved in itertools.product(loops.KINDS, BELIEVED):
-            in_place = kind == loops.IN_PLACE
+        for kind, moved in itertools.product(build.KINDS, BELIEVED):
+            in_place = kind == build.IN_PLACE
             for tail, alignment, at_end in places(step, dtype, True):
-                if driver is loops.prelu_backward_rows:
+                if driver is sums.prelu_backward_rows:
                     shape = 2, 3, tail + (loops.TILE if moved else 0)
                 else:
                     shape = COLUMNS[moved > 0], tail, 1 + tail % 2
@@ -171,11 +161,11 @@ def walk_gradients(dtype, step, note):
                 grad, saved = (a[:size].view(lane.storage) for a in (g, x))
                 w = weights[:channels]
                 if shape not in right:
-                    y, sums = np.zeros_like(grad), np.zeros((2, channels))
-                    run(loops.PLAIN, grad, saved, w, y, sums, inner, 0)
-                    check_gradient(shape, y.view(dtype), sums, x, g, w)
-                    right[shape] = y, sums
-                y, sums = right[shape]
+                    y, totals = np.zeros_like(grad), np.zeros((2, channels))
+                    run(build.PLAIN, grad, saved, w, y, totals, inner, 0)
+                    check_gradient(shape, y.view(dtype), totals, x, g, w)
+                    right[shape] = y, totals
+                y, totals = right[shape]
                 note(dtype.name, driver.__name__, kind, moved, *shape)
                 note.place(alignment, at_end)
                 put = [
@@ -185,7 +175,7 @@ def walk_gradients(dtype, step, note):
                         (fences[1], saved, alignment),
                         (fences[2], w, alignment // 8 * 8),
                         (fences[3], np.zeros_like(y), alignment),
-                        (fences[4], np.zeros(sums.size), 0),
+                        (fences[4], np.zeros(totals.size), 0),
                     )
                 ]
                 if in_place:
@@ -195,32 +185,32 @@ def walk_gradients(dtype, step, note):
                 assert in_place or fences[0].holds(grad)
                 assert fences[1].holds(saved)
                 assert fences[2].holds(w)
-                assert fences[4].holds(sums.ravel())
+                assert fences[4].holds(totals.ravel())
 
 
-def check_gradient(shape, got, sums, x, g, w):
+def check_gradient(shape, got, totals, x, g, w):
     """Against the definition, and NumPy's sum in as many places as a float has"""
     x, g = (a[: got.size].reshape(shape) for a in (x, g))
     more = {"weight": w, "axis": 1}
     assert_same(got.reshape(shape), reference.backward("prelu", g, x, **more))
     products = np.where(x > 0, 0, x.astype(np.float64) * g.astype(np.float64))
-    assert np.allclose(sums.sum(0), products.sum((0, 2)), rtol=1e-12, atol=1e-12)
+    assert np.allclose(totals.sum(0), products.sum((0, 2)), rtol=1e-12, atol=1e-12)
 
 
 def check(name, dtype, x, other, b, got):
     """Against the definition, once for all the prefixes that follow"""
-    if name == "forward_mask":
+    if name == "to_bits":
         assert b.tobytes() == reference.mask_bits(x).tobytes()
     kind = {} if dtype.kind == "i" else {"negative_slope": 0.37}
     activation = "relu" if dtype.kind == "i" else "leaky_relu"
-    if name in ("forward", "forward_mask"):
+    if name in ("forward", "to_bits"):
         expected = reference.forward(activation, x, **kind)
     elif name in ("rows", "columns"):
         places = np.arange(MOST)
         places = places // ROW % b.size if name == "rows" else places % b.size
         expected = reference.forward("prelu", x, weight=b[places], axis=0)
     else:
-        if name == "backward_mask":
+        if name == "from_bits":
             flags = np.unpackbits(b, count=MOST, bitorder="little")
             other = flags.astype(dtype)
         expected = reference.backward(activation, x, other, **kind)

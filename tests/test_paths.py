@@ -16,35 +16,28 @@ from itertools import product
 import numba
 import numpy as np
 import pytest
-from conftest import FLOATS, normal, place, run_loop, sample
+import twins
+from conftest import FLOATS, normal, place, sample
 from reference import assert_same
 
 import fastrelu as F
-from fastrelu import activations
-from fastrelu.cpu import calls, fast, loops, pool, threads
+from fastrelu import _dispatch, activations
+from fastrelu._spec import ARRAY, BITS, NUMBER, WEIGHT, Operation
+from fastrelu.cpu import build, calls, fast, loops, pool, sums, threads
 from fastrelu.cpu.lanes import lane_of
 
 float32 = np.dtype(np.float32)
 LARGE = pool.SMALLEST // 4 + 3
 X86 = platform.machine().lower() in ("x86_64", "amd64")
-BLOCKS = ["forward", "backward", "forward_mask", "backward_mask", "rows", "columns"]
-SUMS = [block.__name__ for block in loops.PARTS]
+BLOCKS = loops.to_bits, loops.from_bits, loops.rows, loops.columns
+SUMS = [block.__name__ for block in sums.PARTS]
 several_threads = pytest.mark.skipif(
     numba.config.NUMBA_NUM_THREADS < 2, reason="needs two threads"
 )
 
 
-PLAIN = activations._relu_calls, activations._leaky_relu_calls
-GRADIENTS = activations._relu_backward_calls, activations._leaky_relu_backward_calls
-QUICK = [
-    call
-    for row in (*PLAIN, *GRADIENTS)
-    for call in (row.flat, row.masked, row.by_channel)
-]
-LOOP = ctypes.CFUNCTYPE(
-    None, *[ctypes.c_int64] * 3, *[ctypes.c_ssize_t] * 3, ctypes.c_double, ctypes.c_long
-)
-BACKWARD_LOOP = ctypes.CFUNCTYPE(
+LOOP = ctypes.CFUNCTYPE(None, ctypes.c_int64)
+SUMMING_LOOP = ctypes.CFUNCTYPE(
     ctypes.c_int64, *[ctypes.c_int64] * 5, *[ctypes.c_ssize_t] * 4
 )
 
@@ -52,20 +45,20 @@ BACKWARD_LOOP = ctypes.CFUNCTYPE(
 @pytest.fixture
 def taken(monkeypatch):
     """The loops that were run: block and kind"""
-    runs, kept, compiled = [], [], loops.compiled
+    runs, kept, compiled = [], [], build.compiled
 
-    def record(block, formula, lane, kind=loops.PLAIN):
-        loop = compiled(block, formula, lane, kind)
+    def record(block, operation, lane, kind=build.PLAIN):
+        loop = compiled(block, operation, lane, kind)
 
         def run(*arguments):
             runs.append((block.__name__, kind))
             return loop.ctypes(*arguments)
 
-        kept.append((BACKWARD_LOOP if block in loops.PARTS else LOOP)(run))
+        kept.append((SUMMING_LOOP if block in sums.PARTS else LOOP)(run))
         address = ctypes.cast(kept[-1], ctypes.c_void_p).value
         return types.SimpleNamespace(address=address, ctypes=run)
 
-    monkeypatch.setattr(loops, "compiled", record)
+    monkeypatch.setattr(build, "compiled", record)
     monkeypatch.setattr(threads, "CACHE", 1 << 24)
     ask_for_loops_again()
     yield runs
@@ -74,9 +67,9 @@ def taken(monkeypatch):
 
 
 def ask_for_loops_again():
-    for call in QUICK:
+    for call in list(twins.quick_calls()):
         call.table[calls._CACHE] = threads.CACHE
-        for row in call.rows.values():
+        for row in call.rows:
             call.table[row + calls._LOOP : row + calls._ROW] = 0
 
 
@@ -111,16 +104,16 @@ def test_which_loop_runs(taken):
         rows, columns = x.reshape(16, 16, -1), x.reshape(-1, 16)
         F.prelu_backward(rows, rows, weight)
         F.prelu_backward(columns, columns, weight)
-        F.prelu_backward(columns, columns, weight[None])  # the long way
+        F.prelu_backward(columns, columns, weight[None][:, ::-1])  # the long way
     F.prelu_backward(large.copy(), large, weight[:1], inplace=True)
     assert taken == [
-        ("forward", "plain"),
-        ("forward", "in_place"),
-        ("forward", "past_cache"),
-        ("forward_mask", "past_cache"),
-        ("backward", "plain"),
-        ("backward", "past_cache"),
-        ("forward", "past_cache"),
+        ("plain", "plain"),
+        ("plain", "in_place"),
+        ("plain", "past_cache"),
+        ("to_bits", "past_cache"),
+        ("plain", "plain"),
+        ("plain", "past_cache"),
+        ("plain", "past_cache"),
         ("columns", "plain"),
         ("columns", "past_cache"),
         ("rows", "plain"),
@@ -139,7 +132,7 @@ def test_which_loop_runs(taken):
 def test_short_rows_are_columns_where_rows_cost_more(taken):
     images, weight = normal((256, 64, 8, 8), float32), normal(64, float32)
     few, large = images[:16], normal((256, 64, 16, 16), float32)
-    by_axes = weight[:, None, None]  # for the long way
+    by_axes = weight[::-1, None, None]  # for the long way
     F.prelu(images[:2], weight)
     F.prelu(few, weight)
     F.prelu(few, by_axes)
@@ -168,6 +161,11 @@ def cube(order="C"):
     return np.asarray(normal((4, 6, 8), float32), order=order)
 
 
+def padded(y, x):
+    """What was made of a part of x, as long as x"""
+    return y if y is None else np.resize(y, x.size)
+
+
 def unpickled(x):
     return pickle.loads(pickle.dumps(x))
 
@@ -175,87 +173,120 @@ def unpickled(x):
 def with_weight_before_out(f, x):
     memory = np.ones(8 + x.size, float32)
     out = memory[8:].reshape(x.shape)
-    return f.by_channel.call(x, memory[:8], False, out, -1)
+    return f.by_channel(x, False, out, memory[:8], -1)
+
+
+def windows(x):
+    """A writeable array whose elements share memory"""
+    return np.lib.stride_tricks.as_strided(x, (4, 8), (4, 4))
 
 
 # What a call takes, and the same with something that it leaves to Python.
 QUICK_CALLS = {
-    "fresh": lambda f, x: f.flat.call(x, 0.5, False, None),
-    "inplace": lambda f, x: f.flat.call(x, 0.5, True, None),
-    "out": lambda f, x: f.flat.call(x, 0.5, False, np.empty_like(x)),
-    "out is x": lambda f, x: f.flat.call(x, 0.5, False, x),
-    "mask": lambda f, x: f.masked.call(x, 0.5, False, None, np.zeros(24, np.uint8)),
-    "rows": lambda f, x: f.by_channel.call(
-        x.reshape(3, 1, 64), x.ravel()[:3], False, None, 0
+    "integer slope": lambda f, x: f.flat(x, False, None, 2),
+    "negative slope": lambda f, x: f.flat(x, False, None, -1),
+    "large slope": lambda f, x: f.flat(x, False, None, 2**53 - 1),
+    "float64 slope": lambda f, x: f.flat(x, False, None, np.float64(0.5)),
+    "float32 slope": lambda f, x: f.flat(x, False, None, np.float32(0.5)),
+    "float16 slope": lambda f, x: f.flat(x, False, None, np.float16(0.5)),
+    "int64 slope": lambda f, x: f.flat(x, False, None, np.int64(2)),
+    "uint8 slope": lambda f, x: f.flat(x, False, None, np.uint8(2)),
+    "slope of an array": lambda f, x: f.flat(x, False, None, np.array(0.5)),
+    "slope of integers": lambda f, x: f.flat(x, False, None, np.array(3, np.int16)),
+    "every second": lambda f, x: padded(f.flat(x[:, ::2], False, None, 0.5), x),
+    "reversed": lambda f, x: f.flat(x[::-1, :, ::-1], False, None, 0.5),
+    "crop in place": lambda f, x: padded(f.flat(x[1:, 2:], True, None, 0.5), x),
+    "to Fortran's order": lambda f, x: f.flat(x, False, cube("F"), 0.5),
+    "permuted": lambda f, x: f.flat(x.transpose(1, 2, 0), False, None, 0.5),
+    "permuted mask": lambda f, x: f.masked(
+        x.transpose(1, 2, 0), False, None, np.zeros(24, np.uint8), 0.5
     ),
-    "columns": lambda f, x: f.by_channel.call(x, x[0, 0].copy(), True, None, -1),
-    "shared": lambda f, x: f.by_channel.call(x, x.ravel()[:1].copy(), False, None, 1),
-    "saved": lambda f, x: f.gradient.call(x, 0.5, False, None, x.copy()),
-    "out is saved": lambda f, x: f.gradient.call(x.copy(), 0.5, False, x, x),
+    "saved in F": lambda f, x: f.gradient(x, False, None, cube("F"), 0.5),
+    "weight (1, C)": lambda f, x: f.by_channel(x, False, None, x[1, :1] + 0, 1),
+    "weight (C, 1)": lambda f, x: f.by_channel(x, False, None, x[0, :, :1] + 0, 1),
+    "weight (1, 1, 1)": lambda f, x: f.by_channel(x, False, None, x[:1, :1, :1] + 0, 1),
+    "weight of all": lambda f, x: f.by_channel(x, False, None, x + 0, 1),
+    "weight spread": lambda f, x: f.by_channel(x, False, None, x[:, :1] + 0, 1),
+    "channels permuted": lambda f, x: f.by_channel(
+        x.transpose(0, 2, 1), False, None, np.ones(8, float32), 1
+    ),
+    "channels strided": lambda f, x: f.by_channel(
+        x[::-1], False, None, np.ones(6, float32), 1
+    ),
+    "fresh": lambda f, x: f.flat(x, False, None, 0.5),
+    "inplace": lambda f, x: f.flat(x, True, None, 0.5),
+    "out": lambda f, x: f.flat(x, False, np.empty_like(x), 0.5),
+    "out is x": lambda f, x: f.flat(x, False, x, 0.5),
+    "mask": lambda f, x: f.masked(x, False, None, np.zeros(24, np.uint8), 0.5),
+    "rows": lambda f, x: f.by_channel(
+        x.reshape(3, 1, 64), False, None, x.ravel()[:3], 0
+    ),
+    "columns": lambda f, x: f.by_channel(x, True, None, x[0, 0].copy(), -1),
+    "shared": lambda f, x: f.by_channel(x, False, None, x.ravel()[:1].copy(), 1),
+    "saved": lambda f, x: f.gradient(x, False, None, x.copy(), 0.5),
+    "out is saved": lambda f, x: f.gradient(x.copy(), False, x, x, 0.5),
 }
 LEFT_CALLS = {
-    "integer slope": lambda f, x: f.flat.call(x, 1, False, None),
-    "infinite slope": lambda f, x: f.flat.call(x, np.inf, False, None),
-    "nan slope": lambda f, x: f.flat.call(x, np.nan, False, None),
-    "both": lambda f, x: f.flat.call(x, 0.5, True, x),
-    "one": lambda f, x: f.flat.call(x, 0.5, 1, None),
-    "dtype": lambda f, x: f.flat.call(x, 0.5, False, x.astype(np.float64)),
-    "shape": lambda f, x: f.flat.call(x, 0.5, False, np.empty((4, 6, 7), float32)),
-    "ndim": lambda f, x: f.flat.call(x, 0.5, False, np.empty((1, 4, 6, 8), float32)),
-    "swapped": lambda f, x: f.flat.call(x, 0.5, False, x.astype(">f4")),
-    "list": lambda f, x: f.flat.call(x.tolist(), 0.5, False, None),
-    "subclass": lambda f, x: f.flat.call(x.view(np.memmap), 0.5, False, None),
-    "strided": lambda f, x: f.flat.call(x[::2], 0.5, False, None),
-    "misaligned": lambda f, x: f.flat.call(place(x, "misaligned")[0], 0.5, False, None),
-    "order": lambda f, x: f.flat.call(x, 0.5, False, cube("F")),
-    "overlap": lambda f, x: f.flat.call(x[1:], 0.5, False, x[:-1]),
-    "overlap ahead": lambda f, x: f.flat.call(x[:-1], 0.5, False, x[1:]),
-    "dimensions": lambda f, x: f.flat.call(x, 0.5, False, np.empty((4, 6), float32)),
-    "bits": lambda f, x: f.masked.call(x, 0.5, False, None, np.zeros(25, np.uint8)),
-    "bits' dtype": lambda f, x: f.masked.call(x, 0.5, False, None, np.zeros(24, "i1")),
-    "bits in F": lambda f, x: f.masked.call(
-        cube("F"), 0.5, False, None, np.zeros(24, np.uint8)
+    "rounded slope": lambda f, x: f.flat(x, False, None, 2**53 + 1),
+    "huge slope": lambda f, x: f.flat(x, False, None, 10**400),
+    "true slope": lambda f, x: f.flat(x, False, None, True),
+    "slope in an array": lambda f, x: f.flat(x, False, None, np.array([0.5])),
+    "slope of another dtype": lambda f, x: f.flat(x, False, None, np.longdouble(0.5)),
+    "slope of an array of bools": lambda f, x: f.flat(x, False, None, np.array(True)),
+    "slope beyond float32": lambda f, x: f.flat(x, False, None, 1e39),
+    "infinite slope": lambda f, x: f.flat(x, False, None, np.inf),
+    "infinite slope below": lambda f, x: f.flat(x, False, None, -np.inf),
+    "nan slope": lambda f, x: f.flat(x, False, None, np.nan),
+    "both": lambda f, x: f.flat(x, True, x, 0.5),
+    "one": lambda f, x: f.flat(x, 1, None, 0.5),
+    "dtype": lambda f, x: f.flat(x, False, x.astype(np.float64), 0.5),
+    "shape": lambda f, x: f.flat(x, False, np.empty((4, 6, 7), float32), 0.5),
+    "ndim": lambda f, x: f.flat(x, False, np.empty((1, 4, 6, 8), float32), 0.5),
+    "swapped": lambda f, x: f.flat(x, False, x.astype(">f4"), 0.5),
+    "subclass": lambda f, x: f.flat(x.view(np.memmap), False, None, 0.5),
+    "misaligned": lambda f, x: f.flat(place(x, "misaligned")[0], False, None, 0.5),
+    "overlap": lambda f, x: f.flat(x[1:], False, x[:-1], 0.5),
+    "overlap ahead": lambda f, x: f.flat(x[:-1], False, x[1:], 0.5),
+    "dimensions": lambda f, x: f.flat(x, False, np.empty((4, 6), float32), 0.5),
+    "bits": lambda f, x: f.masked(x, False, None, np.zeros(25, np.uint8), 0.5),
+    "bits' dtype": lambda f, x: f.masked(x, False, None, np.zeros(24, "i1"), 0.5),
+    "axis": lambda f, x: f.by_channel(x, False, None, x.ravel()[:8], 3),
+    "huge axis": lambda f, x: f.by_channel(x, False, None, x.ravel()[:8], 2**70),
+    "true axis": lambda f, x: f.by_channel(x, False, None, x.ravel()[:6], True),
+    "channels": lambda f, x: f.by_channel(x, False, None, x.ravel()[:7], -1),
+    "weight's dtype": lambda f, x: f.by_channel(x, False, None, np.ones(8), -1),
+    "weight's shape": lambda f, x: f.by_channel(x, False, None, x[0, :1, :7] + 0, 1),
+    "weight grows x": lambda f, x: f.by_channel(x, False, None, x[None], 1),
+    "weight strided": lambda f, x: f.by_channel(x, False, None, x[0, 0, ::2], -1),
+    "bits strided": lambda f, x: f.masked(x, False, None, np.zeros(48, "u1")[::2], 0.5),
+    "bits of no flat array": lambda f, x: f.masked(
+        x[:, ::2], False, None, np.zeros(12, np.uint8), 0.5
     ),
-    "axis": lambda f, x: f.by_channel.call(x, x.ravel()[:8], False, None, 3),
-    "huge axis": lambda f, x: f.by_channel.call(x, x.ravel()[:8], False, None, 2**70),
-    "true axis": lambda f, x: f.by_channel.call(x, x.ravel()[:6], False, None, True),
-    "channels": lambda f, x: f.by_channel.call(x, x.ravel()[:7], False, None, -1),
-    "weight's dtype": lambda f, x: f.by_channel.call(x, np.ones(8), False, None, -1),
-    "weight's ndim": lambda f, x: f.by_channel.call(x, x[0], False, None, -1),
-    "unknown dtype": lambda f, x: f.flat.call(x.astype("F"), 0.5, False, None),
-    "saved's dtype": lambda f, x: f.gradient.call(
-        x, 0.5, False, None, x.view(np.int32)
+    "overlap of strided": lambda f, x: f.flat(x[:, 1:], False, x[:, :-1], 0.5),
+    "own overlap": lambda f, x: f.flat(windows(x), True, None, 0.5),
+    "unknown dtype": lambda f, x: f.flat(x.astype("F"), False, None, 0.5),
+    "saved's dtype": lambda f, x: f.gradient(x, False, None, x.view(np.int32), 0.5),
+    "saved's shape": lambda f, x: f.gradient(x, False, None, x[:2].copy(), 0.5),
+    "saved in part": lambda f, x: f.gradient(x[:3], True, None, x[1:], 0.5),
+    "channels' out": lambda f, x: f.by_channel(
+        x, False, np.empty((4, 6, 9), float32), x.ravel()[:8], -1
     ),
-    "saved's shape": lambda f, x: f.gradient.call(x, 0.5, False, None, x[:2].copy()),
-    "saved in F": lambda f, x: f.gradient.call(x, 0.5, False, None, cube("F")),
-    "saved in part": lambda f, x: f.gradient.call(x[:3], 0.5, True, None, x[1:]),
-    "channels in F": lambda f, x: f.by_channel.call(
-        cube("F"), x.ravel()[:8], False, None, -1
-    ),
-    "channels' out": lambda f, x: f.by_channel.call(
-        x, x.ravel()[:8], False, np.empty((4, 6, 9), float32), -1
-    ),
-    "weight in out": lambda f, x: f.by_channel.call(x, x.ravel()[:8], True, None, -1),
+    "weight in out": lambda f, x: f.by_channel(x, True, None, x.ravel()[:8], -1),
 }
 
 
 def ready_for_float32():
-    """The calls of leaky_relu"""
-    row, gradients = (
-        activations._leaky_relu_calls,
-        activations._leaky_relu_backward_calls,
-    )
-    calls = {
-        "flat": row.flat,
-        "masked": row.masked,
-        "by_channel": row.by_channel,
-        "gradient": gradients.flat,
+    """The calls of leaky_relu, each made ready until only arguments can be amiss"""
+    spec = activations._LEAKY_RELU
+    kinds, weighted = (ARRAY, NUMBER), (ARRAY, WEIGHT)
+    operations = {
+        "flat": Operation(spec.formula, kinds),
+        "masked": Operation(spec.formula, kinds, spec.active, 1),
+        "by_channel": Operation(spec.formula, weighted),
+        "gradient": Operation(spec.of_saved, (ARRAY, ARRAY, NUMBER)),
     }
-    for call in calls.values():
-        for block in range(len(call.blocks)):
-            for in_place in (False, True):
-                call.prepare(float32, 4, in_place=in_place, block=block)
-    return types.SimpleNamespace(**calls)
+    quick = {name: calls.Call(operation).run for name, operation in operations.items()}
+    return types.SimpleNamespace(**quick)
 
 
 leaky = pytest.fixture(ready_for_float32, scope="module")
@@ -278,19 +309,29 @@ def test_other_arguments_are_left_to_python(name, leaky):
 
 def test_a_call_that_gives_no_answer_passes_for_no_result():
     with pytest.raises(RuntimeError, match="a bug of fastrelu"):
-        fast._run(types.SimpleNamespace(call=lambda: None))
+        fast._run(types.SimpleNamespace(run=lambda *arguments: None), None, None)
 
 
 def test_the_quick_call_knows_a_dtype_by_what_it_is(leaky):
     x = unpickled(cube())
     assert x.dtype is not float32
-    assert leaky.flat.call(x, 0.5, False, None) is not None
+    assert leaky.flat(x, False, None, 0.5) is not None
     x = np.zeros(4, np.dtype(float32, metadata={"unit": "m"}))
-    assert leaky.flat.call(x, 0.5, False, None) is not None
+    assert leaky.flat(x, False, None, 0.5) is not None
+
+
+@pytest.mark.parametrize("first", ["misaligned", "swapped"])
+def test_a_first_call_that_is_left_spoils_no_later_one(first):
+    leaky_relu, x = _dispatch._Forward(activations._LEAKY_RELU), cube()
+    for given in (place(x, first)[0], x, x):
+        assert_same(
+            leaky_relu.call(given, False, None, False, 0.5), F.leaky_relu(x, 0.5)
+        )
+    assert type(leaky_relu.call) is types.BuiltinFunctionType
 
 
 def test_the_quick_call_keeps_the_memory_order(leaky):
-    y = leaky.flat.call(cube("F"), 0.5, False, None)
+    y = leaky.flat(cube("F"), False, None, 0.5)
     assert y.flags.f_contiguous
     assert_same(y, F.leaky_relu(cube(), 0.5))
 
@@ -298,16 +339,22 @@ def test_the_quick_call_keeps_the_memory_order(leaky):
 def test_the_quick_call_refers_to_what_it_returns(leaky):
     """Neither does a result live for ever, nor is None or an argument given up."""
     x, out = cube(), cube()
+
+    def call_all():
+        leaky.flat(x, False, None, 0.5)
+        leaky.flat(x, True, None, 0.5)
+        leaky.flat(x, False, out, 0.5)
+        leaky.flat(x[::2], False, None, 0.5)
+        leaky.by_channel(x, False, out, x.ravel()[:8], -1)
+        assert leaky.flat(x[1:], False, x[:-1], 0.5) is None
+
+    call_all()  # what is compiled refers to None
     counts = [sys.getrefcount(a) for a in (x, out, None)]
     for _ in range(1000):
-        leaky.flat.call(x, 0.5, False, None)
-        leaky.flat.call(x, 0.5, True, None)
-        leaky.flat.call(x, 0.5, False, out)
-        leaky.flat.call(x[::2], 0.5, False, None)
-        leaky.by_channel.call(x, x.ravel()[:8], False, out, -1)
+        call_all()
     later = [sys.getrefcount(a) for a in (x, out, None)]
     assert all(abs(a - b) < 50 for a, b in zip(counts, later, strict=True))
-    y = leaky.flat.call(x, 0.5, False, None)
+    y = leaky.flat(x, False, None, 0.5)
     gone = weakref.ref(y)
     del y
     assert gone() is None
@@ -315,31 +362,33 @@ def test_the_quick_call_refers_to_what_it_returns(leaky):
 
 # The same for PReLU's gradients.
 QUICK_GRADIENTS = {
-    "rows": lambda f, g, w: f(g, w[:4], False, None, 0, g),
-    "columns": lambda f, g, w: f(g, w, False, None, -1, g),
-    "shared": lambda f, g, w: f(g, w[:1], False, None, 1, g),
-    "inplace": lambda f, g, w: f(g, w, True, None, -1, g.copy()),
-    "out": lambda f, g, w: f(g, w, False, np.empty_like(g), -1, g),
-    "pair": lambda f, g, w: f(g, w, False, (np.empty_like(g), w + 0), -1, g),
-    "halves of a pair": lambda f, g, w: f(g, w, False, (None, w + 0), -1, g),
-    "out is x": lambda f, g, w: f(g + 0, w, False, g, -1, g),
-    "weight is out": lambda f, g, w: f(g, w, False, (None, w), -1, g),
+    "rows": lambda f, g, w: f(g, False, None, g, w[:4], 0),
+    "columns": lambda f, g, w: f(g, False, None, g, w, -1),
+    "shared": lambda f, g, w: f(g, False, None, g, w[:1], 1),
+    "inplace": lambda f, g, w: f(g, True, None, g.copy(), w, -1),
+    "out": lambda f, g, w: f(g, False, np.empty_like(g), g, w, -1),
+    "pair": lambda f, g, w: f(g, False, (np.empty_like(g), w + 0), g, w, -1),
+    "halves of a pair": lambda f, g, w: f(g, False, (None, w + 0), g, w, -1),
+    "out is x": lambda f, g, w: f(g + 0, False, g, g, w, -1),
+    "weight is out": lambda f, g, w: f(g, False, (None, w), g, w, -1),
 }
 LEFT_GRADIENTS = {
-    "shape": lambda f, g, w: f(g, w, False, None, -1, g.reshape(6, 4, 8)),
-    "dtype": lambda f, g, w: f(g, w, False, None, -1, g.astype(np.float64)),
-    "x in F": lambda f, g, w: f(g, w, False, None, -1, cube("F")),
-    "weight's dtype": lambda f, g, w: f(g, w.astype("f8"), False, None, -1, g),
-    "half weight": lambda f, g, w: f(g, w.astype("f2"), False, None, -1, g),
-    "list": lambda f, g, w: f(g, w, False, [g, w], -1, g),
-    "triple": lambda f, g, w: f(g, w, False, (g, w, w), -1, g),
-    "both": lambda f, g, w: f(g, w, True, (g, w), -1, g),
-    "overlap": lambda f, g, w: f(g[1:], w, False, g[:-1], -1, g[1:]),
-    "x overlaps": lambda f, g, w: f(g[1:] + 0, w, False, g[:-1], -1, g[1:]),
-    "weight in out": lambda f, g, w: f(g, g[0, 0], True, None, -1, g + 0),
-    "one in the other": lambda f, g, w: f(g, w, False, (g, g[0, 0]), -1, g),
-    "read-only": lambda f, g, w: f(g, w, False, (None, frozen(w)), -1, g),
-    "empty": lambda f, g, w: f(g[:0], w, False, None, -1, g[:0]),
+    "shape": lambda f, g, w: f(g, False, None, g.reshape(6, 4, 8), w, -1),
+    "dtype": lambda f, g, w: f(g, False, None, g.astype(np.float64), w, -1),
+    "x in F": lambda f, g, w: f(g, False, None, cube("F"), w, -1),
+    "strided": lambda f, g, w: f(g[::2], False, None, g[::2], w, -1),
+    "weight spread": lambda f, g, w: f(g, False, None, g, g[:, :1].copy(), -1),
+    "weight's dtype": lambda f, g, w: f(g, False, None, g, w.astype("f8"), -1),
+    "half weight": lambda f, g, w: f(g, False, None, g, w.astype("f2"), -1),
+    "list": lambda f, g, w: f(g, False, [g, w], g, w, -1),
+    "triple": lambda f, g, w: f(g, False, (g, w, w), g, w, -1),
+    "both": lambda f, g, w: f(g, True, (g, w), g, w, -1),
+    "overlap": lambda f, g, w: f(g[1:], False, g[:-1], g[1:], w, -1),
+    "x overlaps": lambda f, g, w: f(g[1:] + 0, False, g[:-1], g[1:], w, -1),
+    "weight in out": lambda f, g, w: f(g, True, None, g + 0, g[0, 0], -1),
+    "one in the other": lambda f, g, w: f(g, False, (g, g[0, 0]), g, w, -1),
+    "read-only": lambda f, g, w: f(g, False, (None, frozen(w)), g, w, -1),
+    "empty": lambda f, g, w: f(g[:0], False, None, g[:0], w, -1),
 }
 
 
@@ -351,11 +400,9 @@ def frozen(x):
 
 def ready_for_gradients():
     """The call of PReLU's gradients"""
-    call = activations._leaky_relu_backward_calls.by_channel
-    # Parts of the cube may need another loop: all that is left must be for a reason.
-    for x, block, in_place in product((cube(), cube()[1:]), (0, 1), (False, True)):
-        call.prepare(float32, x.nbytes, in_place=in_place, block=block)
-    return call.call
+    kinds = ARRAY, ARRAY, WEIGHT
+    operation = Operation(activations._LEAKY_RELU.of_saved, kinds)
+    return calls.Call(operation, sums=True).run
 
 
 gradients = pytest.fixture(ready_for_gradients, scope="module")
@@ -381,17 +428,23 @@ def test_other_gradients_are_left_to_python(name, gradients):
 def test_the_quick_call_of_gradients_refers_to_what_it_returns(gradients):
     g, w = cube(), normal((8,), float32, seed=1)
     pair = np.empty_like(g), w.copy()
+
+    def call_all():
+        gradients(g, False, None, g, w, -1)
+        gradients(g, True, None, g, w, -1)
+        dx, dw = gradients(g, False, pair, g, w, -1)
+        assert (dx is pair[0], dw is pair[1]) == (True, True)
+        gradients(g, True, (None, w), g, w, -1)
+        assert gradients(g[1:], False, g[:-1], g[1:], w, -1) is None
+
+    call_all()
     counted = g, w, *pair, None
     counts = [sys.getrefcount(a) for a in counted]
     for _ in range(1000):
-        gradients(g, w, False, None, -1, g)
-        gradients(g, w, True, None, -1, g)
-        dx, dw = gradients(g, w, False, pair, -1, g)
-        assert (dx is pair[0], dw is pair[1]) == (True, True)
-        gradients(g, w, True, (None, w), -1, g)
+        call_all()
     later = [sys.getrefcount(a) for a in counted]
     assert all(abs(a - b) < 50 for a, b in zip(counts, later, strict=True))
-    gone = [weakref.ref(a) for a in gradients(g, w, False, None, -1, g)]
+    gone = [weakref.ref(a) for a in gradients(g, False, None, g, w, -1)]
     assert [a() for a in gone] == [None, None]
 
 
@@ -472,13 +525,50 @@ def test_other_layouts_of_dense_arrays_are_not_copied(order, taken, fresh_pool):
     assert len(taken) == 1
 
 
-def assembly(block, formula, dtype, kind=loops.PLAIN):
+def operation_of(block):
+    """A formula of leaky_relu with the operands that a block takes"""
+    spec = activations._LEAKY_RELU
+    if block in sums.PARTS:
+        return Operation(spec.of_saved, (ARRAY, ARRAY, WEIGHT))
+    if block is loops.from_bits:
+        return Operation(spec.gradient, (ARRAY, BITS, NUMBER))
+    if block is loops.to_bits:
+        return Operation(spec.formula, (ARRAY, NUMBER), spec.active, 1)
+    if block in (loops.rows, loops.columns):
+        return Operation(spec.formula, (ARRAY, WEIGHT))
+    return Operation(spec.formula, (ARRAY, NUMBER))
+
+
+GRADIENT = Operation(activations._LEAKY_RELU.of_saved, (ARRAY, ARRAY, NUMBER))
+
+
+LOOPS = {
+    "forward": (loops.plain, operation_of(loops.plain)),
+    "backward": (loops.plain, GRADIENT),
+    **{block.__name__: (block, operation_of(block)) for block in BLOCKS},
+    **{block.__name__: (block, operation_of(block)) for block in sums.PARTS},
+}
+
+
+def without_numbers(operation):
+    """The same operands for relu"""
+    spec, active = activations._RELU, operation.active
+    function = spec.of_saved if operation.arrays == 2 else spec.formula
+    if BITS in operation.kinds:
+        function = spec.gradient
+    if WEIGHT in operation.kinds:
+        return operation
+    kinds = tuple(kind for kind in operation.kinds if kind != NUMBER)
+    return Operation(function, kinds, active, 0)
+
+
+def assembly(block, operation, dtype, kind=build.PLAIN):
     """The part of a loop that the team shares"""
     lane = lane_of(np.dtype(dtype))
-    python = loops.bound(block, formula, lane, kind)
+    python = build.bound(block, operation, lane, kind)
     loop = numba.njit(error_model="numpy")(python)
-    sums = block in loops.PARTS
-    loop.compile((loops.BACKWARD_SIGNATURE if sums else loops.SIGNATURE).args)
+    summing = block in sums.PARTS
+    loop.compile((sums.SIGNATURE if summing else loops.SIGNATURE).args)
     (text,) = loop.inspect_asm().values()
     (part,) = re.split(r"^fastrelu_part[.\d]*:$", text, flags=re.MULTILINE)[1:]
     return part
@@ -486,36 +576,33 @@ def assembly(block, formula, dtype, kind=loops.PLAIN):
 
 @pytest.mark.skipif(not X86, reason="reads the assembly language of x86")
 @pytest.mark.parametrize("dtype", ["float32", "float64", "float16", "int8"])
-@pytest.mark.parametrize("block", ["forward", "backward", "forward_mask", *SUMS])
-def test_stores_past_the_cache(block, dtype):
-    if block in SUMS and dtype == "int8":
+@pytest.mark.parametrize("which", ["forward", "backward", "to_bits", *SUMS])
+def test_stores_past_the_cache(which, dtype):
+    if which in SUMS and dtype == "int8":
         pytest.skip("a weight is a float")
-    formula = activations._relu_gradient if "backward" in block else activations._relu
-    block = getattr(loops, block)
+    block, operation = LOOPS[which]
+    operation = without_numbers(operation)
     stores = r"v?movnt(ps|pd|dq)"
-    assert re.search(stores, assembly(block, formula, dtype, loops.PAST_CACHE))
-    for kind in (loops.PLAIN, loops.IN_PLACE):
-        assert not re.search(stores, assembly(block, formula, dtype, kind))
+    assert re.search(stores, assembly(block, operation, dtype, build.PAST_CACHE))
+    for kind in (build.PLAIN, build.IN_PLACE):
+        assert not re.search(stores, assembly(block, operation, dtype, kind))
 
 
 @pytest.mark.skipif(not X86, reason="reads the assembly language of x86")
-@pytest.mark.parametrize("kind", loops.KINDS)
-@pytest.mark.parametrize("block", [*BLOCKS, *SUMS])
-def test_vector_code(block, kind):
-    formula = activations._leaky_relu
-    if "backward" in block:
-        formula = activations._leaky_relu_gradient
-    code = assembly(getattr(loops, block), formula, np.float32, kind)
+@pytest.mark.parametrize("kind", build.KINDS)
+@pytest.mark.parametrize("which", [*LOOPS])
+def test_vector_code(which, kind):
+    block, operation = LOOPS[which]
+    code = assembly(block, operation, np.float32, kind)
     assert re.search(r"v?mulps", code)
-    assert block not in SUMS or re.search(r"v?mulpd", code)
+    assert which not in SUMS or re.search(r"v?mulpd", code)
 
 
 @pytest.mark.skipif(not X86, reason="reads the assembly language of x86")
-@pytest.mark.parametrize("block", SUMS)
-def test_no_load_waits_for_another(block):
+@pytest.mark.parametrize("which", SUMS)
+def test_no_load_waits_for_another(which):
     """No mask made of x leaves out what of g is in no sum: memory would answer later."""
-    formula = activations._leaky_relu_gradient
-    code = assembly(getattr(loops, block), formula, np.float32)
+    code = assembly(*LOOPS[which], np.float32)
     masked = r"vmaskmovp[sd]\t[^%]*\(|vmov[au]p[sd]\t[^%]*\([^)]*\), %[xyz]mm\d+ \{%k"
     assert not re.search(masked, code)
 
@@ -537,12 +624,12 @@ def test_simplest_vectors():
 
 @pytest.mark.skipif(not X86, reason="reads the assembly language of x86")
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
-@pytest.mark.parametrize("block", ["forward", "backward"])
-def test_in_place_all_is_stored(block, dtype):
+@pytest.mark.parametrize("which", ["forward", "backward"])
+def test_in_place_all_is_stored(which, dtype):
     """No mask leaves out what does not change, which is slower from memory."""
-    formula = activations._relu_gradient if block == "backward" else activations._relu
-    code = assembly(getattr(loops, block), formula, dtype, loops.IN_PLACE)
-    masked = r"vmaskmovp[sd]\t%.*\(|vmov[au]p[sd]\t%.*\([^)]*\) \{%k"
+    block, operation = LOOPS[which]
+    code = assembly(block, without_numbers(operation), dtype, build.IN_PLACE)
+    masked = r"vmaskmovp[sd]\t%.*\(.*|vmov[au]p[sd]\t%.*\([^)]*\) \{%k"
     # But for the elements before a line, on their way by the stack.
     assert not [line for line in re.findall(masked, code) if "(%rsp" not in line]
 
@@ -550,54 +637,60 @@ def test_in_place_all_is_stored(block, dtype):
 # That they give the same bits ---------------------------------------------------------
 
 
-def arguments(block, dtype, n):
-    """Flat arrays, and what the block takes beside them."""
+def run_loop(loop, a, y, beside=None, inner=1, moved=0, numbers=()):
+    """Call a loop on flat arrays"""
+    words = np.zeros(loops.LENGTH, np.int64)
+    words[loops.ARRAYS : loops.ARRAYS + len(a)] = [each.ctypes.data for each in a]
+    words[[loops.Y, loops.SIZE, loops.MOVED]] = y.ctypes.data, y.size, moved
+    if beside is not None:
+        words[loops.BESIDE], words[loops.CHANNELS] = beside.ctypes.data, beside.size
+    words[loops.INNER] = inner
+    words[loops.NUMBERS :].view(np.float64)[: len(numbers)] = numbers
+    loop.ctypes(words.ctypes.data)
+
+
+def operands(which, dtype, n):
+    """Flat arrays, what lies beside them, and how many elements have one weight"""
     lane = lane_of(dtype)
-    a = sample((n,), dtype).view(lane.storage)
-    if block == "backward":
-        return a, sample((n,), dtype, seed=1).view(lane.storage), 0.37
-    if block == "backward_mask":
-        return a, np.random.default_rng(0).integers(0, 256, -(-n // 8), np.uint8), 0.37
-    if block == "forward_mask":
-        return a, np.zeros(-(-n // 8), np.uint8), 0.37
-    if block == "forward":
-        return a, a, 0.37
-    weights = np.linspace(-1, 2, 7 if block == "rows" else 96).astype(lane.product)
-    return a, weights, 50 if block == "rows" else 2
+    arrays = [sample((n,), dtype, seed).view(lane.storage) for seed in (0, 1)]
+    if which != "backward":
+        del arrays[1]
+    if which in ("rows", "columns"):
+        weights = np.linspace(-1, 2, 7 if which == "rows" else 96).astype(lane.product)
+        return arrays, weights, 50 if which == "rows" else 2
+    return arrays, np.random.default_rng(0).integers(0, 256, -(-n // 8), np.uint8), 1
 
 
 @pytest.mark.parametrize("n", [1, 63, 64, 200, 4096, 13_001])
 @pytest.mark.parametrize("dtype", FLOATS, indirect=True)
-@pytest.mark.parametrize("block", BLOCKS)
-def test_every_path_gives_the_same_bits(block, dtype, n):
-    formula = activations._leaky_relu
-    if "backward" in block:
-        formula = activations._leaky_relu_gradient
-    lane, function = lane_of(dtype), getattr(loops, block)
-    a, b, slope = arguments(block, dtype, n)
-    expected = np.zeros_like(a)
-    run_loop(loops.compiled(function, formula, lane), a, b, expected, slope)
-    expected, mask = expected.view(dtype), b.copy()
-    memory = np.zeros(a.nbytes + 128, np.uint8)
+@pytest.mark.parametrize("which", [name for name in LOOPS if name not in SUMS])
+def test_every_path_gives_the_same_bits(which, dtype, n):
+    lane, (block, operation) = lane_of(dtype), LOOPS[which]
+    a, beside, inner = operands(which, dtype, n)
+    more = {"beside": beside, "inner": inner, "numbers": [0.37] * operation.numbers}
+    expected = np.zeros_like(a[0])
+    run_loop(build.compiled(block, operation, lane), a, expected, **more)
+    expected, mask = expected.view(dtype), beside.copy()
+    memory = np.zeros(expected.nbytes + 128, np.uint8)
     threads.ready()
-    for moved, kind in product((0, threads.MUCH), (loops.PLAIN, loops.PAST_CACHE)):
-        loop = loops.compiled(function, formula, lane, kind)
+    for moved, kind in product((0, threads.MUCH), (build.PLAIN, build.PAST_CACHE)):
+        loop = build.compiled(block, operation, lane, kind)
         for offset in range(0, 72, 8):
             memory[:] = 0xA5
-            y = memory[offset:][: a.nbytes].view(lane.storage)
-            if block == "forward_mask":
-                b[:] = 0xFF
-            run_loop(loop, a, b, y, slope, moved)
+            y = memory[offset:][: expected.nbytes].view(lane.storage)
+            if which == "to_bits":
+                beside[:] = 0xFF
+            run_loop(loop, a, y, moved=moved, **more)
             assert_same(y.view(dtype), expected)
-            assert block != "forward_mask" or np.array_equal(b, mask)
+            assert np.array_equal(beside, mask)
             assert (memory[:offset] == 0xA5).all()
-            assert (memory[offset + a.nbytes :] == 0xA5).all()
-    loop = loops.compiled(function, formula, lane, loops.IN_PLACE)
+            assert (memory[offset + expected.nbytes :] == 0xA5).all()
+    loop = build.compiled(block, operation, lane, build.IN_PLACE)
     for moved in (0, threads.MUCH):
-        y = a.copy()
-        run_loop(loop, y, y if b is a else b, y, slope, moved)
+        y = a[0].copy()
+        run_loop(loop, [y, *a[1:]], y, moved=moved, **more)
         assert_same(y.view(dtype), expected)
-        assert block != "forward_mask" or np.array_equal(b, mask)
+        assert np.array_equal(beside, mask)
 
 
 def test_a_quick_call_warns_of_nothing():

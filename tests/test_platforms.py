@@ -17,7 +17,8 @@ from numba.core.compiler_lock import global_compiler_lock
 from test_threads import EVERYTHING, PRELUDE, run, several_threads
 
 from fastrelu import _interpreter, activations
-from fastrelu.cpu import calls, fast, lanes, loops, shield, threads
+from fastrelu._spec import ARRAY, Operation
+from fastrelu.cpu import calls, fast, lanes, shield, threads
 from fastrelu.cpu.calls import Call
 
 HINTS = {
@@ -337,39 +338,44 @@ def test_there_is_no_team_before_a_large_array():
 @pytest.mark.parametrize("by", STARTS)
 def test_a_team_is_started_once_by(by):
     script = """
-    from fastrelu.cpu import pool
+    from fastrelu.cpu import blocks, pool
     print(works(), len(threads._functions))
     if sys.platform == "linux":  # members, and a janitor, are those without signals
         members = sum(blocked(task) >> 1 & 1 for task in os.listdir("/proc/self/task"))
-        members -= pool._DEFAULT._words[pool._BELL] != 0
+        members -= pool._DEFAULT._words[blocks.BELL] != 0
         assert members == threads._memory[threads._WORKERS]
     """
     assert run(PRELUDE + BLOCKED + STARTS[by] + script) == "True 2\n"
 
 
-def test_a_call_that_leaves_flat_arrays_to_python():
+def test_a_call_that_leaves_checked_arrays_to_python():
     """Numba may have started threads just now: once that is known, it must not."""
-    answers = [None, "done"]
-    call = types.SimpleNamespace(call=lambda *arguments: answers.pop(0))
-    fast._run(call, 1)
-    assert answers == []
-    answers += [None, None]
-    with pytest.raises(RuntimeError, match="this is a bug of fastrelu"):
-        fast._run(call, 1)
+    call, x = Call(Operation(activations._relu, (ARRAY,))), np.ones(3, np.float32)
+    answers, ready = [None, None, "done"], [True, True, False]
+    call.call = lambda *arguments: answers.pop(0)
+    type(call).make_ready, before = lambda *_, **__: ready.pop(0), Call.make_ready
+    try:
+        fast._run(call, x, x)
+        assert answers == []
+        answers.append(None)
+        with pytest.raises(RuntimeError, match="this is a bug of fastrelu"):
+            fast._run(call, x, x)
+    finally:
+        Call.make_ready = before
 
 
 def test_a_call_is_made_once_by_two_threads():
     """Whoever comes second finds it made."""
-    call, rows = Call(activations._relu, loops.forward), []
+    call = Call(Operation(activations._relu, (ARRAY,)))
     dtype = np.dtype(np.float32)
-    other = threading.Thread(target=lambda: rows.append(call._add(dtype)))
+    other = threading.Thread(target=lambda: call._add(dtype))
     with global_compiler_lock:
         other.start()
         threading.Event().wait(0.05)  # the other waits for the lock
-        rows.append(call._add(dtype))
+        call._add(dtype)
         made = call.call
     other.join()
-    assert rows[0] == rows[1]
+    assert len(call.rows) == 1
     assert call.call is made
     assert call.table[calls._KNOWN] == 1
 

@@ -12,13 +12,22 @@ import numba
 import numpy as np
 import pytest
 import reference
-from conftest import FLOATS, each, gradient_of, normal, place, sample, slopes_for
+from conftest import (
+    ACTIVATIONS,
+    FLOATS,
+    TYPICAL,
+    each,
+    gradient_of,
+    normal,
+    place,
+    sample,
+    slopes_for,
+)
 from reference import assert_same, assert_weight_gradient
 from test_threads import needs_fork, run
 
 import fastrelu as F
 from fastrelu import cpu
-from fastrelu.activations import ACTIVATIONS
 from fastrelu.cpu import halves, portable
 
 SIZES = 0, 1, 8, 77, 1158
@@ -49,8 +58,15 @@ def interpreted(monkeypatch):
         return function
 
     @functools.cache
-    def loop(template, formula, row, kinds):
-        bound = portable.rebuild(template, "twin", names(row) | {"formula": formula})
+    def loop(template, operation, row, kinds):
+        open_ = names(row) | {
+            "formula": operation.function,
+            "active": operation.active,
+            "kept": portable._KEEP[operation.kept],
+        }
+        get = portable._GET[operation.arrays - 1]
+        open_["get"] = portable.rebuild(get, "get", open_)
+        bound = portable.rebuild(template, "twin", open_)
         shared = portable._shared
         if template is portable._prelu_backward:
             shared = portable._shared_sums
@@ -67,7 +83,7 @@ def interpreted(monkeypatch):
 
 
 @pytest.mark.parametrize("size", SIZES)
-@each(*FLOATS, "int8", "uint32")
+@each(*FLOATS, "int8", "uint32", names=TYPICAL)
 def test_forward_and_backward(name, dtype, size, interpreted):
     row = ACTIVATIONS[name]
     x, g = sample((size,), dtype), sample((size,), dtype, seed=1)
@@ -86,14 +102,14 @@ def test_forward_and_backward(name, dtype, size, interpreted):
 
 
 @pytest.mark.parametrize("size", SIZES)
-@each(*FLOATS, "int8", "uint32", where=lambda row: row.parameter != "weight")
+@each(*FLOATS, "int8", "uint32", where=lambda row: row.takes_mask, names=TYPICAL)
 def test_masks(name, dtype, size, interpreted):
     row = ACTIVATIONS[name]
     x, g = sample((size,), dtype), sample((size,), dtype, seed=1)
     slopes = slopes_for(name, x)
     y, mask = row.forward(x, return_mask=True, **slopes)
     assert_same(y, reference.forward(name, x, **slopes))
-    assert_same(mask.bits, reference.mask_bits(x))
+    assert_same(mask.bits, reference.mask_bits(x, name, **slopes))
     assert_same(
         row.backward(g, mask, **slopes), reference.backward(name, g, x, **slopes)
     )
@@ -145,9 +161,9 @@ def test_parts_on_several_threads(shared, monkeypatch):
         assert_same(row.forward(x, **slopes), reference.forward(name, x, **slopes))
         expected = reference.backward(name, g, x, **slopes)
         assert_same(gradient_of(name, g, x, **slopes), expected)
-        if row.parameter != "weight":
+        if row.takes_mask:
             _, mask = row.forward(x, return_mask=True, **slopes)
-            assert_same(mask.bits, reference.mask_bits(x))
+            assert_same(mask.bits, reference.mask_bits(x, name, **slopes))
             assert_same(row.backward(g, mask, **slopes), expected)
 
 

@@ -18,7 +18,7 @@ from reference import assert_same, assert_weight_gradient
 from test_threads import run
 
 import fastrelu as F
-from fastrelu.cpu import loops
+from fastrelu.cpu import build, sums
 from fastrelu.cpu.lanes import lane_of
 
 FLOAT32 = np.dtype(np.float32)
@@ -371,10 +371,10 @@ def test_a_sum_is_rounded_once(bits):
     near = np.array([0.5, 0.5 + 2.0**-40, 0.5 - 2.0**-40, 0.3, 0.0])
     values = np.ldexp((halves[:, None] + near).ravel(), -bits)
     lane = lane_of(np.dtype("float16" if bits == 11 else ml_dtypes.bfloat16))
-    sums = np.stack([values, np.zeros_like(values)])
+    totals = np.stack([values, np.zeros_like(values)])
     result = np.empty(values.size, lane.storage)
-    compiled = loops.compiled_for(lane, loops.round_sums)
-    compiled.ctypes(sums.ctypes.data, result.ctypes.data, values.size)
+    compiled = build.compiled_for(lane, sums.round_sums)
+    compiled.ctypes(totals.ctypes.data, result.ctypes.data, values.size)
     dtype = np.float16 if bits == 11 else ml_dtypes.bfloat16
     expected = np.ldexp(np.round(np.ldexp(values, bits)), -bits)  # ties to even
     assert np.array_equal(result.view(dtype).astype(np.float64), expected)

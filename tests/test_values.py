@@ -1,11 +1,13 @@
 """Every activation and its gradient, bit for bit, over the grid of conftest.py."""
 
+import itertools
 from fractions import Fraction
 
 import numpy as np
 import pytest
 import reference
 from conftest import (
+    ACTIVATIONS,
     FLOATS,
     INTEGERS,
     LARGE,
@@ -14,6 +16,7 @@ from conftest import (
     PAST_CACHE,
     SHAPES,
     SLOPES,
+    TYPICAL,
     each,
     gradient_of,
     in_turn,
@@ -27,13 +30,12 @@ from conftest import (
 from reference import assert_same, bits
 
 import fastrelu as F
-from fastrelu.activations import ACTIVATIONS
 
 SIZES = ("float16", "float32", "float64", "int8")
 
 
 def has_mask(row):
-    return row.parameter != "weight"
+    return row.takes_mask
 
 
 each_activation = pytest.mark.parametrize("name", ACTIVATIONS)
@@ -91,14 +93,14 @@ def test_backward_of_every_type(name, library, shape, dtype):
 
 @each_shape
 @each_layout
-@each(*SIZES)
+@each(*SIZES, names=TYPICAL)
 def test_forward_of_every_layout(name, library, shape, dtype, layout):
     check_forward(name, library, shape, dtype, layout)
 
 
 @each_shape
 @each_layout
-@each(*SIZES)
+@each(*SIZES, names=TYPICAL)
 def test_backward_of_every_layout(name, library, shape, dtype, layout):
     check_backward(name, library, shape, dtype, layout)
 
@@ -117,7 +119,7 @@ def test_every_tail(name, dtype, size):
 
 @each_shape
 @each_out_layout
-@each(*SIZES)
+@each(*SIZES, names=TYPICAL)
 def test_out(name, shape, dtype, layout):
     row = ACTIVATIONS[name]
     x, g = sample(SHAPES[shape], dtype), sample(SHAPES[shape], dtype, seed=1)
@@ -132,7 +134,7 @@ def test_out(name, shape, dtype, layout):
 @pytest.mark.parametrize("how", ["inplace", "out"])
 @each_shape
 @each_out_layout
-@each(*SIZES)
+@each(*SIZES, names=TYPICAL)
 def test_in_place(name, shape, dtype, layout, how):
     def onto(a):
         return {"inplace": True} if how == "inplace" else {"out": a}
@@ -167,7 +169,7 @@ def test_arrays_of_different_layouts(name, layout):
 
 
 @pytest.mark.parametrize("layout", ["c", "step", "fortran", "misaligned"])
-@each("float16", "float32")
+@each("float16", "float32", names=TYPICAL)
 def test_large(name, dtype, layout):
     row = ACTIVATIONS[name]
     values = sample((LARGE // 3, 3), dtype)
@@ -186,21 +188,21 @@ def test_large(name, dtype, layout):
     assert_same(memory, place(dx, layout)[1])
 
 
-@each("float16", "float32", where=has_mask)
+@each("float16", "float32", where=has_mask, names=TYPICAL)
 def test_large_with_a_mask(name, dtype):
     row = ACTIVATIONS[name]
     x, g = sample((LARGE,), dtype), sample((LARGE,), dtype, seed=1)
     slopes = slopes_for(name, x)
     y, mask = row.forward(x, return_mask=True, **slopes)
     assert_same(y, reference.forward(name, x, **slopes))
-    assert_same(mask.bits, reference.mask_bits(x))
+    assert_same(mask.bits, reference.mask_bits(x, name, **slopes))
     assert_same(
         row.backward(g, mask, **slopes), reference.backward(name, g, x, **slopes)
     )
 
 
 @pytest.mark.parametrize("skew", ["0", "13"])
-@each("float32")
+@each("float32", names=TYPICAL)
 def test_past_the_cache(name, dtype, skew):
     row = ACTIVATIONS[name]
     n = PAST_CACHE // dtype.itemsize - 5
@@ -220,7 +222,7 @@ def test_past_the_cache(name, dtype, skew):
     if has_mask(row):
         _, mask = row.forward(x, out=out, return_mask=True, **slopes)
         assert_same(out, y)
-        assert_same(mask.bits, reference.mask_bits(x))
+        assert_same(mask.bits, reference.mask_bits(x, name, **slopes))
         assert_same(row.backward(x, mask, **slopes), dx)
     gradient_of(name, x, x, inplace=True, **slopes)
     assert_same(x, dx)
@@ -245,6 +247,27 @@ def test_definitions_by_hand():
     dx, dw = F.prelu_backward(g, x, np.array(3.0))
     assert_same(dx, expected)
     assert np.isnan(dw)
+
+
+@each(*FLOATS)
+def test_where_a_formula_bends(name, dtype):
+    """At the numbers that it compares with, at those next to them, and at specials"""
+    row = ACTIVATIONS[name]
+    for numbers in itertools.product(*row.examples.values()):
+        at = np.array([0, 6, *numbers], dtype)
+        next_to = [np.nextafter(at, dtype.type(limit)) for limit in (-np.inf, np.inf)]
+        x = np.concatenate([at, *next_to, specials(dtype)])
+        x, g = np.meshgrid(x, specials(dtype))
+        more = slopes_for(name, x) | dict(zip(row.examples, numbers, strict=True))
+        assert_same(row.forward(x, **more), reference.forward(name, x, **more))
+        expected = reference.backward(name, g, x, **more)
+        assert_same(gradient_of(name, g, x, **more), expected)
+        if has_mask(row):
+            y, mask = row.forward(x, return_mask=True, **more)
+            assert_same(mask.unpack(), reference.active(x, name, **more))
+            assert_same(row.backward(g, mask, **more), expected)
+            if row.output_tells(*numbers):
+                assert_same(row.backward(g, y, **more), expected)
 
 
 @each_slope
@@ -312,7 +335,7 @@ def test_integers_at_their_limits(dtype):
 @each_out_layout
 @each_masked
 def test_what_may_be_saved(name, layout, slope):
-    slopes = {"negative_slope": float(slope)} if ACTIVATIONS[name].parameter else {}
+    slopes = slopes_for(name, np.zeros(1), float(slope))
     float32 = np.dtype(np.float32)
     values, g = sample((3, 4, 5), float32), sample((3, 4, 5), float32, seed=1)
     expected = reference.backward(name, g, values, **slopes)
@@ -321,8 +344,8 @@ def test_what_may_be_saved(name, layout, slope):
     assert_same(y, reference.forward(name, values, **slopes))
     assert_same(ACTIVATIONS[name].forward(x, **slopes), y)
     told = [x, mask]
-    if slopes.get("negative_slope", 0) >= 0:
-        told.append(y)  # below 0 the output does not tell which units were active
+    if ACTIVATIONS[name].output_tells(*slopes.values()):
+        told.append(y)
     for saved in told:
         assert_same(ACTIVATIONS[name].backward(g, saved, **slopes), expected)
         out, memory = place(g, layout)
@@ -349,10 +372,10 @@ def test_mask(name, shape, dtype):
     assert_same(y, reference.forward(name, x, **slopes))
     assert isinstance(mask, F.Mask)
     assert type(mask.bits) is np.ndarray
-    assert_same(mask.bits, reference.mask_bits(x))
+    assert_same(mask.bits, reference.mask_bits(x, name, **slopes))
     assert mask.nbytes == mask.bits.nbytes == -(-x.size // 8)
     assert mask.shape == x.shape
-    assert_same(mask.unpack(), reference.active(x))
+    assert_same(mask.unpack(), reference.active(x, name, **slopes))
 
 
 @pytest.mark.parametrize("how", ["out", "inplace"])
@@ -370,7 +393,7 @@ def test_mask_beside_a_given_output(name, shape, how, dtype):
         )
     assert result[0] is target
     assert_same(target, reference.forward(name, x, **slopes))
-    assert_same(result[1].bits, reference.mask_bits(x))
+    assert_same(result[1].bits, reference.mask_bits(x, name, **slopes))
 
 
 @each_layout
@@ -383,7 +406,7 @@ def test_mask_of_another_layout(name, layout):
         x, grad = place(values, mine)[0], place(g, other)[0]
         y, mask = ACTIVATIONS[name].forward(x, return_mask=True, **slopes)
         assert_same(y, reference.forward(name, x, **slopes))
-        assert_same(mask.unpack(), reference.active(x))
+        assert_same(mask.unpack(), reference.active(x, name, **slopes))
         expected = reference.backward(name, grad, x, **slopes)
         assert_same(ACTIVATIONS[name].backward(grad, mask, **slopes), expected)
         if mine in OUT_LAYOUTS:
@@ -391,7 +414,7 @@ def test_mask_of_another_layout(name, layout):
                 x, inplace=True, return_mask=True, **slopes
             )
             assert_same(x, y)
-            assert_same(mask.unpack(), reference.active(values))
+            assert_same(mask.unpack(), reference.active(values, name, **slopes))
 
 
 def test_a_mask_outlives_its_array():

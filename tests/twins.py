@@ -6,24 +6,46 @@ So the kernels run line by line, every index checked by NumPy, with no compiler 
 
 import ctypes
 import dataclasses
+import functools
 import random
 
 import numpy as np
-import reference
-from conftest import dtype_of
 from numba.core.types import ExternalFunction
 from numba.extending import _Intrinsic
 
-from fastrelu import activations
-from fastrelu.cpu import calls, halves, lanes, loops, pool, portable, threads
+from fastrelu import _dispatch, activations
+from fastrelu.cpu import (
+    blocks,
+    build,
+    calls,
+    fast,
+    halves,
+    handler,
+    lanes,
+    loops,
+    portable,
+    sums,
+    threads,
+    walk,
+)
 from fastrelu.cpu.jit import rebuild
 
-CALLS = [
-    call
-    for row in vars(activations).values()
-    if isinstance(row, activations.PlainCalls)
-    for call in (row.flat, row.masked, row.by_channel)
-]
+
+def public_functions():
+    """What stands behind the public functions"""
+    for value in vars(activations).values():
+        if isinstance(value, _dispatch._Function):
+            yield value
+            if hasattr(value, "of_number"):
+                yield value.of_number
+
+
+def quick_calls():
+    """The quick calls of all of them"""
+    for function in public_functions():
+        for name in ("quick", "quick_with_bits"):
+            if hasattr(function, name):
+                yield getattr(function, name)
 
 
 # Memory -------------------------------------------------------------------------------
@@ -73,6 +95,12 @@ def put_word(bits, place, word):
     bits[8 * place :][:8] = np.frombuffer(np.uint64(word).tobytes(), np.uint8)
 
 
+def pack(flags):
+    assert flags.size == loops.WORD
+    assert flags.max() <= 1
+    return np.packbits(flags, bitorder="little").view(np.uint64)[0]
+
+
 def unpack(bits, flags, words):
     flags[: words * loops.WORD] = np.unpackbits(bits[: words * 8], bitorder="little")
 
@@ -89,17 +117,10 @@ def stream_word(target, first, word):
 
 def twin_of(lane):
     """The lane without the compiler; half floats are converted bit by bit"""
-    dtype = dtype_of(lane.name)
-
-    def active(x, first):
-        values = x[first : first + loops.WORD].view(dtype)
-        assert values.size == loops.WORD
-        return reference.mask_bits(values).view(np.uint64)[0]
-
     same = getattr(lanes._same, "py_func", lanes._same)
     plain = same, same
     load, store = portable._HALVES.get(lane.name, plain)
-    return dataclasses.replace(lane, active=active, load=load, store=store)
+    return dataclasses.replace(lane, load=load, store=store)
 
 
 # Python's and NumPy's own functions ---------------------------------------------------
@@ -189,6 +210,7 @@ class Interpreter:
 
 def spread(body, arguments, size, grain, moved):
     """Three pieces at least, where there is so much, in any order"""
+    size = int(size)
     piece = max(1, size // (3 * grain)) * grain
     starts = list(range(0, size, piece))
     random.Random(size).shuffle(starts)
@@ -209,35 +231,52 @@ def interpret(monkeypatch):
         "word_buffer": buffer(loops.WORD),
         "rest_buffer": buffer(loops.WORD),
         "flag_buffer": buffer(loops.MASKED + 2 * loops.WORD, np.uint8),
-        "sum_buffer": buffer(loops.LANES, np.float64),
+        "bit_buffer": buffer(loops.WORD, np.uint8),
         "weight_buffer": buffer(loops.WIDE),
-        "column_buffer": buffer(loops.SEGMENT_COLUMNS + loops.WORD, np.float64),
+        "sum_buffer": buffer(sums.LANES, np.float64),
+        "column_buffer": buffer(sums.SEGMENT_COLUMNS + loops.WORD, np.float64),
+        "_axes": buffer(walk.MOST_AXES * walk.FIELDS, np.int64),
+        "_counts": buffer(walk.MOST_AXES, np.int64),
+        "_places": buffer(walk.FIELDS, np.int64),
+        "_words": buffer(loops.LENGTH, np.int64),
+        "_lines": buffer((walk.FIELDS - 1) * walk.LINE, np.int64),
+        "_strides": buffer(64, np.int64),
+        "_operands": buffer(loops.LENGTH + 3, np.int64),
     }
     vectors = {
         "put_word": put_word,
+        "pack": pack,
         "unpack": unpack,
         "store_word": store_word,
         "stream_word": stream_word,
         "stream_halves": stream_word,
         "fence": lambda: None,
     }
+    shared = {
+        "round_to_odd": halves.round_to_odd,
+        "array_at": array_at,
+        "piece": piece,
+        "spread": spread,
+        "words": words_of(ctypes.c_int64),
+        "floats": words_of(ctypes.c_double),
+        **memory,
+        **stack,
+        **vectors,
+    }
     twins = {
         lanes: vectors,
-        loops: {
-            "round_to_odd": halves.round_to_odd,
-            "array_at": array_at,
-            "piece": piece,
-            "spread": spread,
-            **memory,
-            **stack,
-            **vectors,
-        },
+        loops: shared,
+        sums: shared,
+        walk: shared | {"_call_loop": call},
+        build: vectors,
         calls: {
+            **shared,
             "_words": words_of(ctypes.c_int64),
             "_floats": words_of(ctypes.c_double),
             "_singles": words_of(ctypes.c_float, 4),
             "_call_loop": call,
-            "_call_backward": call,
+            "_call_look": call,
+            "_call_sums": call,
             "_call_weights": call,
             "_call_empty_like": python.empty_like,
             "_incref": of_python("Py_IncRef"),
@@ -246,7 +285,7 @@ def interpret(monkeypatch):
             "_length": of_python("PyTuple_Size"),
             "_item": of_python("PyTuple_GetItem", ctypes.c_ssize_t),
             "_set_item": python.set_item,
-            **memory,
+            "_vectorcall": vectorcall,
             "_save_thread": python.save_thread,
             "_restore_thread": python.restore_thread,
             "_as_float": referred,
@@ -273,16 +312,19 @@ def interpret(monkeypatch):
         functions[id(loop)] = loop
         return loop
 
-    def compiled(block, formula, lane, kind=loops.PLAIN):
-        return kept(loops.bound(block, formula, twin_of(lane), kind))
+    def compiled(block, operation, lane, kind=build.PLAIN):
+        return kept(build.bound(block, operation, twin_of(lane), kind))
 
     def compiled_for(lane, template):
-        return kept(rebuild(template, "twin", loops._names(twin_of(lane))))
+        return kept(rebuild(template, "twin", build._of_lane(twin_of(lane))))
 
-    def compile_call(template, table):
+    def make(summed, table, fallback):
+        own = np.array([0 if fallback is None else id(fallback), table.ctypes.data])
+        template = calls.call_sums if summed else calls.call
+
         def call(*arguments):
             given = (ctypes.py_object * len(arguments))(*arguments)
-            result = template(id(table), ctypes.addressof(given), len(arguments))
+            result = template(id(own), ctypes.addressof(given), len(arguments))
             assert python.held
             if result == 0:
                 raise python.error
@@ -293,15 +335,29 @@ def interpret(monkeypatch):
 
         return call
 
-    monkeypatch.setattr(loops, "inlined", lambda function, **_: function)
-    monkeypatch.setattr(loops, "compiled", compiled)
-    monkeypatch.setattr(loops, "compiled_for", compiled_for)
-    monkeypatch.setattr(calls, "_compile", compile_call)
-    for call in CALLS:
-        fresh = calls.Call(call.formula, *call.blocks)
-        for name in ("call", "table", "rows"):
-            monkeypatch.setattr(call, name, getattr(fresh, name))
+    monkeypatch.setattr(build, "inlined", lambda function, **_: function)
+    monkeypatch.setattr(build, "compiled", compiled)
+    monkeypatch.setattr(build, "compiled_for", compiled_for)
+    monkeypatch.setattr(calls, "_make", make)
+    monkeypatch.setattr(calls, "_compiled", lambda template, _: kept(template))
+    monkeypatch.setattr(fast, "quick_call", functools.cache(calls.Call))
+    for function in public_functions():
+        monkeypatch.setattr(function, "call", function.left)
+        for name in ("quick", "quick_with_bits"):
+            if hasattr(function, name):
+                call = getattr(function, name)
+                options = {"flag": calls._NO_MASK in call.kinds, "sums": call.sums}
+                fresh = calls.Call(call.operation, **options)
+                monkeypatch.setattr(function, name, fresh)
     return python
+
+
+def vectorcall(callable, arguments, number, names):
+    """What the function at an address returns, as a new reference"""
+    given = [referred(words_of(ctypes.c_int64)(arguments)[i]) for i in range(number)]
+    result = referred(callable)(*given)
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(result))
+    return id(result)
 
 
 class Memory:
@@ -329,29 +385,29 @@ class Pages:
     """What the system maps: pages of one region, side by side, and then no more"""
 
     def __init__(self, enough):
-        self.region = np.full(enough + pool._PAGE, 0xA5, np.uint8)
-        self.start = -(-self.region.ctypes.data // pool._PAGE) * pool._PAGE
-        self.used = np.zeros(enough // pool._PAGE, bool)
+        self.region = np.full(enough + blocks._PAGE, 0xA5, np.uint8)
+        self.start = -(-self.region.ctypes.data // blocks._PAGE) * blocks._PAGE
+        self.used = np.zeros(enough // blocks._PAGE, bool)
         self.advice, self.limits = [], {}  # given, and of what
 
     @property
     def left(self):
-        return int((~self.used).sum()) * pool._PAGE
+        return int((~self.used).sum()) * blocks._PAGE
 
     def map(self, address, values):
         near, nbytes, *_ = values
-        assert (near, nbytes % pool._PAGE) == (0, 0)
-        number = nbytes // pool._PAGE
+        assert (near, nbytes % blocks._PAGE) == (0, 0)
+        number = nbytes // blocks._PAGE
         for first in range(self.used.size - number + 1):
             if not self.used[first : first + number].any():
                 self.used[first : first + number] = True
-                return self.start + first * pool._PAGE
+                return self.start + first * blocks._PAGE
         return -1
 
     def unmap(self, address, values):
         start, nbytes = values
-        assert (start - self.start) % pool._PAGE == nbytes % pool._PAGE == 0
-        first, number = (start - self.start) // pool._PAGE, nbytes // pool._PAGE
+        assert (start - self.start) % blocks._PAGE == nbytes % blocks._PAGE == 0
+        first, number = (start - self.start) // blocks._PAGE, nbytes // blocks._PAGE
         assert self.used[first : first + number].all()
         self.used[first : first + number] = False
         ctypes.memset(start, 0xDD, nbytes)
@@ -379,16 +435,17 @@ def interpret_pool(monkeypatch, enough):
         "_exchange": exchange,
         "_call_malloc": memory.malloc,
         "_call_free": memory.free,
-        "_call_lend": lambda address, values: pool.malloc(*values),
-        "_call_take_back": lambda address, values: pool.free(*values),
+        "_call_lend": lambda address, values: handler.malloc(*values),
+        "_call_take_back": lambda address, values: handler.free(*values),
         "_call_map": pages.map,
         "_call_unmap": pages.unmap,
         "_call_advise": pages.advise,
         "_call_get_limit": pages.get_limit,
     }
-    for name, value in list(vars(pool).items()):
+    for module, name in [(m, name) for m in (blocks, handler) for name in vars(m)]:
+        value = getattr(module, name)
         if name in twins:
-            monkeypatch.setattr(pool, name, twins[name])
+            monkeypatch.setattr(module, name, twins[name])
         elif hasattr(value, "py_func"):
-            monkeypatch.setattr(pool, name, value.py_func)
+            monkeypatch.setattr(module, name, value.py_func)
     return memory, pages

@@ -1,0 +1,100 @@
+"""Randomised leaky ReLU in training: a slope of its own for each element."""
+
+import numpy as np
+import pytest
+import reference
+from conftest import FLOATS, LARGE, LAYOUTS, OUT_LAYOUTS, normal, place, sample
+from reference import assert_same
+
+import fastrelu as F
+
+each_float = pytest.mark.parametrize("dtype", FLOATS, indirect=True)
+
+
+@pytest.mark.parametrize("shape", [(), (0,), (1,), (3, 4, 5), (LARGE,)])
+@each_float
+def test_each_element_has_its_slope(dtype, shape):
+    x, g = sample(shape, dtype), sample(shape, dtype, seed=1)
+    y, slopes = F.rrelu(x, 0.25, 0.5, training=True, rng=1)
+    assert (slopes.dtype, slopes.shape) == (x.dtype, x.shape)
+    assert ((slopes >= 0.25) & (slopes <= 0.5)).all()
+    assert len(np.unique(slopes)) >= min(slopes.size, 100) * 3 // 5
+    assert_same(y, reference.forward("rrelu", x, slopes=slopes))
+    expected = reference.backward("rrelu", g, x, slopes=slopes)
+    assert_same(F.rrelu_backward(g, x, slopes), expected)
+    given = g.copy()
+    assert F.rrelu_backward(given, x, slopes, inplace=True) is given
+    assert_same(given, expected)
+    assert F.rrelu_backward(g, x, slopes, out=slopes) is slopes
+    assert_same(slopes, expected)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_slopes_hang_on_the_seed_and_not_on_the_layout(layout):
+    values = normal((4, 5, 6), np.dtype(np.float32))
+    x, _ = place(values, layout)
+    _, expected = F.rrelu(values, training=True, rng=7)
+    y, slopes = F.rrelu(x, training=True, rng=np.random.default_rng(7))
+    assert_same(np.ascontiguousarray(slopes), expected)
+    assert_same(y, reference.forward("rrelu", x, slopes=expected))
+    _, others = F.rrelu(x, training=True)
+    assert (others != expected).any()
+
+
+@pytest.mark.parametrize("layout", OUT_LAYOUTS)
+def test_where_it_is_written(layout):
+    values = normal((4, 5, 6), np.dtype(np.float32))
+    x, memory = place(values, layout)
+    y, slopes = F.rrelu(x, 0.1, 0.9, True, True, rng=3)
+    assert y is x
+    expected = reference.forward("rrelu", values, slopes=slopes)
+    assert_same(memory, place(expected, layout)[1])
+    out, memory = place(values, layout)
+    y, slopes = F.rrelu(values, 0.1, 0.9, training=True, out=out, rng=3)
+    assert y is out
+    assert_same(memory, place(expected, layout)[1])
+
+
+@each_float
+def test_the_mean_without_training(dtype):
+    x = sample((3, 70), dtype)
+    expected = reference.forward("leaky_relu", x, negative_slope=0.375)
+    assert_same(F.rrelu(x, 0.25, 0.5), expected)
+    assert_same(F.rrelu(x, 1 / 4, 0.5, np.False_), expected)
+    g = sample((3, 70), dtype, seed=1)
+    expected = reference.backward("leaky_relu", g, x, negative_slope=0.375)
+    for slope in (0.375, np.float32(0.375), np.array(0.375)):
+        assert_same(F.rrelu_backward(g, x, slope), expected)
+
+
+def test_lists_are_welcome():
+    y, slopes = F.rrelu([-1.0, 2.0], training=True, rng=0)
+    assert y[0] == -slopes[0]
+    assert F.rrelu_backward([1.0, 1.0], [-1.0, 2.0], [0.5, 0.25]).tolist() == [0.5, 1.0]
+
+
+WRONG = {
+    "lower above upper": (ValueError, "lower", {"lower": 0.5, "upper": 0.25}),
+    "infinite": (ValueError, "upper", {"upper": np.inf}),
+    "a string": (TypeError, "lower", {"lower": "0.1"}),
+    "no flag": (TypeError, "training", {"training": 1}),
+    "no generator": (TypeError, "rng", {"rng": "seed", "training": True}),
+    "negative seed": (ValueError, "rng", {"rng": -1, "training": True}),
+    "integers": (TypeError, "x", {"x": np.arange(3), "training": True}),
+    "another shape": (ValueError, "out", {"out": np.empty(4), "training": True}),
+}
+
+
+@pytest.mark.parametrize("which", WRONG)
+def test_what_is_refused(which):
+    error, argument, given = WRONG[which]
+    more = {name: value for name, value in given.items() if name != "x"}
+    with pytest.raises(error, match=rf"\b{argument}\b"):
+        F.rrelu(given.get("x", np.ones(3)), **more)
+
+
+@pytest.mark.parametrize("slopes", [np.ones(4), np.ones(3, np.float32), ["a"], None])
+def test_slopes_that_do_not_fit(slopes):
+    x = np.ones(3)
+    with pytest.raises((TypeError, ValueError), match="slopes"):
+        F.rrelu_backward(x, x, slopes)
