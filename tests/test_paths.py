@@ -1,6 +1,7 @@
 """The quick ways: that they are taken, that they give the same bits, and the pool."""
 
 import ctypes
+import functools
 import gc
 import os
 import pickle
@@ -59,6 +60,8 @@ def taken(monkeypatch):
         return types.SimpleNamespace(address=address, ctypes=run)
 
     monkeypatch.setattr(build, "compiled", record)
+    # What the long way keeps would outlive the callbacks.
+    monkeypatch.setattr(fast, "quick_call", functools.cache(calls.Call))
     monkeypatch.setattr(threads, "CACHE", 1 << 24)
     ask_for_loops_again()
     yield runs
