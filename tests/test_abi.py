@@ -181,7 +181,7 @@ def test_a_numba_that_has_changed():
     assert run(changed + SCRIPT).startswith(said)
 
 
-def test_a_strided_array_where_numba_has_changed(monkeypatch):
+def test_a_misaligned_array_where_numba_has_changed(monkeypatch):
     """Which no quick call takes: nothing is written before loops are there."""
     for name in ("_loops", "_why"):
         monkeypatch.setattr(cpu, name, getattr(cpu, name))
@@ -190,9 +190,11 @@ def test_a_strided_array_where_numba_has_changed(monkeypatch):
         raise abi.Unproven("Numba has changed")
 
     fast = importlib.import_module("fastrelu.cpu.fast")
-    monkeypatch.setattr(fast, "forward", changed)
+    monkeypatch.setattr(fast, "elementwise", changed)
     x = np.linspace(-1, 1, 9).astype(np.float32)
-    assert_same(F.relu(x[::2]), np.maximum(x, 0)[::2])
+    odd = np.zeros(x.nbytes + 1, np.uint8)[1:].view(x.dtype)
+    odd[:] = x
+    assert_same(F.relu(odd), np.maximum(x, 0))
     assert cpu.engine() == ("portable", "at first use, Numba has changed")
 
 
@@ -285,7 +287,7 @@ def test_loops_of_a_dtype_that_is_not_accepted():
 def test_bits_that_change_after_they_were_checked():
     mask, grad = F.Mask(np.zeros(1, np.uint8), 8), np.zeros(8)
     with pytest.raises(ValueError, match="stay as they are"):
-        _arguments.bits_of(mask, np.zeros(2, np.uint8), "grad_output", grad)
+        _arguments.bits_of(mask, np.zeros(2, np.uint8), "x > 0", "grad_output", grad)
 
 
 def test_what_a_handler_raises_while_a_mask_is_compared(monkeypatch):
@@ -294,4 +296,4 @@ def test_what_a_handler_raises_while_a_mask_is_compared(monkeypatch):
     mask.shape = np.array([8, 8])
     monkeypatch.setattr(_dispatch, "_is_plain", lambda mask: True)
     with pytest.raises(ValueError, match="truth value"):
-        activations._relu_backward_calls.backward(grad, mask, 0.0, False, None)
+        activations._relu_backward.masked(grad, False, None, mask)

@@ -24,7 +24,7 @@ from reference import assert_same
 import fastrelu as F
 from fastrelu import _dispatch, activations
 from fastrelu._spec import ARRAY, BITS, NUMBER, WEIGHT, Operation
-from fastrelu.cpu import build, calls, fast, loops, pool, sums, threads
+from fastrelu.cpu import build, calls, fast, jit, loops, pool, sums, threads
 from fastrelu.cpu.lanes import lane_of
 
 float32 = np.dtype(np.float32)
@@ -569,10 +569,17 @@ def assembly(block, operation, dtype, kind=build.PLAIN):
     """The part of a loop that the team shares"""
     lane = lane_of(np.dtype(dtype))
     python = build.bound(block, operation, lane, kind)
-    loop = numba.njit(error_model="numpy")(python)
-    summing = block in sums.PARTS
-    loop.compile((sums.SIGNATURE if summing else loops.SIGNATURE).args)
-    (text,) = loop.inspect_asm().values()
+    signature = sums.SIGNATURE if block in sums.PARTS else loops.SIGNATURE
+    options = {"error_model": "numpy"}
+    loop = jit.CFunc(
+        python,
+        jit.sigutils.normalize_signature(signature),
+        {},
+        options,
+        pipeline_class=jit._Compiler,  # as loops are compiled
+    )
+    loop.compile()
+    text = loop._library.get_asm_str()
     (part,) = re.split(r"^fastrelu_part[.\d]*:$", text, flags=re.MULTILINE)[1:]
     return part
 
@@ -599,6 +606,24 @@ def test_vector_code(which, kind):
     code = assembly(block, operation, np.float32, kind)
     assert re.search(r"v?mulps", code)
     assert which not in SUMS or re.search(r"v?mulpd", code)
+
+
+@pytest.mark.skipif(not X86, reason="reads the assembly language of x86")
+def test_vector_code_where_others_keep_code_on_the_disk(tmp_path):
+    """Numba counts references then, even to what is part of a tuple."""
+    (tmp_path / "others.py").write_text("def function(a):\n    return a + 1\n")
+    script = f"""if True:
+        import sys
+        sys.path[:0] = [{str(tmp_path)!r}, {os.path.dirname(__file__)!r}]
+        import numba, others, test_paths
+        numba.njit(others.function, cache=True).compile((numba.float32,))
+        code = test_paths.assembly(*test_paths.LOOPS["forward"], "float32")
+        print("mulps" in code, "NRT" in code)
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=False
+    )
+    assert done.stdout == "True False\n", done.stderr
 
 
 @pytest.mark.skipif(not X86, reason="reads the assembly language of x86")

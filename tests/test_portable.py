@@ -12,6 +12,7 @@ import numba
 import numpy as np
 import pytest
 import reference
+import twins
 from conftest import (
     ACTIVATIONS,
     FLOATS,
@@ -39,9 +40,10 @@ def loops(monkeypatch):
     for name in ("_loops", "_why"):
         monkeypatch.setattr(cpu, name, getattr(cpu, name))
     cpu.give_up("a test asks for it")
-    monkeypatch.setattr(F._dispatch.PlainCalls, "forward", lambda *_: None)
-    monkeypatch.setattr(F._dispatch.PlainCalls, "backward", lambda *_: None)
-    monkeypatch.setattr(F._dispatch.PlainCalls, "channels", lambda *_: None)
+    for function in twins.public_functions():
+        monkeypatch.setattr(function, "call", function.left)
+        if hasattr(function, "quick_with_bits"):
+            monkeypatch.setattr(function, "quick_with_bits", portable.quick_call(None))
 
 
 @pytest.fixture
@@ -286,10 +288,9 @@ def test_a_child_does_not_use_threads_that_it_has_not():
 
 
 def test_the_ways_without_quick_calls():
-    call = portable.flat_call(None, gradient=False)
-    assert call.prepare() is None
+    call = portable.quick_call(None)
     assert call.call() is None
-    assert call.block_of() == 0
+    assert call.again(integers=True) is None
     pool = portable.get_default_memory_pool()
     pool.set_limit(1)
     pool.free_all_blocks()

@@ -390,6 +390,25 @@ def piece(typingctx: Any, array: Any, start: Any, stop: Any) -> Any:
     return array(array, types.intp, types.intp), codegen
 
 
+def _item(number: int) -> Any:
+    """Return an intrinsic for an item of a tuple.
+
+    Numba's counts a reference to it, once others have had anything compiled for the disk.
+    """
+
+    @intrinsic  # type: ignore[untyped-decorator]
+    def item(typingctx: Any, values: Any) -> Any:
+        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            return builder.extract_value(args[0], number)
+
+        return values.types[number](values), codegen
+
+    return item
+
+
+first_of, second_of, third_of = _item(0), _item(1), _item(2)
+
+
 def new_array(
     context: Any, builder: Any, kind: types.Array, pointer: Any, size: Any
 ) -> Any:

@@ -22,7 +22,17 @@ import numba
 import numpy as np
 from numba import types
 
-from fastrelu.cpu.jit import array_at, inlined, larger, piece, pointer_to, smaller
+from fastrelu.cpu.jit import (
+    array_at,
+    first_of,
+    inlined,
+    larger,
+    piece,
+    pointer_to,
+    second_of,
+    smaller,
+    third_of,
+)
 from fastrelu.cpu.lanes import WORD, buffer, pack, put_word, unpack
 from fastrelu.cpu.threads import spread
 
@@ -123,28 +133,28 @@ def three_arrays(address, size):
 
 
 def get_one(a, i):
-    return (load(a[0][i]),)
+    return (load(first_of(a)[i]),)
 
 
 def get_two(a, i):
-    return load(a[0][i]), load(a[1][i])
+    return load(first_of(a)[i]), load(second_of(a)[i])
 
 
 def get_three(a, i):
-    return load(a[0][i]), load(a[1][i]), load(a[2][i])
+    return load(first_of(a)[i]), load(second_of(a)[i]), load(third_of(a)[i])
 
 
 def cut_one(a, start, stop):
-    return (piece(a[0], start, stop),)
+    return (piece(first_of(a), start, stop),)
 
 
 def cut_two(a, start, stop):
-    return piece(a[0], start, stop), piece(a[1], start, stop)
+    return piece(first_of(a), start, stop), piece(second_of(a), start, stop)
 
 
 def cut_three(a, start, stop):
-    first, second = piece(a[0], start, stop), piece(a[1], start, stop)
-    return first, second, piece(a[2], start, stop)
+    x, saved = piece(first_of(a), start, stop), piece(second_of(a), start, stop)
+    return x, saved, piece(third_of(a), start, stop)
 
 
 # By how many there are; the first is that for none, or for one array.
@@ -259,7 +269,7 @@ def end_of_line(y, stop):
 
 
 def bit_at(a, s, i):
-    return np.uint64(1 if active(*((load(a[0][i]),) + kept(s))) else 0)
+    return np.uint64(1 if active(*((load(first_of(a)[i]),) + kept(s))) else 0)
 
 
 bit: Any  # bit_at, bound
