@@ -1269,7 +1269,7 @@ FAULTS = {
             "            give_up(error)\n"
             "            raise\n",
             "a Numba that has changed is an error of ours",
-            "test_abi.py::test_a_strided_array_where_numba_has_changed",
+            "test_abi.py::test_a_misaligned_array_where_numba_has_changed",
         ),
         Fault(
             "        if y is not out:\n            np.copyto(out, y)\n",
