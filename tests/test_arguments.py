@@ -492,6 +492,24 @@ def test_mask_of_a_shape_that_no_array_has():
             F.Mask(np.zeros(1, np.uint8), shape)
 
 
+WRONG_ORDERS = [(0, 0), (0,), (0, 2), ("0", 1), 1.5]
+
+
+@pytest.mark.parametrize("axes", WRONG_ORDERS)
+def test_masks_in_no_order(axes):
+    with pytest.raises((TypeError, ValueError), match="axes"):
+        F.Mask(np.zeros(1, np.uint8), (2, 3), axes)
+    with pytest.raises(TypeError, match="predicate"):
+        F.Mask(np.zeros(1, np.uint8), (2, 3), predicate=axes)
+
+
+def test_the_order_of_a_mask():
+    mask = F.Mask(np.array([0b000110], np.uint8), (2, 3), (1, 0))
+    assert mask.axes == (1, 0)
+    assert mask.unpack().tolist() == [[False, True, False], [True, False, False]]
+    assert F.Mask(mask.bits, (2, 3), (0, 1)).axes == (0, 1)
+
+
 @pytest.mark.parametrize("argument", ["x", "grad_output", "weight"])
 def test_a_mask_is_no_array(argument):
     _, mask = F.relu(np.ones((2, 3), np.float32), return_mask=True)

@@ -39,6 +39,7 @@ from test_paths import (
 )
 
 import fastrelu as F
+from fastrelu._spec import ARRAY, NUMBER, Operation
 from fastrelu.cpu import blocks, calls, halves, handler, loops, pool, sums, threads
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered:RuntimeWarning")
@@ -685,3 +686,55 @@ def test_every_way_to_round_to_half():
                 got = [halves.float_to_half(-v) for v in value]
                 expected = (-value).astype(np.float16)
             assert_same(np.array(got, np.uint16).view(np.float16), expected)
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_every_formula(name):
+    row, dtype = ACTIVATIONS[name], np.dtype(np.float32)
+    x, g = 3 * sample((6, 13), dtype), sample((6, 13), dtype, seed=1)
+    slopes = slopes_for(name, x)
+    assert_same(row.forward(x, **slopes), reference.forward(name, x, **slopes))
+    expected = reference.backward(name, g, x, **slopes)
+    assert_same(gradient_of(name, g, x, **slopes), expected)
+    if row.takes_mask:
+        _, mask = row.forward(x, return_mask=True, **slopes)
+        assert_same(row.backward(g, mask, **slopes), expected)
+
+
+@pytest.mark.parametrize("dtype", [*FLOATS, "int8"], indirect=True)
+def test_lines(dtype):
+    """Axes that merge and that do not, short and long ones, by steps of any sign"""
+    for cut in (np.s_[::2, ::-1], np.s_[:, 1:, ::2], np.s_[:, :, :3], np.s_[::-1]):
+        x, g = sample((6, 5, 40), dtype)[cut], sample((6, 5, 40), dtype, seed=1)[cut]
+        assert_same(F.relu(x), reference.forward("relu", x))
+        assert_same(F.relu_backward(g, x), reference.backward("relu", g, x))
+        out = sample((6, 5, 40), dtype, seed=2)[cut]
+        assert F.relu(x, out=out) is out
+        assert_same(out, reference.forward("relu", x))
+        if dtype.kind != "i":
+            slopes = normal(x.shape, dtype, seed=3)
+            expected = reference.backward("rrelu", g, x, slopes=slopes)
+            assert_same(F.rrelu_backward(g, x, slopes), expected)
+            weight = normal((x.shape[1], 1), dtype, seed=4)
+            assert_same(
+                F.prelu(x, weight), reference.forward("prelu", x, weight=weight)
+            )
+
+
+def test_a_mask_of_two_numbers():
+    operation = Operation(clipped, (ARRAY, NUMBER, NUMBER), within, 2)
+    x, bits = sample((77,), np.dtype(np.float32)), np.empty(10, np.uint8)
+    y = calls.Call(operation).run(x, False, None, bits, -0.5, 0.5)
+    assert_same(
+        y, np.where(x <= -0.5, np.float32(-0.5), np.where(x >= 0.5, np.float32(0.5), x))
+    )
+    assert_same(bits, np.packbits((x > -0.5) & (x < 0.5), bitorder="little"))
+
+
+def clipped(x, low, high):
+    y = high if x >= high else x  # noqa: FURB136 - min() would lose a NaN
+    return low if x <= low else y
+
+
+def within(x, low, high):
+    return x > low and x < high

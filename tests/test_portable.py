@@ -339,3 +339,33 @@ def test_no_file_to_keep_the_code_beside(monkeypatch):
     loop = portable._compile(portable._itself, (numba.intp,))
     assert loop(3) == 3
     assert caches == [True, None]
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_every_formula(name, interpreted):
+    row, dtype = ACTIVATIONS[name], np.dtype(np.float32)
+    x, g = 3 * sample((6, 13), dtype), sample((6, 13), dtype, seed=1)
+    slopes = slopes_for(name, x)
+    assert_same(row.forward(x, **slopes), reference.forward(name, x, **slopes))
+    expected = reference.backward(name, g, x, **slopes)
+    assert_same(gradient_of(name, g, x, **slopes), expected)
+    slopes = sample(x.shape, dtype, seed=2)
+    expected = reference.backward("rrelu", g, x, slopes=slopes)
+    assert_same(F.rrelu_backward(g, x, slopes), expected)
+
+
+def test_a_mask_of_two_numbers(interpreted):
+    x = sample((77,), np.dtype(np.float32))
+    y, operands = np.empty_like(x), [("array", x), ("number", -0.5), ("number", 0.5)]
+    bits, _ = portable.elementwise_mask(clipped, within, 2, operands, y)
+    assert_same(bits, np.packbits((x > -0.5) & (x < 0.5), bitorder="little"))
+    assert y[np.isfinite(y)].max() == 0.5
+
+
+def clipped(x, low, high):
+    y = high if x >= high else x  # noqa: FURB136 - min() would lose a NaN
+    return low if x <= low else y
+
+
+def within(x, low, high):
+    return x > low and x < high
