@@ -15,6 +15,7 @@ import pytest
 from reference import assert_same
 
 import fastrelu as F
+from fastrelu import activations
 
 PACKAGE = Path(F.__file__).parent
 
@@ -107,6 +108,12 @@ def test_version():
         assert F.__version__ == importlib.metadata.version("fastrelu")
     except importlib.metadata.PackageNotFoundError:
         pytest.skip("fastrelu is not installed here")
+
+
+def test_an_output_does_not_tell_of_every_activation():
+    rows = activations.ACTIVATIONS
+    assert not rows["squared_relu"].output_tells()
+    assert rows["relu"].output_tells()
 
 
 def test_a_mask_says_what_it_is():

@@ -721,6 +721,21 @@ def test_lines(dtype):
             )
 
 
+@pytest.mark.parametrize("shape", [(700,), (6, 1, 5, 40)])
+def test_long_lines_and_axes_of_one(shape):
+    dtype = np.dtype(np.float32)
+    x = sample(shape, dtype)[..., ::2]
+    out = sample(shape, dtype, seed=1)[..., 1::2]
+    assert_same(F.relu(x), reference.forward("relu", x))
+    F.relu(x, out=out)
+    assert_same(out, reference.forward("relu", x))
+
+
+def test_a_weight_that_its_gradient_overlaps(gradients):
+    g, memory = cube(), normal((9,), np.dtype(np.float32))
+    assert gradients(g, False, (None, memory[1:]), g, memory[:8], -1) is None
+
+
 def test_a_mask_of_two_numbers():
     operation = Operation(clipped, (ARRAY, NUMBER, NUMBER), within, 2)
     x, bits = sample((77,), np.dtype(np.float32)), np.empty(10, np.uint8)
@@ -738,3 +753,18 @@ def clipped(x, low, high):
 
 def within(x, low, high):
     return x > low and x < high
+
+
+def test_what_is_not_ready(monkeypatch, leaky, gradients):
+    """The pool, and a dtype: each is told, and asked for once."""
+    x, w = cube(), normal((8,), np.dtype(np.float32))
+    monkeypatch.setattr(calls, "SMALLEST", 1)
+    monkeypatch.setattr(calls, "_is_pool_ready", lambda table: False)
+    assert leaky.flat(x, False, None, 0.5) is None
+    assert gradients(x, False, None, x, w, -1) is None
+
+
+def test_a_second_dtype_of_gradients(gradients):
+    for dtype in (np.float32, np.float64):
+        g, w = cube().astype(dtype), np.ones(8, dtype)
+        assert gradients(g, False, None, g, w, -1)[1].dtype == dtype

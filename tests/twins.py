@@ -177,6 +177,13 @@ class Interpreter:
         place = ctypes.c_ssize_t, ctypes.c_void_p
         of_python("PyTuple_SetItem", *place)(pair, i, address)
 
+    def as_float(self, address):
+        try:
+            return float(referred(address))
+        except OverflowError as error:
+            self.error = error
+            return -1.0
+
     def as_integer(self, address):
         value = referred(address)
         if abs(value) < 1 << 63:
@@ -291,7 +298,7 @@ def interpret(monkeypatch):
             "_vectorcall": vectorcall,
             "_save_thread": python.save_thread,
             "_restore_thread": python.restore_thread,
-            "_as_float": referred,
+            "_as_float": python.as_float,
             "_as_integer": python.as_integer,
             "_failed": python.failed,
             "_forget": python.forget,
