@@ -266,6 +266,7 @@ LEFT_CALLS = {
         x[:, ::2], False, None, np.zeros(12, np.uint8), 0.5
     ),
     "overlap of strided": lambda f, x: f.flat(x[:, 1:], False, x[:, :-1], 0.5),
+    "onto its transpose": lambda f, x: f.flat(x[0, :, :6], False, x[0, :, :6].T, 0.5),
     "own overlap": lambda f, x: f.flat(windows(x), True, None, 0.5),
     "unknown dtype": lambda f, x: f.flat(x.astype("F"), False, None, 0.5),
     "saved's dtype": lambda f, x: f.gradient(x, False, None, x.view(np.int32), 0.5),

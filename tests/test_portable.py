@@ -349,6 +349,9 @@ def test_every_formula(name, interpreted):
     assert_same(row.forward(x, **slopes), reference.forward(name, x, **slopes))
     expected = reference.backward(name, g, x, **slopes)
     assert_same(gradient_of(name, g, x, **slopes), expected)
+    out = np.empty((6, 26), dtype)[:, ::2]
+    gradient_of(name, g, x, out=out, **slopes)
+    assert_same(out, expected)
     slopes = sample(x.shape, dtype, seed=2)
     expected = reference.backward("rrelu", g, x, slopes=slopes)
     assert_same(F.rrelu_backward(g, x, slopes), expected)

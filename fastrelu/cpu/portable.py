@@ -347,7 +347,7 @@ def elementwise_mask(
 ) -> tuple[Array, tuple[int, ...]]:
     """Write a function of the operands into out; return mask bits and their order."""
     kinds = tuple(kind for kind, _ in operands)
-    bits = np.empty(-(-out.size // 8), np.uint8)
+    bits = empty_bytes(-(-out.size // 8))
     operation = Operation(function, kinds, active, kept)
     return bits, _elementwise(operation, operands, out, bits)
 
