@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fastrelu._dtypes import BY_NAME, FLOATS, REALS, Row, is_accepted, name_of, row_of
+from fastrelu._layout import is_simple
 from fastrelu.mask import ANSWERS, Mask, is_foreign
 
 Array = Any
@@ -290,19 +291,8 @@ def _places(x: Array) -> Array:
 
 def _shares_elements(x: Array) -> bool:
     """Say whether two elements of x have a byte in common."""
-    if x.size < 2 or x.flags.c_contiguous:
+    if x.size < 2 or x.flags.c_contiguous or is_simple(x):
         return False
-    reach = x.itemsize
-    for stride, size in sorted(
-        (abs(stride), size)
-        for stride, size in zip(x.strides, x.shape, strict=True)
-        if size > 1
-    ):
-        if stride < reach:
-            break
-        reach += stride * (size - 1)
-    else:
-        return False  # each axis steps over all that the finer ones reach
     # Rare and crafted: compare the slices along one axis after another, exactly.
     axis = max(range(x.ndim), key=lambda i: x.shape[i])
     slices = np.moveaxis(x, axis, 0)

@@ -406,7 +406,6 @@ class _ByElementBackward(_Function):
 
     def __init__(self, spec: Spec) -> None:
         super().__init__(spec, Operation(spec.of_saved, (ARRAY, ARRAY, ARRAY)))
-        self.of_number = _Backward(spec)
 
     def long(self, grad: Any, inplace: Any, out: Any, x: Any, slopes: Any) -> Any:
         spec, others, numbers = self.spec, [("x", x)], [("slopes", slopes)]

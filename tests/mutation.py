@@ -115,18 +115,6 @@ FAULTS = {
     ],
     "_arguments.py": [
         Fault(
-            "        if stride < reach:",
-            "        if stride < x.itemsize:",
-            "windows that overlap each other pass for an output",
-            "test_arguments.py::test_out_with_elements_that_share_memory",
-        ),
-        Fault(
-            "reach += stride * (size - 1)",
-            "reach = stride",
-            "an axis may step over less than the finer ones reach",
-            "test_arguments.py::test_out_with_elements_that_share_memory",
-        ),
-        Fault(
             "if not places.flags.writeable:",
             "if False:",
             "read-only memory is written",
@@ -256,6 +244,18 @@ FAULTS = {
         ),
     ],
     "_layout.py": [
+        Fault(
+            "if abs(x.strides[axis]) < reach:",
+            "if abs(x.strides[axis]) < x.itemsize:",
+            "windows that overlap each other pass for an output",
+            "test_arguments.py::test_out_with_elements_that_share_memory",
+        ),
+        Fault(
+            "reach += abs(x.strides[axis]) * (x.shape[axis] - 1)",
+            "reach = abs(x.strides[axis])",
+            "an axis may step over less than the finer ones reach",
+            "test_arguments.py::test_out_with_elements_that_share_memory",
+        ),
         Fault(
             "and x.ctypes.data == y.ctypes.data",
             "and True",

@@ -737,22 +737,13 @@ def test_a_weight_that_its_gradient_overlaps(gradients):
 
 
 def test_a_mask_of_two_numbers():
-    operation = Operation(clipped, (ARRAY, NUMBER, NUMBER), within, 2)
+    operation = Operation(twins.clipped, (ARRAY, NUMBER, NUMBER), twins.within, 2)
     x, bits = sample((77,), np.dtype(np.float32)), np.empty(10, np.uint8)
     y = calls.Call(operation).run(x, False, None, bits, -0.5, 0.5)
     assert_same(
         y, np.where(x <= -0.5, np.float32(-0.5), np.where(x >= 0.5, np.float32(0.5), x))
     )
     assert_same(bits, np.packbits((x > -0.5) & (x < 0.5), bitorder="little"))
-
-
-def clipped(x, low, high):
-    y = high if x >= high else x  # noqa: FURB136 - min() would lose a NaN
-    return low if x <= low else y
-
-
-def within(x, low, high):
-    return x > low and x < high
 
 
 def test_what_is_not_ready(monkeypatch, leaky, gradients):

@@ -360,15 +360,6 @@ def test_every_formula(name, interpreted):
 def test_a_mask_of_two_numbers(interpreted):
     x = sample((77,), np.dtype(np.float32))
     y, operands = np.empty_like(x), [("array", x), ("number", -0.5), ("number", 0.5)]
-    bits, _ = portable.elementwise_mask(clipped, within, 2, operands, y)
+    bits, _ = portable.elementwise_mask(twins.clipped, twins.within, 2, operands, y)
     assert_same(bits, np.packbits((x > -0.5) & (x < 0.5), bitorder="little"))
     assert y[np.isfinite(y)].max() == 0.5
-
-
-def clipped(x, low, high):
-    y = high if x >= high else x  # noqa: FURB136 - min() would lose a NaN
-    return low if x <= low else y
-
-
-def within(x, low, high):
-    return x > low and x < high

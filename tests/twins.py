@@ -36,8 +36,6 @@ def public_functions():
     for value in vars(activations).values():
         if isinstance(value, _dispatch._Function):
             yield value
-            if hasattr(value, "of_number"):
-                yield value.of_number
 
 
 def quick_calls():
@@ -46,6 +44,18 @@ def quick_calls():
         for name in ("quick", "quick_with_bits"):
             if hasattr(function, name):
                 yield getattr(function, name)
+
+
+# A formula and a predicate of two numbers, which no activation has, as plain Python.
+
+
+def clipped(x, low, high):
+    y = high if x >= high else x  # noqa: FURB136 - min() would lose a NaN
+    return low if x <= low else y
+
+
+def within(x, low, high):
+    return x > low and x < high
 
 
 # Memory -------------------------------------------------------------------------------
