@@ -369,7 +369,9 @@ def _elementwise(
         (given, axes), template = beside[BITS], _from_bits
         b = np.array(given)  # it may lie on the result
     y, order, (flat_y, *flats), waiting = lay_flat(out, arrays, empty_like, axes)
-    if WEIGHT in beside and x.size:
+    if not x.size:
+        return tuple(order)
+    if WEIGHT in beside:
         weight = beside[WEIGHT].transpose(order)
         view = channels_of(y.transpose(order).shape, weight.shape)
         template, b, unit, inner = (
