@@ -2,8 +2,8 @@
 
 A quick call asks an array the few questions that say that no check could fail.  Each
 public function has one; whatever it does not take, it hands on to the function's `left`
-here: the first call of a kind, which makes something ready, masks, arrays on a GPU,
-and all that needs the long way, with its checks and error messages.
+here: the first call of a kind, which makes something ready, arrays on a GPU, and all
+that needs the long way, with its checks and error messages.
 """
 
 import functools
@@ -17,10 +17,9 @@ from numpy import ndarray
 
 from fastrelu import _arguments, cpu
 from fastrelu._arguments import is_on_gpu
-from fastrelu._layout import memory_order
 from fastrelu._spec import ARRAY, BITS, NUMBER, WEIGHT, Operation, Spec
 from fastrelu.cpu.abi import Unproven
-from fastrelu.mask import ANSWERS, Mask
+from fastrelu.mask import Mask
 
 Array = Any
 _ON_GPU: set[type] = set()  # the types of arrays on a GPU that came so far
@@ -176,7 +175,7 @@ class _Function:
     `call` is ``call(x, inplace, out, *operands)``.
     """
 
-    def __init__(self, spec: Spec, operation: Operation, **options: bool) -> None:
+    def __init__(self, spec: Spec, operation: Operation, **options: Any) -> None:
         self.spec = spec
         self.quick = cpu.quick_call(operation, **options)
         self.call: Any = self.left
@@ -185,25 +184,23 @@ class _Function:
     def left(self, x: Any, *others: Any) -> Any:
         """Take what the quick call does not."""
         if type(x) is ndarray:
-            y = self.masked(x, *others)
-            if y is None:
-                y = self._again(self.quick, x, *others)
+            y = self._again(x, *others)
         else:
             calls = self.on_gpu.get(type(x)) or self._elsewhere(x)
             y = calls and self.gpu(calls, x, *others)
         return self.long(x, *others) if y is None else y
 
-    def _again(self, quick: Any, x: Any, *others: Any) -> Any:
-        """Make a quick call again if something was missing, or return None."""
+    def _again(self, x: Any, *others: Any) -> Any:
+        """Make the quick call again if something was missing, or return None."""
         if not cpu.is_fast():
             return None
         try:
-            y = quick.again(x, *others, integers=self.spec.integers)
+            y = self.quick.again(x, *others, integers=self.spec.integers)
         except Unproven as error:
             cpu.give_up(error)
             return None
-        if quick is self.quick and quick.rows and self.call == self.left:
-            self.call = quick.before(self.left)
+        if self.quick.rows and self.call == self.left:
+            self.call = self.quick.before(self.left)
         return y
 
     def _elsewhere(self, x: Any) -> Any:
@@ -212,9 +209,6 @@ class _Function:
             return None
         return self.on_gpu.setdefault(type(x), _cuda().Calls(type(x), self.spec))
 
-    def masked(self, *arguments: Any) -> Any:
-        """Take a call that makes or uses a mask, if it is plain otherwise, or None."""
-
     def gpu(self, calls: Any, *arguments: Any) -> Any:
         """Take a call with an array on a GPU, if it is plain otherwise, or None."""
 
@@ -222,40 +216,18 @@ class _Function:
         """Take any call."""
         raise NotImplementedError
 
-    def _with_bits(self, x: Any, *others: Any) -> Any:
-        """Make the quick call with a mask's bits, or return None."""
-        y = self.quick_with_bits.call(x, *others)
-        return self._again(self.quick_with_bits, x, *others) if y is None else y
-
-    quick_with_bits: Any
-
 
 class _Forward(_Function):
     """``call(x, inplace, out, return_mask, *numbers)``."""
 
     def __init__(self, spec: Spec) -> None:
         kinds = ARRAY, *(NUMBER for _ in spec.numbers)
-        super().__init__(spec, Operation(spec.formula, kinds), flag=True)
-        if spec.active is not None:
-            kept = spec.active, len(spec.numbers_kept)
-            operation = Operation(spec.formula, kinds, *kept)
-            self.quick_with_bits = cpu.quick_call(operation)
-
-    def masked(
-        self, x: Any, inplace: Any, out: Any, return_mask: Any, *numbers: Any
-    ) -> Any:
-        if return_mask is not True:
-            return None
-        shape = x.shape
-        axes = None if x.flags.c_contiguous else tuple(memory_order(x))
-        try:
-            bits = cpu.empty_bytes((x.size + 7) >> 3)
-        except (MemoryError, Unproven):  # another argument may be wrong as well
-            return None
-        y = self._with_bits(x, inplace, out, bits, *numbers)
-        if y is None:
-            return None
-        return y, Mask._make(bits, shape, axes, self.spec.predicate)
+        super().__init__(
+            spec,
+            Operation(spec.formula, kinds),
+            flag=True,
+            **_masked(spec, spec.formula, kinds, spec.active, len(spec.numbers_kept)),
+        )
 
     def gpu(
         self,
@@ -288,24 +260,11 @@ class _Backward(_Function):
 
     def __init__(self, spec: Spec) -> None:
         numbers = tuple(NUMBER for _ in spec.numbers_kept)
-        super().__init__(spec, Operation(spec.of_saved, (ARRAY, ARRAY, *numbers)))
-        if spec.active is not None:
-            operation = Operation(spec.gradient, (ARRAY, BITS, *numbers))
-            self.quick_with_bits = cpu.quick_call(operation)
-
-    def masked(
-        self, grad: Any, inplace: Any, out: Any, saved: Any, *numbers: Any
-    ) -> Any:
-        if type(saved) is not Mask or not self.spec.predicate:
-            return None
-        try:
-            same = saved.shape == grad.shape and saved.predicate == self.spec.predicate
-            bits = saved.bits if same and _lies_as(saved._axes, grad) else None
-        except (*ANSWERS, MemoryError):
-            if _is_plain(saved):  # a signal's handler has raised that
-                raise
-            return None  # what was changed since it was made may be anything
-        return self._with_bits(grad, inplace, out, bits, *numbers)
+        super().__init__(
+            spec,
+            Operation(spec.of_saved, (ARRAY, ARRAY, *numbers)),
+            **_masked(spec, spec.gradient, (ARRAY, BITS, *numbers)),
+        )
 
     def gpu(
         self, calls: Any, grad: Any, inplace: Any, out: Any, saved: Any, *numbers: Any
@@ -334,19 +293,11 @@ class _Backward(_Function):
         )
 
 
-def _lies_as(axes: tuple[int, ...] | None, x: Any) -> bool:
-    """Say whether an array lies in memory in the order of a mask's bits."""
-    if axes is None or x.flags.c_contiguous:
-        return axes is None and bool(x.flags.c_contiguous)
-    return type(axes) is tuple and list(axes) == memory_order(x)
-
-
-def _is_plain(mask: Mask) -> bool:
-    """Say whether to compare a mask's attributes runs no code of other people."""
-    shape = getattr(mask, "shape", None)
-    if type(getattr(mask, "predicate", None)) is not str:
-        return False
-    return type(shape) is tuple and all(type(length) is int for length in shape)
+def _masked(spec: Spec, *operation: Any) -> dict[str, Any]:
+    """Return what a quick call is told of masks."""
+    if spec.active is None:
+        return {}
+    return {"masked": Operation(*operation), "predicate": spec.predicate}
 
 
 class _ByChannel(_Function):

@@ -2,6 +2,7 @@
 
 import math
 import operator
+import sys
 from typing import Any
 
 import numpy as np
@@ -112,7 +113,7 @@ class Mask:
         if type(predicate) is not str:
             msg = f"predicate must be a string, got {type(predicate).__name__}"
             raise TypeError(msg)
-        self.bits, self.shape, self.predicate = plain, checked, predicate
+        self.bits, self.shape, self.predicate = plain, checked, sys.intern(predicate)
         self._axes = None if order == tuple(range(len(checked))) else order
 
     @classmethod
@@ -125,7 +126,8 @@ class Mask:
     ) -> "Mask":
         """Make a mask without its checks: they could still want memory."""
         mask = cls.__new__(cls)
-        mask.bits, mask.shape, mask._axes, mask.predicate = bits, shape, axes, predicate
+        mask.bits, mask.shape, mask._axes = bits, shape, axes
+        mask.predicate = sys.intern(predicate)
         return mask
 
     @property

@@ -52,6 +52,13 @@ WRONG = {
     "the type number": ("KIND", 2, "the number of a dtype"),
     "the ABI": ("ABI_VERSION", 1, "NumPy 2"),
     "the API's version": ("C_API_VERSION", 211, "ABI has version"),
+    "the bits of a mask": ("MASK_BITS", 4, "the attributes of a mask"),
+    "the words of a mask": (
+        "Mask",
+        type("Mask", (F.Mask,), {}),
+        "words that are written",
+    ),
+    "a new array": ("UINT8", 1, "makes arrays elsewhere"),
     "no table": ("numpy_api", lambda _: {}[0], "KeyError"),
 }
 
@@ -288,12 +295,3 @@ def test_bits_that_change_after_they_were_checked():
     mask, grad = F.Mask(np.zeros(1, np.uint8), 8), np.zeros(8)
     with pytest.raises(ValueError, match="stay as they are"):
         _arguments.bits_of(mask, np.zeros(2, np.uint8), "x > 0", "grad_output", grad)
-
-
-def test_what_a_handler_raises_while_a_mask_is_compared(monkeypatch):
-    """Its shape is plain, so that nobody else can have raised that."""
-    mask, grad = F.Mask(np.zeros(1, np.uint8), 8), np.zeros(8)
-    mask.shape = np.array([8, 8])
-    monkeypatch.setattr(_dispatch, "_is_plain", lambda mask: True)
-    with pytest.raises(ValueError, match="truth value"):
-        activations._relu_backward.masked(grad, False, None, mask)

@@ -6,6 +6,7 @@ hand compiles is run too: half floats converted bit by bit.
 """
 
 import ctypes
+import gc
 import itertools
 import random
 import sys
@@ -40,7 +41,18 @@ from test_paths import (
 
 import fastrelu as F
 from fastrelu._spec import ARRAY, NUMBER, Operation
-from fastrelu.cpu import blocks, calls, halves, handler, loops, pool, sums, threads
+from fastrelu.cpu import (
+    blocks,
+    calls,
+    halves,
+    handler,
+    loops,
+    objects,
+    pool,
+    quick,
+    sums,
+    threads,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered:RuntimeWarning")
 SIZES = 0, 1, 8, 64, 77, 1158  # the last one is past the cache
@@ -192,7 +204,8 @@ def test_what_is_left_to_python(name, leaky):
 def test_large_results_come_from_the_pool(leaky, interpreter, monkeypatch):
     asked, x = [], cube()
     F.get_default_memory_pool().ready()
-    monkeypatch.setattr(calls, "SMALLEST", x.nbytes)
+    for module in (calls, objects):
+        monkeypatch.setattr(module, "SMALLEST", x.nbytes)
     monkeypatch.setattr(pool, "borrow", lambda own: asked.append(own) or 7)
     monkeypatch.setattr(
         pool, "restore", lambda own, before, y: asked.append(before) or y
@@ -244,12 +257,8 @@ def test_when_the_team_is_ready(monkeypatch):
     assert not threads.is_ready()
 
 
-def test_no_memory_for_a_result(interpreter, monkeypatch, leaky):
-    def none(*_):
-        interpreter.error = MemoryError()
-        return 0
-
-    monkeypatch.setattr(calls, "_call_empty_like", none)
+def test_no_memory_for_a_result(interpreter, leaky):
+    interpreter.objects = 0
     with pytest.raises(MemoryError):
         leaky.flat(cube(), False, None, 0.5)
 
@@ -305,27 +314,45 @@ def test_no_memory_for_sums(enough, interpreter):
     assert test_paths.ready_for_float32().by_channel(x, False, None, weight, -1) is None
 
 
-def test_no_memory_for_both_gradients(interpreter, monkeypatch, gradients):
+def test_no_memory_for_both_gradients(interpreter, gradients):
     g, w = cube(), normal((8,), np.dtype(np.float32))
-    empty_like, new_tuple, left = calls._call_empty_like, calls._new_tuple, [0]
-
-    def scarce(function):
-        def call(*arguments):
-            left[0] -= 1
-            if left[0] < 0:
-                interpreter.error = MemoryError()
-                return 0
-            return function(*arguments)
-
-        return call
-
-    monkeypatch.setattr(calls, "_call_empty_like", scarce(empty_like))
-    monkeypatch.setattr(calls, "_new_tuple", scarce(new_tuple))
     for enough in range(3):
-        left[0], interpreter.error = enough, None
+        interpreter.objects, interpreter.error = enough, None
         with pytest.raises(MemoryError):
             gradients(g, False, None, g, w, -1)
         assert not interpreter.given
+
+
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_no_memory_for_a_mask(order, interpreter, leaky, request):
+    """Whatever was made by then goes."""
+
+    def found():
+        things = gc.get_objects()
+        triples = sum(type(thing) is tuple and len(thing) == 3 for thing in things)
+        return triples, sum(type(thing) is F.Mask for thing in things)
+
+    x, enough = cube(order), 0
+    gc.collect()
+    gc.disable()  # which would lose sight of tuples of integers
+    request.addfinalizer(gc.enable)
+    while True:
+        before = found()
+        for _ in range(30):
+            interpreter.objects, interpreter.error = enough, None
+            try:
+                y, mask = leaky.forward(x, False, None, True, 0.5)
+            except MemoryError:
+                y = None
+        if y is not None:
+            break
+        assert [array for array in interpreter.arrays if array() is not None] == []
+        assert all(b - a < 30 for a, b in zip(before, found(), strict=True))
+        enough += 1
+    # The result, bits, tuples of three integers each, the mask, and the pair.
+    assert enough == (8 if order == "C" else 12)
+    assert_same(y, reference.forward("leaky_relu", x, negative_slope=0.5))
+    assert_same(mask.unpack(), x > 0)
 
 
 # The pool -----------------------------------------------------------------------------
@@ -739,7 +766,7 @@ def test_a_weight_that_its_gradient_overlaps(gradients):
 def test_a_mask_of_two_numbers():
     operation = Operation(twins.clipped, (ARRAY, NUMBER, NUMBER), twins.within, 2)
     x, bits = sample((77,), np.dtype(np.float32)), np.empty(10, np.uint8)
-    y = calls.Call(operation).run(x, False, None, bits, -0.5, 0.5)
+    y = quick.Call(operation).run(x, False, None, bits, -0.5, 0.5)
     assert_same(
         y, np.where(x <= -0.5, np.float32(-0.5), np.where(x >= 0.5, np.float32(0.5), x))
     )

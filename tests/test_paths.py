@@ -24,7 +24,7 @@ from reference import assert_same
 import fastrelu as F
 from fastrelu import _dispatch, activations
 from fastrelu._spec import ARRAY, BITS, NUMBER, WEIGHT, Operation
-from fastrelu.cpu import build, calls, fast, jit, loops, pool, sums, threads
+from fastrelu.cpu import build, calls, fast, jit, loops, pool, quick, sums, threads
 from fastrelu.cpu.lanes import lane_of
 
 float32 = np.dtype(np.float32)
@@ -61,7 +61,7 @@ def taken(monkeypatch):
 
     monkeypatch.setattr(build, "compiled", record)
     # What the long way keeps would outlive the callbacks.
-    monkeypatch.setattr(fast, "quick_call", functools.cache(calls.Call))
+    monkeypatch.setattr(fast, "quick_call", functools.cache(quick.Call))
     monkeypatch.setattr(threads, "CACHE", 1 << 24)
     ask_for_loops_again()
     yield runs
@@ -71,9 +71,9 @@ def taken(monkeypatch):
 
 def ask_for_loops_again():
     for call in list(twins.quick_calls()):
-        call.table[calls._CACHE] = threads.CACHE
+        call.table[calls.CACHE] = threads.CACHE
         for row in call.rows:
-            call.table[row + calls._LOOP : row + calls._ROW] = 0
+            call.table[row + calls.LOOP : row + calls.ROW] = 0
 
 
 @pytest.fixture
@@ -229,7 +229,98 @@ QUICK_CALLS = {
     "saved": lambda f, x: f.gradient(x, False, None, x.copy(), 0.5),
     "out is saved": lambda f, x: f.gradient(x.copy(), False, x, x, 0.5),
 }
+QUICK_CALLS |= {
+    "no mask": lambda f, x: f.forward(x, False, None, False, 0.5),
+    "mask made": lambda f, x: with_mask(f.forward(x, False, None, True, 0.5)),
+    "mask made permuted": lambda f, x: with_mask(
+        f.forward(x.transpose(1, 2, 0), False, None, True, 0.5)
+    ),
+    "mask made in place": lambda f, x: with_mask(f.forward(x, True, None, True, 0.5)),
+    "not taken": lambda f, x: f.backward(x, False, None, x.copy(), 0.5),
+    "mask taken": lambda f, x: f.backward(x, False, None, mask_of(x), 0.5),
+    "mask taken in place": lambda f, x: f.backward(x, True, None, mask_of(x), 0.5),
+    "mask taken permuted": lambda f, x: f.backward(
+        x.transpose(1, 2, 0), False, None, mask_of(x.transpose(1, 2, 0)), 0.5
+    ),
+    "mask told by an equal predicate": lambda f, x: f.backward(
+        x,
+        False,
+        None,
+        F.Mask(np.zeros(24, np.uint8), x.shape, None, " ".join("x>0")),
+        1.0,
+    ),
+}
+
+
+def with_mask(answer):
+    y, mask = answer
+    assert type(mask) is F.Mask
+    assert_same(mask.unpack(), y > 0)
+    return y
+
+
+def mask_of(x, **changes):
+    """A mask of x, some of whose attributes were replaced, or deleted"""
+    mask = F.relu(x, return_mask=True)[1]
+    for name, value in changes.items():
+        setattr(mask, name, value)
+        if value is None:
+            delattr(mask, name)
+    return mask
+
+
+class OwnMask(F.Mask):
+    """What may do anything when it is asked for its bits"""
+
+
 LEFT_CALLS = {
+    "flag 1": lambda f, x: f.forward(x, False, None, 1, 0.5),
+    "mask of a strided array": lambda f, x: f.forward(
+        x[:, ::2], False, None, True, 0.5
+    ),
+    "mask with a bad slope": lambda f, x: f.forward(x, False, None, True, np.nan),
+    "mask of another order": lambda f, x: f.backward(
+        x, False, None, mask_of(np.asfortranarray(x)), 0.5
+    ),
+    "mask of C order": lambda f, x: f.backward(
+        x.transpose(1, 2, 0), False, None, mask_of(x.transpose(1, 2, 0).copy()), 0.5
+    ),
+    "mask in another order": lambda f, x: f.backward(
+        x.transpose(1, 2, 0),
+        False,
+        None,
+        mask_of(np.asfortranarray(x.transpose(1, 2, 0))),
+        0.5,
+    ),
+    "mask of another shape": lambda f, x: f.backward(x, False, None, mask_of(x[1:]), 1),
+    "mask of fewer axes": lambda f, x: f.backward(x, False, None, mask_of(x[0]), 0.5),
+    "mask with another predicate": lambda f, x: f.backward(
+        x, False, None, mask_of(x, predicate="x > 1"), 0.5
+    ),
+    "mask of other bits": lambda f, x: f.backward(
+        x, False, None, mask_of(x, bits=np.zeros(25, np.uint8)), 0.5
+    ),
+    "mask with a bool": lambda f, x: f.backward(
+        x[:1], False, None, mask_of(x[:1], shape=(True, 6, 8)), 0.5
+    ),
+    "mask with a long shape": lambda f, x: f.backward(
+        x, False, None, mask_of(x, shape=(4, 6, 2**64 + 8)), 0.5
+    ),
+    "mask with a list": lambda f, x: f.backward(
+        x, False, None, mask_of(x, shape=[4, 6, 8]), 0.5
+    ),
+    "mask with a list of axes": lambda f, x: f.backward(
+        x.T, False, None, mask_of(x.T, _axes=[2, 1, 0]), 0.5
+    ),
+    **{
+        f"mask without {name}": lambda f, x, name=name: f.backward(
+            x, False, None, mask_of(x, **{name: None}), 0.5
+        )
+        for name in F.Mask.__slots__
+    },
+    "mask of a class of one's own": lambda f, x: f.backward(
+        x, False, None, OwnMask(np.zeros(24, np.uint8), x.shape), 0.5
+    ),
     "rounded slope": lambda f, x: f.flat(x, False, None, 2**53 + 1),
     "huge slope": lambda f, x: f.flat(x, False, None, 10**400),
     "true slope": lambda f, x: f.flat(x, False, None, True),
@@ -289,8 +380,15 @@ def ready_for_float32():
         "by_channel": Operation(spec.formula, weighted),
         "gradient": Operation(spec.of_saved, (ARRAY, ARRAY, NUMBER)),
     }
-    quick = {name: calls.Call(operation).run for name, operation in operations.items()}
-    return types.SimpleNamespace(**quick)
+    ready = {name: quick.Call(operation).run for name, operation in operations.items()}
+    of_mask = Operation(spec.gradient, (ARRAY, BITS, NUMBER))
+    for name, plain, masked in (
+        ("forward", operations["flat"], operations["masked"]),
+        ("backward", operations["gradient"], of_mask),
+    ):
+        options = {"masked": masked, "predicate": "x > 0", "flag": name == "forward"}
+        ready[name] = quick.Call(plain, **options).run
+    return types.SimpleNamespace(**ready)
 
 
 leaky = pytest.fixture(ready_for_float32, scope="module")
@@ -342,7 +440,7 @@ def test_the_quick_call_keeps_the_memory_order(leaky):
 
 def test_the_quick_call_refers_to_what_it_returns(leaky):
     """Neither does a result live for ever, nor is None or an argument given up."""
-    x, out = cube(), cube()
+    x, out, predicate = cube(), cube(), sys.intern("x > 0")
 
     def call_all():
         leaky.flat(x, False, None, 0.5)
@@ -351,17 +449,23 @@ def test_the_quick_call_refers_to_what_it_returns(leaky):
         leaky.flat(x[::2], False, None, 0.5)
         leaky.by_channel(x, False, out, x.ravel()[:8], -1)
         assert leaky.flat(x[1:], False, x[:-1], 0.5) is None
+        for y in (x, x.T):
+            _, mask = leaky.forward(y, False, None, True, 0.5)
+            leaky.backward(y, False, None, mask, 0.5)
+            leaky.backward(y[1:], False, None, mask, 0.5)
 
     call_all()  # what is compiled refers to None
-    counts = [sys.getrefcount(a) for a in (x, out, None)]
+    counts = [sys.getrefcount(a) for a in (x, out, None, predicate)]
     for _ in range(1000):
         call_all()
-    later = [sys.getrefcount(a) for a in (x, out, None)]
+    later = [sys.getrefcount(a) for a in (x, out, None, predicate)]
     assert all(abs(a - b) < 50 for a, b in zip(counts, later, strict=True))
-    y = leaky.flat(x, False, None, 0.5)
-    gone = weakref.ref(y)
-    del y
-    assert gone() is None
+    y, mask = leaky.forward(x, False, None, True, 0.5)
+    leaky.backward(x, False, None, mask, 0.5)
+    gone = weakref.ref(y), weakref.ref(mask.bits)
+    assert sys.getrefcount(mask) <= 2  # the name's, and the call's
+    del y, mask
+    assert [each() for each in gone] == [None, None]
 
 
 # The same for PReLU's gradients.
@@ -406,7 +510,7 @@ def ready_for_gradients():
     """The call of PReLU's gradients"""
     kinds = ARRAY, ARRAY, WEIGHT
     operation = Operation(activations._LEAKY_RELU.of_saved, kinds)
-    return calls.Call(operation, sums=True).run
+    return quick.Call(operation, sums=True).run
 
 
 gradients = pytest.fixture(ready_for_gradients, scope="module")

@@ -377,7 +377,7 @@ def test_a_call_is_made_once_by_two_threads():
     other.join()
     assert len(call.rows) == 1
     assert call.call is made
-    assert call.table[calls._KNOWN] == 1
+    assert call.table[calls.KNOWN] == 1
 
 
 # Memory -------------------------------------------------------------------------------

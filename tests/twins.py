@@ -8,6 +8,7 @@ import ctypes
 import dataclasses
 import functools
 import random
+import weakref
 
 import numpy as np
 from numba.core.types import ExternalFunction
@@ -23,7 +24,9 @@ from fastrelu.cpu import (
     handler,
     lanes,
     loops,
+    objects,
     portable,
+    quick,
     sums,
     threads,
     walk,
@@ -41,9 +44,7 @@ def public_functions():
 def quick_calls():
     """The quick calls of all of them"""
     for function in public_functions():
-        for name in ("quick", "quick_with_bits"):
-            if hasattr(function, name):
-                yield getattr(function, name)
+        yield function.quick
 
 
 # A formula and a predicate of two numbers, which no activation has, as plain Python.
@@ -141,6 +142,7 @@ def referred(address):
     return ctypes.cast(address, ctypes.py_object).value
 
 
+@functools.cache
 def of_python(name, *more):
     """A C function of Python that takes and returns addresses or sizes"""
     function = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p, *more)(
@@ -149,12 +151,18 @@ def of_python(name, *more):
     return lambda *values: function(*map(int, values))
 
 
+at_address = functools.cache(
+    lambda address, *kinds: ctypes.PYFUNCTYPE(ctypes.c_void_p, *kinds)(address)
+)
+
+
 class Interpreter:
     """The global lock, the error that is on its way, and what malloc has given out"""
 
     def __init__(self):
         self.held, self.error = True, None
-        self.given, self.left = set(), 1 << 60
+        self.arrays = []  # that were made
+        self.given, self.left, self.objects = set(), 1 << 60, 1 << 60
         self.raw_malloc, self.raw_free = map(
             of_python, ("PyMem_RawMalloc", "PyMem_RawFree")
         )
@@ -180,6 +188,27 @@ class Interpreter:
     def restore_thread(self, thread):
         assert (thread, self.held) == (7, False)
         self.held = True
+
+    def make(self, function, *values):
+        """What a C function returns that makes an object, as long as there is memory"""
+        self.objects -= 1
+        if self.objects < 0:
+            self.error = MemoryError()
+            return 0
+        return function(*values)
+
+    def new_tuple(self, size):
+        return self.make(of_python("PyTuple_New"), size)
+
+    def new_object(self, kind, items):
+        return self.make(
+            of_python("PyType_GenericAlloc", ctypes.c_ssize_t), kind, items
+        )
+
+    def from_integer(self, value):
+        number = ctypes.pythonapi.PyLong_FromSsize_t
+        number.restype, number.argtypes = ctypes.c_void_p, [ctypes.c_ssize_t]
+        return self.make(number, value)
 
     def set_item(self, pair, i, address):
         """Only what nobody else can see yet may change."""
@@ -208,18 +237,23 @@ class Interpreter:
         self.error = None
 
     def empty_like(self, address, values):
-        prototype = ctypes.PYFUNCTYPE(
-            ctypes.c_void_p,
-            ctypes.c_void_p,
-            ctypes.c_int,
-            ctypes.c_void_p,
-            ctypes.c_int,
-        )
+        kinds = ctypes.c_void_p, ctypes.c_int, ctypes.c_void_p, ctypes.c_int
+        return self.make_array(address, kinds, values)
+
+    def new_array(self, address, values):
+        word, size = ctypes.c_void_p, ctypes.c_int
+        kinds = word, size, word, size, word, word, size, size, word
+        return self.make_array(address, kinds, values)
+
+    def make_array(self, address, kinds, values):
         try:
-            return prototype(address)(*values)
+            made = self.make(at_address(address, *kinds), *values)
         except MemoryError as error:
             self.error = error
             return 0
+        if made != 0:
+            self.arrays.append(weakref.ref(referred(made)))
+        return made
 
 
 # The whole ----------------------------------------------------------------------------
@@ -258,7 +292,7 @@ def interpret(monkeypatch):
         "_words": buffer(loops.LENGTH, np.int64),
         "_lines": buffer((walk.FIELDS - 1) * walk.LINE, np.int64),
         "_strides": buffer(64, np.int64),
-        "_operands": buffer(loops.LENGTH + 3, np.int64),
+        "_operands": buffer(loops.LENGTH + 5, np.int64),
     }
     vectors = {
         "put_word": put_word,
@@ -289,35 +323,40 @@ def interpret(monkeypatch):
         sums: shared,
         walk: shared | {"_call_loop": call},
         build: vectors,
+        objects: {
+            **shared,
+            "_call_empty_like": python.empty_like,
+            "_call_new_array": python.new_array,
+            "incref": of_python("Py_IncRef"),
+            "decref": of_python("Py_DecRef"),
+            "new_tuple": python.new_tuple,
+            "tuple_size": of_python("PyTuple_Size"),
+            "tuple_item": of_python("PyTuple_GetItem", ctypes.c_ssize_t),
+            "set_item": python.set_item,
+            "_new_object": python.new_object,
+            "_from_integer": python.from_integer,
+            "_save_thread": python.save_thread,
+            "_restore_thread": python.restore_thread,
+            "_as_float": python.as_float,
+            "_as_integer": python.as_integer,
+            "failed": python.failed,
+            "forget": python.forget,
+        },
         calls: {
             **shared,
-            "_words": words_of(ctypes.c_int64),
-            "_floats": words_of(ctypes.c_double),
             "_singles": words_of(ctypes.c_float, 4),
             "_call_loop": call,
             "_call_look": call,
             "_call_sums": call,
             "_call_weights": call,
-            "_call_empty_like": python.empty_like,
-            "_incref": of_python("Py_IncRef"),
-            "_decref": of_python("Py_DecRef"),
-            "_new_tuple": of_python("PyTuple_New"),
-            "_length": of_python("PyTuple_Size"),
-            "_item": of_python("PyTuple_GetItem", ctypes.c_ssize_t),
-            "_set_item": python.set_item,
             "_vectorcall": vectorcall,
-            "_save_thread": python.save_thread,
-            "_restore_thread": python.restore_thread,
-            "_as_float": python.as_float,
-            "_as_integer": python.as_integer,
-            "_failed": python.failed,
-            "_forget": python.forget,
         },
         threads: {
             "_team": lambda: threads._memory,
             "_dict_item": lambda where, key: item(int(where), int(key)) or 0,
         },
     }
+    twins[calls] = twins[objects] | twins[calls]
     for module, names in twins.items():
         for name, value in list(vars(module).items()):
             if name in names:
@@ -358,17 +397,14 @@ def interpret(monkeypatch):
     monkeypatch.setattr(build, "inlined", lambda function, **_: function)
     monkeypatch.setattr(build, "compiled", compiled)
     monkeypatch.setattr(build, "compiled_for", compiled_for)
-    monkeypatch.setattr(calls, "_make", make)
-    monkeypatch.setattr(calls, "_compiled", lambda template, _: kept(template))
-    monkeypatch.setattr(fast, "quick_call", functools.cache(calls.Call))
+    monkeypatch.setattr(quick, "_make", make)
+    monkeypatch.setattr(quick, "_compiled", lambda template, _: kept(template))
+    monkeypatch.setattr(fast, "quick_call", functools.cache(quick.Call))
     for function in public_functions():
         monkeypatch.setattr(function, "call", function.left)
-        for name in ("quick", "quick_with_bits"):
-            if hasattr(function, name):
-                call = getattr(function, name)
-                options = {"flag": calls._NO_MASK in call.kinds, "sums": call.sums}
-                fresh = calls.Call(call.operation, **options)
-                monkeypatch.setattr(function, name, fresh)
+        call = function.quick
+        fresh = quick.Call(call.operation, **call.options)
+        monkeypatch.setattr(function, "quick", fresh)
     return python
 
 

@@ -16,6 +16,8 @@ from typing import Any
 
 import numpy as np
 
+from fastrelu.mask import Mask
+
 _multiarray_umath: Any = sys.modules.get("numpy._core._multiarray_umath")
 
 
@@ -28,6 +30,7 @@ class Unproven(Exception):
 # CPython, Include/object.h: the last word of an object's head is its type.  Builds
 # without the GIL and those that trace references have a longer head.
 HEAD = object.__basicsize__  # bytes
+LARGEST = sys.maxsize
 TYPE = HEAD // 8 - 1
 
 # NumPy, numpy/ndarraytypes.h: PyArrayObject_fields, which is part of its ABI.
@@ -39,8 +42,14 @@ KEEP_ORDER = 2  # NPY_KEEPORDER
 # the byte order among them, and the type number: no two dtypes have both in common.
 KIND = TYPE + 2
 
+# CPython, Objects/typeobject.c: what a class has slots for lies behind the head, sorted by
+# name.
+MASK_AXES, MASK_BITS, MASK_PREDICATE, MASK_SHAPE = (TYPE + i for i in range(1, 5))
+
 # NumPy's table for C code, numpy/__multiarray_api.h: numbers of functions.
-C_API_VERSION, NEW_LIKE_ARRAY, SET_HANDLER, DEFAULT_HANDLER = 0, 277, 304, 306
+C_API_VERSION, NEW_ARRAY, NEW_LIKE_ARRAY = 0, 93, 277
+SET_HANDLER, DEFAULT_HANDLER = 304, 306
+UINT8 = np.dtype(np.uint8).num
 ABI_VERSION = 2  # the leading byte of PyArray_GetNDArrayCVersion's answer
 
 # CPython, Include/methodobject.h: a function of (self, arguments, their number).
@@ -54,6 +63,7 @@ FUNCTIONS = (
     "PyEval_SaveThread",
     "PyFloat_AsDouble",
     "PyLong_AsSsize_t",
+    "PyLong_FromSsize_t",
     "PyMem_RawFree",
     "PyMem_RawMalloc",
     "PyObject_Vectorcall",
@@ -65,6 +75,7 @@ FUNCTIONS = (
     "PyTuple_New",
     "PyTuple_SetItem",
     "PyTuple_Size",
+    "PyType_GenericAlloc",
     "Py_DecRef",
     "Py_IncRef",
 )
@@ -198,6 +209,7 @@ def _doubts() -> Iterator[str]:
         yield from _doubts_of(array)
     yield from _doubts_of_dtypes()
     yield from _doubts_of_functions()
+    yield from _doubts_of_masks()
 
 
 def _has_gil() -> bool:
@@ -270,6 +282,15 @@ def _doubts_of_functions() -> Iterator[str]:
     made = new_like(model, KEEP_ORDER, None, 0)
     if (made.shape, made.strides, made.dtype) != ((5, 3), model.strides, model.dtype):
         yield "NumPy makes arrays elsewhere"
+    new: Callable[..., Any] = ctypes.PYFUNCTYPE(
+        *(ctypes.py_object, ctypes.py_object, ctypes.c_int, ctypes.c_void_p),
+        *(ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int, ctypes.c_int),
+        ctypes.c_void_p,
+    )(numpy_api(NEW_ARRAY))
+    size = ctypes.c_int64(5)
+    made = new(np.ndarray, 1, ctypes.addressof(size), UINT8, None, None, 0, 0, None)
+    if (type(made), made.shape, made.dtype) != (np.ndarray, (5,), np.dtype(np.uint8)):
+        yield "NumPy makes arrays elsewhere"
     default = ctypes.py_object.from_address(numpy_api(DEFAULT_HANDLER)).value
     handler = Handler.from_address(capsule_pointer(default, HANDLER_CAPSULE))
     if handler.version != 1 or not (handler.malloc and handler.free):
@@ -280,3 +301,17 @@ def _doubts_of_functions() -> Iterator[str]:
     before = set_handler(default)
     if set_handler(before) is not default:
         yield "NumPy takes memory handlers elsewhere"
+
+
+def _doubts_of_masks() -> Iterator[str]:
+    mask = Mask(np.zeros(1, np.uint8), (2, 3), (1, 0), "x > 1")
+    known = [
+        (MASK_AXES, mask._axes),
+        (MASK_BITS, mask.bits),
+        (MASK_PREDICATE, mask.predicate),
+        (MASK_SHAPE, mask.shape),
+    ]
+    if Mask.__basicsize__ != HEAD + 8 * len(known):
+        yield "a mask has not the words that are written"
+    if any(word(mask, place) != id(value) for place, value in known):
+        yield "the attributes of a mask are elsewhere"

@@ -14,10 +14,10 @@ import numpy as np
 from fastrelu._layout import is_simple, lay_flat, lies_on
 from fastrelu._spec import ARRAY, BITS, NUMBER, WEIGHT, Operation
 from fastrelu.cpu import build, calls, pool, sums, threads
-from fastrelu.cpu.calls import Call
 from fastrelu.cpu.lanes import lane_of
 from fastrelu.cpu.loops import KINDS, MANY_SUMMED
 from fastrelu.cpu.pool import empty_bytes, empty_like
+from fastrelu.cpu.quick import Call
 
 Array = Any
 Function = Callable[..., Any]
@@ -37,7 +37,7 @@ get_default_memory_pool = pool.get_default_memory_pool
 
 
 @functools.cache
-def quick_call(operation: Operation, **options: bool) -> Call:
+def quick_call(operation: Operation, **options: Any) -> Call:
     """Return the quick calls of an operation."""
     return Call(operation, **options)
 

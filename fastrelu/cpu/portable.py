@@ -459,6 +459,6 @@ class _NoCall:
 _NO_CALL = _NoCall()
 
 
-def quick_call(operation: Operation, **options: bool) -> Any:
+def quick_call(operation: Operation, **options: Any) -> Any:
     """Return what leaves all to Python."""
     return _NO_CALL
