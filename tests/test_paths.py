@@ -744,7 +744,8 @@ def test_no_load_waits_for_another(which):
 def test_simplest_vectors():
     """Where nothing can be loaded under a mask, as on ARM, loops are vector code too."""
     simplest = {"NUMBA_CPU_NAME": "generic", "NUMBA_CPU_FEATURES": ""}
-    command = [sys.executable, "-m", "pytest", "-q", __file__, "-k", "vector_code"]
+    which = "vector_code and plain"
+    command = [sys.executable, "-m", "pytest", "-q", __file__, "-k", which]
     done = subprocess.run(
         [*command, "-p", "no:cacheprovider"],
         env=os.environ | simplest,

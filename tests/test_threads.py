@@ -187,6 +187,30 @@ def test_forks_in_the_midst_of_every_function(forks):
     assert run(EVERYTHING + script) == "[] True\n"
 
 
+def test_bits_that_are_dropped_while_they_are_used():
+    """They stay until the loop is done, also if their mask has lost them by then."""
+    script = """
+    bits, y, done = F.relu(x, return_mask=True)[1].bits, np.empty_like(x), 0
+    for i in range(100):
+        mask = F.Mask(bits.copy(), x.shape)  # in pages of its own
+        def drop():
+            time.sleep(i * 2e-5)
+            mask.bits = None
+        other = threading.Thread(target=drop)
+        other.start()
+        try:
+            F.relu_backward(x, mask, out=y)
+        except TypeError as error:  # they were gone before
+            assert "as it was made" in str(error)
+        else:
+            done += np.array_equal(y, expected)
+        other.join()
+    print(done > 10)
+    """
+    pages = {"MALLOC_MMAP_THRESHOLD_": "65536"}
+    assert run(PRELUDE + script, **pages) == "True\n"
+
+
 def test_the_interpreter_ends_in_the_midst_of_daemon_threads_loops():
     script = """
     def call():
