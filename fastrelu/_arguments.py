@@ -121,9 +121,15 @@ def like(name: str, x: Array, other_name: str, other: Array) -> Array:
     x = accepted(name, x, integers=True)
     if x.dtype != other.dtype:
         msg = (
-            f"{name} must have the dtype of {other_name}, {other.dtype}, got {x.dtype}"
+            f"{name} must have the dtype of {other_name}, {other.dtype}, got {x.dtype}: "
+            f"convert one of them"
         )
         raise TypeError(msg)
+    return shaped_like(name, x, other_name, other)
+
+
+def shaped_like(name: str, x: Array, other_name: str, other: Array) -> Array:
+    """Return an array that must have the shape of another argument."""
     if x.shape != other.shape:
         msg = (
             f"{name} must have the shape of {other_name}, {other.shape}, got {x.shape}"
@@ -131,6 +137,16 @@ def like(name: str, x: Array, other_name: str, other: Array) -> Array:
         raise ValueError(msg)
     same_device(name, x, other_name, other)
     return x
+
+
+def active(name: str, x: Array, other_name: str, other: Array) -> Array:
+    """Return an array that tells which units were active, of any real dtype or of bools.
+
+    Those are returned as bytes.
+    """
+    if str(x.dtype) == "bool":
+        x = x.view(np.uint8) if isinstance(x, np.ndarray) else x.as_bytes()
+    return shaped_like(name, accepted(name, x, integers=True), other_name, other)
 
 
 # Flags and numbers --------------------------------------------------------------------
@@ -218,6 +234,57 @@ def _odd(number: float, value: Any) -> float:
         return number
     other = math.nextafter(number, math.inf if number < value else -math.inf)
     return number if struct.pack("<d", number)[0] & 1 else other
+
+
+def is_weak(value: Any) -> bool:
+    """Say whether a value is a number of Python's, or a list of them, perhaps nested."""
+    if _is(value, (list, tuple)):
+        return all(map(is_weak, value))
+    return _is(value, (int, float)) and not _is(value, (bool, np.generic))
+
+
+def is_number(value: Any) -> bool:
+    """Say whether a value is a number of Python's or NumPy's, no array."""
+    return _is(value, (int, float, np.generic))
+
+
+def weakly(name: str, given: Array, x: Array) -> Array:
+    """Return what was made of Python's numbers in x's dtype, rounded once."""
+    if given.dtype.kind not in "iuf":
+        msg = f"{name} must be real numbers of at most 64 bits, got {shown(given)}"
+        raise TypeError(msg)
+    with np.errstate(all="ignore"):
+        if (
+            x.dtype.kind == "V"
+        ):  # bfloat16 is rounded from float32, which keeps what is lost
+            single = given.astype(np.float32)
+            bits = single.view(np.uint32)
+            bits -= np.abs(single) > np.abs(given)
+            bits |= single != given
+            rounded = single.astype(x.dtype)
+        else:
+            rounded = given.astype(x.dtype)
+    if not np.array_equal(np.isfinite(rounded), np.isfinite(given)):
+        msg = f"{name} must be finite in {x.dtype}, got {shown(given)}"
+        raise ValueError(msg)
+    return rounded
+
+
+def spread(name: str, value: Any, model: Array) -> Array:
+    """Return one number as an array of model's shape, which takes no memory."""
+    given = np.asarray(value)
+    if is_weak(value):
+        row = _row(model)
+        if row is not None and row.kind == "f":
+            given = weakly(name, given, model)
+        else:
+            given = given.astype(np.result_type(value, model.dtype))
+    return np.broadcast_to(given, model.shape)
+
+
+def single(out: Any) -> Any:
+    """Return the one array of an `out` that may be a tuple of it, as NumPy's is."""
+    return out[0] if _is(out, tuple) and len(out) == 1 else out
 
 
 def is_scalar(value: Any) -> bool:
@@ -362,7 +429,10 @@ def weight(given: Array, x: Array, position: int) -> tuple[Array, Array]:
     mixed = str(given.dtype) == "float32" and x.itemsize == 2
     if given.dtype != x.dtype and not mixed:
         expected = f"{x.dtype} or float32" if x.itemsize == 2 else str(x.dtype)
-        msg = f"weight must have the dtype of x, {expected}, got {given.dtype}"
+        msg = (
+            f"weight must have the dtype of x, {expected}, got {given.dtype}: "
+            f"take weight.astype(x.dtype)"
+        )
         raise TypeError(msg)
     if given.ndim > 1:
         lengths = zip(given.shape[::-1], x.shape[::-1], strict=False)
@@ -376,10 +446,11 @@ def weight(given: Array, x: Array, position: int) -> tuple[Array, Array]:
         return given, given.reshape((1,) * (x.ndim - given.ndim) + given.shape)
     shared = given.size == 1
     if not -x.ndim <= position < x.ndim and not (shared and position == 1):
-        if position == 1:
+        if position == 1 or x.ndim == 0:
+            other = " and no other axis is named" if x.ndim else ""
             msg = (
-                f"weight must have one element where x has {x.ndim} dimensions and no "
-                f"other axis is named, got shape {given.shape}"
+                f"weight must have one element where x has {x.ndim} dimensions{other}, "
+                f"got shape {given.shape} and axis {shown(position)}"
             )
         else:
             msg = f"axis must be in [{-x.ndim}, {x.ndim}), got {shown(position)}"

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 from numpy import ndarray
 
 from fastrelu import _arguments, cpu
@@ -97,6 +98,7 @@ def _elementwise(
     engine = engine_of(x)
     rounded = [_arguments.number(*each) for each in numbers]
     want_mask = _arguments.flag("return_mask", return_mask)
+    out = _arguments.single(out)
     overwrite = _arguments.in_place(inplace, out)
     arrays = first, *others, ("out", out)
     given, *more, target = _arguments.read(engine, *arrays, in_place=overwrite)
@@ -104,34 +106,74 @@ def _elementwise(
     values = [(NUMBER, number.of(checked)) for number in rounded]
     operands: list[tuple[str, Any]] = [(ARRAY, checked)]
     for (other, _), array in zip(others, more, strict=True):
-        if mask is None:
-            operands.append((ARRAY, _arguments.like(other, array, name, checked)))
-        else:
+        if mask is not None:
             bits = _arguments.bits_of(mask, array, spec.predicate, name, checked)
             operands.append((BITS, (bits, mask.axes)))
+        elif other == "saved":
+            saved = _arguments.active(other, array, name, checked)
+            if saved.dtype == checked.dtype:
+                operands.append((ARRAY, saved))
+                continue
+            function = spec.gradient
+            is_bool = str(array.dtype) == "bool"
+            bits = _active_bits(
+                engine, spec, saved, [] if is_bool else rounded, is_bool
+            )
+            operands.append((BITS, bits))
+        else:
+            operands.append((ARRAY, _arguments.like(other, array, name, checked)))
     operands += values
     y, target = _target(engine, name, (x, out), (given, target), checked, overwrite)
     if not want_mask:
         engine.elementwise(function, operands, target)
+    else:
+        kept = spec.active, len(spec.numbers_kept)
+        bits, axes = engine.elementwise_mask(function, *kept, operands, target)
+    if not overwrite and out is None:
+        y = engine.as_came(y, x, *(value for _, value in others if mask is None))
+    if not want_mask:
         return y
-    kept = len(spec.numbers_kept)
-    bits, axes = engine.elementwise_mask(function, spec.active, kept, operands, target)
-    order = None if axes == tuple(range(len(axes))) else axes
-    return y, Mask._make(bits, checked.shape, order, spec.predicate)
+    return y, Mask._make(bits, checked.shape, axes, spec.predicate)
+
+
+def _active_bits(
+    engine: ModuleType, spec: Spec, saved: Array, rounded: Sequence[Any], is_bool: bool
+) -> tuple[Array, Any]:
+    """Return a mask's bits, and their order, of a saved array of another dtype.
+
+    What was active is asked in the dtype of the forward pass; bools say it themselves.
+    """
+    active, kept = (_is_set, 0) if is_bool else (spec.active, len(spec.numbers_kept))
+    operands = [(ARRAY, saved), *((NUMBER, number.of(saved)) for number in rounded)]
+    _, scratch = _fresh(engine, saved)
+    bits, axes = engine.elementwise_mask(_itself, active, kept, operands, scratch)
+    return bits, axes
+
+
+def _itself(x: Any, *numbers: Any) -> Any:
+    return x
+
+
+def _is_set(x: Any) -> Any:
+    return x > 0
 
 
 def _prelu(spec: Spec, x: Any, inplace: Any, out: Any, weight: Any, axis: Any) -> Any:
     engine = engine_of(x)
     position = _arguments.index("axis", axis)
+    out = _arguments.single(out)
     overwrite = _arguments.in_place(inplace, out)
+    is_weak = _arguments.is_weak(weight)
     arrays = ("x", x), ("weight", weight), ("out", out)
     given, slopes, target = _arguments.read(engine, *arrays, in_place=overwrite)
     checked = _arguments.accepted("x", given)
+    if is_weak:
+        slopes = _arguments.weakly("weight", slopes, checked)
     _, broadcast = _arguments.weight(slopes, checked, position)
     y, target = _target(engine, "x", (x, out), (given, target), checked, overwrite)
     operands = (ARRAY, checked), (WEIGHT, broadcast)
     engine.elementwise(spec.formula, operands, target)
-    return y
+    return y if overwrite or out is not None else engine.as_came(y, x)
 
 
 def _prelu_backward(
@@ -141,6 +183,7 @@ def _prelu_backward(
     position = _arguments.index("axis", axis)
     out_input, out_weight = _arguments.pair(out)
     overwrite = _arguments.in_place(inplace, out_input)
+    is_weak = _arguments.is_weak(weight)
     given, saved, slopes, target, sums = _arguments.read(
         engine,
         ("grad_output", grad_output),
@@ -152,6 +195,8 @@ def _prelu_backward(
     )
     grad = _arguments.accepted("grad_output", given)
     checked = _arguments.like("x", saved, "grad_output", grad)
+    if is_weak:
+        slopes = _arguments.weakly("weight", slopes, checked)
     slopes, broadcast = _arguments.weight(slopes, checked, position)
     objects, views = (grad_output, out_input), (given, target)
     if sums is not None:
@@ -160,10 +205,12 @@ def _prelu_backward(
         if written is not None:
             _arguments.distinct("out[0]", written, "out[1]", sums)
     else:
-        out_weight, sums = _fresh(engine, slopes)
+        dw, sums = _fresh(engine, slopes)
     dx, target = _target(engine, "grad_output", objects, views, grad, overwrite)
     engine.prelu_backward(spec.of_saved, grad, checked, broadcast, target, sums)
-    return dx, out_weight
+    if not overwrite and out_input is None:
+        dx = engine.as_came(dx, grad_output, x)
+    return dx, engine.as_came(dw, weight) if out_weight is None else out_weight
 
 
 # One object for each public function --------------------------------------------------
@@ -215,6 +262,29 @@ class _Function:
     def long(self, *arguments: Any) -> Any:
         """Take any call."""
         raise NotImplementedError
+
+    def _spread(
+        self, name: str, grad: Any, inplace: Any, out: Any, saved: Any, *others: Any
+    ) -> Any:
+        """Take one number for the gradient of each element, without an array of them."""
+        if issubclass(type(saved), Mask):
+            model = np.broadcast_to(True, saved.shape)
+        else:
+            (model,) = _arguments.read(cpu, (name, saved))
+        spread = _arguments.spread("grad_output", grad, model)
+        if out is not None:
+            return self.long(spread, inplace, out, saved, *others)
+        y = cpu.empty_like(model if model.dtype == spread.dtype else spread)
+        result = self.long(spread, inplace, y, saved, *others)
+        y = cpu.as_came(y, saved)
+        return (y, result[1]) if type(result) is tuple else y
+
+
+def _stands_for_all(grad: Any, inplace: Any, saved: Any) -> bool:
+    """Say whether one number is the gradient of each element of an array."""
+    if not _arguments.is_number(grad) or _arguments.is_number(saved):
+        return False
+    return not _arguments.flag("inplace", inplace)
 
 
 class _Forward(_Function):
@@ -275,6 +345,8 @@ class _Backward(_Function):
         spec, mask, function, name = self.spec, None, self.spec.of_saved, "saved"
         if spec.active is None:
             name = "x"
+        if _stands_for_all(grad, inplace, saved):
+            return self._spread(name, grad, inplace, out, saved, *numbers)
         if issubclass(type(saved), Mask):
             if spec.active is None:
                 msg = f"{name} must be the input: of {spec.name}, a mask does not tell enough"
@@ -336,6 +408,8 @@ class _ByChannelBackward(_Function):
         return calls.by_channel_backward(grad, x, weight, axis, inplace, out)
 
     def long(self, grad: Any, *others: Any) -> Any:
+        if _stands_for_all(grad, others[0], others[2]):
+            return self._spread("x", grad, *others)
         return _prelu_backward(self.spec, grad, *others)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from fastrelu._dtypes import name_of
+from fastrelu._layout import memory_order
 
 __all__ = ["Mask"]
 
@@ -60,6 +61,11 @@ class Mask:
         If no array has that `shape`, `bits` another than `shape` asks for, or `axes` are
         not all of its axes.
 
+    Notes
+    -----
+    ``numpy.asarray(mask)`` is ``mask.unpack()``, so that a mask goes where NumPy takes
+    an array.  Masks can be pickled and copied.
+
     Examples
     --------
     >>> import numpy as np
@@ -69,6 +75,8 @@ class Mask:
     array([6], dtype=uint8)
     >>> mask.unpack()
     array([False,  True,  True])
+    >>> mask.count()
+    2
     """
 
     __slots__ = ("_axes", "bits", "predicate", "shape")
@@ -114,7 +122,46 @@ class Mask:
             msg = f"predicate must be a string, got {type(predicate).__name__}"
             raise TypeError(msg)
         self.bits, self.shape, self.predicate = plain, checked, sys.intern(predicate)
-        self._axes = None if order == tuple(range(len(checked))) else order
+        self._axes = _unless_c_order(order, checked)
+
+    @classmethod
+    def pack(cls, bools: Any, predicate: str = "x > 0") -> "Mask":
+        """Return the mask of a bool array.
+
+        Parameters
+        ----------
+        bools : array of bool
+            True where the gradient passes.  Of NumPy, or what ``numpy.asarray`` makes
+            such an array of.
+        predicate : str
+            What True says of an element.
+
+        Returns
+        -------
+        Mask
+            Its bits in the order in which `bools` lies in memory.
+
+        Raises
+        ------
+        TypeError
+            If `bools` is not of bools, or `predicate` is not a string.
+
+        Examples
+        --------
+        >>> from fastrelu import Mask
+        >>> Mask.pack([True, False, True]).bits
+        array([5], dtype=uint8)
+        """
+        if is_foreign(type(bools)) and not hasattr(bools, "__array__"):
+            msg = f"bools must be in the host's memory, got {type(bools).__name__}"
+            raise TypeError(msg)
+        array = np.asarray(bools)
+        if array.dtype != np.bool_:
+            msg = f"bools must be an array of bool, got {array.dtype}"
+            raise TypeError(msg)
+        order = memory_order(array)
+        bits = np.packbits(array.transpose(order), None, "little")
+        return cls(bits, array.shape, tuple(order), predicate)
 
     @classmethod
     def _make(
@@ -126,7 +173,7 @@ class Mask:
     ) -> "Mask":
         """Make a mask without its checks: they could still want memory."""
         mask = cls.__new__(cls)
-        mask.bits, mask.shape, mask._axes = bits, shape, axes
+        mask.bits, mask.shape, mask._axes = bits, shape, _unless_c_order(axes, shape)
         mask.predicate = sys.intern(predicate)
         return mask
 
@@ -165,8 +212,66 @@ class Mask:
         flags = np.unpackbits(self.bits, count=size, bitorder="little")
         return flags.view(np.bool_).reshape(lengths).transpose(back)
 
+    def count(self, axis: int | tuple[int, ...] | None = None) -> Any:
+        """Return how many elements have their bit set, which for ReLU are the active ones.
+
+        Parameters
+        ----------
+        axis : int or tuple of int, optional
+            The axes to count along; the default is all of them.
+
+        Returns
+        -------
+        int or array of int
+            An array where an axis is named, or where the bits lie on a GPU.
+
+        Raises
+        ------
+        ValueError
+            If `axis` is none of the array's.
+
+        Examples
+        --------
+        >>> from fastrelu import Mask
+        >>> mask = Mask.pack([[True, False, True], [True, False, False]])
+        >>> mask.count(), mask.count(axis=0)
+        (3, array([2, 0, 1]))
+        """
+        if axis is not None or not isinstance(self.bits, np.ndarray):
+            return self.unpack().sum(axis)
+        whole, rest = divmod(math.prod(self.shape), 8)
+        total = int(np.bitwise_count(self.bits[:whole]).sum(dtype=np.intp))
+        if rest:  # what is behind the last element may be anything
+            total += (int(self.bits[whole]) & ((1 << rest) - 1)).bit_count()
+        return total
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> Any:
+        """Return what `unpack` does, for NumPy."""
+        if not isinstance(self.bits, np.ndarray):
+            msg = "the bits of this mask are on a GPU: unpack it there"
+            raise TypeError(msg)
+        if copy is False:
+            msg = "a mask has one bit each: an array of bools is always a copy"
+            raise ValueError(msg)
+        return self.unpack().astype(dtype or np.bool_, copy=False)
+
+    def __bool__(self) -> bool:
+        msg = "a mask has one bit for each element, not one for all: use mask.count()"
+        raise ValueError(msg)
+
+    def __reduce__(self) -> Any:
+        return type(self), (self.bits, self.shape, self.axes, self.predicate)
+
     def __repr__(self) -> str:
         return f"Mask(shape={self.shape}, nbytes={self.nbytes})"
+
+
+def _unless_c_order(
+    axes: tuple[int, ...] | None, shape: tuple[int, ...]
+) -> tuple[int, ...] | None:
+    """Return axes, or None where they are in C order but for those of length 1."""
+    longer = [axis for axis in axes or () if shape[axis] != 1]
+    return axes if longer != sorted(longer) else None
 
 
 def _integers(name: str, value: Any) -> tuple[int, ...]:

@@ -17,7 +17,7 @@ import numpy as np
 from fastrelu._arguments import generator, is_on_gpu, kind_of, shown
 from fastrelu._dtypes import row_of
 from fastrelu._layout import added_up, channels_of, flat, lay_flat, slopes_of
-from fastrelu.cpu import abi, portable
+from fastrelu.cpu import abi, libraries, portable
 from fastrelu.mask import ANSWERS
 
 Array = Any  # numpy.ndarray of any dtype; its own generic type says nothing more here
@@ -107,16 +107,18 @@ def _or_portable(function: F) -> F:
 
 
 def read(value: Any, *, convert: bool = True) -> Array:
-    """Return a value as a numpy.ndarray: itself, or what NumPy makes of it."""
-    is_array = issubclass(type(value), np.ndarray)
-    if is_array and issubclass(type(value), np.ma.MaskedArray):
-        msg = "got a MaskedArray: fill its gaps first"
-        raise TypeError(msg)
+    """Return a value as a numpy.ndarray: itself, its memory, or what NumPy makes of it."""
+    if type(value) is np.ndarray:
+        return value
+    libraries.refuse(value)
     if is_on_gpu(value):
         msg = f"as the others are, got {kind_of(value)} on a GPU"
         raise TypeError(msg)
-    if is_array:
+    if issubclass(type(value), np.ndarray):
         return value
+    theirs = libraries.read(value)
+    if theirs is not None:
+        return theirs
     if not convert:
         msg = f"a numpy.ndarray, to be written to, got {kind_of(value)}"
         raise TypeError(msg)
@@ -125,6 +127,9 @@ def read(value: Any, *, convert: bool = True) -> Array:
     except ANSWERS as error:
         msg = f"got {kind_of(value)}: {shown(error)}"
         raise TypeError(msg) from error
+
+
+as_came = libraries.as_came
 
 
 def hold(x: Array) -> Array:

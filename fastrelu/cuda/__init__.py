@@ -74,6 +74,11 @@ def hold(x: Array) -> Array:
     return x
 
 
+def as_came(y: Any, *given: Any) -> Any:
+    """Return a result, which is of the first argument's library already."""
+    return y
+
+
 def empty_like(x: Array) -> Any:
     """Return a new array of x's library, device, shape and dtype."""
     with launch.current(x.device):

@@ -1,0 +1,129 @@
+"""Arrays of other libraries in the host's memory: read without a copy, and given back.
+
+What is more than numbers (labels, units, masks, laziness, gradients) is refused, with the
+line to write instead.  No library is imported here: whoever has its arrays has it.
+"""
+
+import contextlib
+import importlib
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+Array = Any
+
+# What to write instead, by the package that a type is of.
+_REMEDIES = {
+    "astropy": "take its .value",
+    "awkward": "take awkward.to_numpy of it",
+    "dask": "use its map_blocks, as in x.map_blocks(fastrelu.relu)",
+    "pandas": "take its .to_numpy()",
+    "pint": "take its .magnitude",
+    "polars": "take its .to_numpy()",
+    "pyarrow": "take its .to_numpy()",
+    "quantities": "take its .magnitude",
+    "sparse": "take its .todense()",
+    "scipy": "take its .toarray()",
+    "tensorflow": "take its .numpy()",
+    "unyt": "take its .value",
+    "xarray": "take its .to_numpy(), or use xarray.apply_ufunc(fastrelu.relu, x)",
+}
+
+
+def _package(value: Any) -> str:
+    return str(type(value).__module__).partition(".")[0]
+
+
+def refuse(value: Any) -> None:
+    """Refuse what carries more than numbers, which a result would not have."""
+    kind = type(value)
+    remedy = _REMEDIES.get(_package(value))
+    if issubclass(kind, np.ma.MaskedArray):
+        remedy = "fill its gaps first"
+    elif issubclass(kind, np.ndarray) and remedy is None:
+        if kind in (np.ndarray, np.memmap) or not _carries_more(kind):
+            return
+        remedy = "take numpy.asarray of it"
+    if remedy is not None:
+        msg = f"got {kind.__name__}, which carries more than numbers: {remedy}"
+        raise TypeError(msg)
+
+
+def _carries_more(kind: type) -> bool:
+    """Say whether a subclass of NumPy's array says for itself what results are."""
+    names = "__array_finalize__", "__array_ufunc__", "__array_wrap__"
+    theirs = [getattr(kind, name) is not getattr(np.ndarray, name) for name in names]
+    return any(theirs) and not kind.__module__.startswith("numpy")
+
+
+def read(value: Any) -> Array | None:
+    """Return the NumPy array on an array of another library, or None for all else."""
+    if _is_tensor(value):
+        return _read_tensor(value)
+    if hasattr(type(value), "__array_namespace__") and hasattr(value, "__dlpack__"):
+        try:
+            return np.from_dlpack(value)
+        except (
+            BufferError,
+            RuntimeError,
+            TypeError,
+        ):  # of a dtype that has no such name
+            return np.asarray(value)
+    return None
+
+
+def as_came(y: Array, *given: Any) -> Any:
+    """Return a result as what the arguments were: a number, or of their library."""
+    if all(isinstance(value, (np.generic, int, float)) for value in given):
+        return y[()]
+    return _giving_back(given[0])(y)
+
+
+def _giving_back(value: Any) -> Callable[[Array], Any]:
+    if isinstance(value, np.ndarray):
+        return np.asarray
+    if _is_tensor(value):
+        return _tensor
+    namespace = getattr(type(value), "__array_namespace__", None)
+    if namespace is None or not hasattr(value, "__dlpack__"):
+        return np.asarray
+    found = namespace(value)
+    return lambda y: found.from_dlpack(y) if y.dtype.kind != "V" else found.asarray(y)
+
+
+# PyTorch ------------------------------------------------------------------------------
+
+
+def _is_tensor(value: Any) -> bool:
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(value, getattr(torch, "Tensor", ()))
+
+
+def _read_tensor(value: Any) -> Array:
+    torch: Any = sys.modules["torch"]
+    if value.requires_grad and torch.is_grad_enabled():
+        msg = (
+            "got a tensor whose gradient would be lost: take its .detach(), or call "
+            "this within torch.no_grad()"
+        )
+        raise TypeError(msg)
+    if value.layout != torch.strided or value.is_quantized:
+        msg = f"got a tensor of layout {value.layout}: take its .to_dense()"
+        raise TypeError(msg)
+    value = value.detach().resolve_conj().resolve_neg()
+    if value.dtype == torch.bfloat16:
+        with contextlib.suppress(ImportError):
+            bfloat16 = importlib.import_module("ml_dtypes").bfloat16
+            return value.view(torch.int16).numpy().view(bfloat16)
+        msg = "got a tensor of bfloat16, for which NumPy needs the package ml_dtypes"
+        raise TypeError(msg)
+    return value.numpy()
+
+
+def _tensor(y: Array) -> Any:
+    torch: Any = sys.modules["torch"]
+    if y.dtype.kind == "V":
+        return torch.from_numpy(y.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(y)

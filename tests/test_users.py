@@ -1,0 +1,273 @@
+"""Arguments as people have them: plain numbers, other dtypes, other libraries' arrays."""
+
+import sys
+import types
+
+import ml_dtypes
+import numpy as np
+import pytest
+from conftest import FLOATS, sample
+from reference import assert_same
+
+import fastrelu as F
+from fastrelu import _arguments
+
+X = sample((4, 3, 5), np.dtype(np.float32))
+
+
+# Numbers ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", FLOATS, indirect=True)
+@pytest.mark.parametrize(
+    "weight", [0.1, 1, [0.1, 0.2, 0.3], [[0.1], [2], [-3.5]], (1, 2, 3)]
+)
+def test_numbers_of_python_for_a_weight(dtype, weight):
+    """They take x's dtype, rounded once."""
+    x, g = sample((4, 3, 5), dtype), sample((4, 3, 5), dtype, seed=1)
+    of_dtype = np.array(weight).astype(dtype)
+    assert_same(F.prelu(x, weight), F.prelu(x, of_dtype))
+    dx, dw = F.prelu_backward(g, x, weight)
+    expected, sums = F.prelu_backward(g, x, of_dtype)
+    assert_same(dx, expected)
+    assert dw.dtype == dtype
+    assert_same(np.asarray(dw), sums)
+    assert isinstance(dw, np.ndarray) == isinstance(weight, (list, tuple))
+
+
+def test_a_weight_is_rounded_to_bfloat16_once():
+    """By way of float32 alone, a tie would be made that is none."""
+    bfloat16 = np.dtype(ml_dtypes.bfloat16)
+    just_above, just_below = 1 + 2.0**-8 + 2.0**-40, 1 + 3 * 2.0**-8 - 2.0**-40
+    rounded = _arguments.weakly(
+        "weight", np.array([just_above, just_below, -just_above]), np.zeros(1, bfloat16)
+    )
+    assert rounded.astype(float).tolist() == [1 + 2.0**-7, 1 + 2.0**-7, -1 - 2.0**-7]
+
+
+@pytest.mark.parametrize(
+    ("weight", "error", "said"),
+    [
+        (1e39, ValueError, "weight must be finite in float32"),
+        ([0.1, -1e39, 1.0], ValueError, "weight must be finite in float32"),
+        (10**400, TypeError, "weight must be real numbers"),
+        (True, TypeError, "weight must have dtype"),
+        ([True, 1.0, 2.0], TypeError, "weight must have the dtype of x"),
+        (np.float64(0.25), TypeError, r"take weight.astype\(x.dtype\)"),
+        (np.ones(3), TypeError, r"take weight.astype\(x.dtype\)"),
+        ([], ValueError, "weight must have one element, or 3"),
+    ],
+)
+def test_weights_that_are_refused(weight, error, said):
+    with pytest.raises(error, match=said):
+        F.prelu(X, weight)
+
+
+@pytest.mark.parametrize(
+    "number",
+    [-1.5, 3, np.float32(-1.5), np.float16(2), np.int8(-3), ml_dtypes.bfloat16(1.5)],
+)
+def test_a_number_in_a_number_out(number):
+    dtype = np.asarray(number).dtype
+    y = F.relu(number)
+    assert type(y) is dtype.type
+    assert y == max(number, 0)
+    again, mask = F.relu(number, return_mask=True)
+    assert type(again) is dtype.type
+    assert (mask.shape, bool(mask.count())) == ((), number > 0)
+    assert type(F.relu_backward(number, number)) is dtype.type
+    assert type(F.relu(np.asarray(number))) is np.ndarray
+    out = np.zeros((), dtype)
+    assert F.relu(number, out=out) is out
+    if dtype.kind != "i":
+        dx, dw = F.prelu_backward(number, number, 0.5)
+        assert (type(dx), type(dw)) == (dtype.type, dtype.type)
+        assert type(F.leaky_relu(number, 0.5)) is dtype.type
+
+
+# Gradients ----------------------------------------------------------------------------
+
+
+def test_one_number_for_all_gradients():
+    """What a derivative is: no array of ones, and none is made."""
+    active = X > 0
+    assert_same(F.relu_backward(1.0, X), active.astype(np.float32))
+    assert_same(F.relu_backward(np.float64(2), X), np.where(active, 2.0, 0.0))
+    assert_same(
+        F.leaky_relu_backward(1, X, 0.5), np.where(active, 1, 0.5).astype(np.float32)
+    )
+    for x in (X.T, X[:, ::2], X.astype(ml_dtypes.bfloat16)):
+        dx = F.relu_backward(1.0, x)
+        assert_same(dx, (x > 0).astype(x.dtype))
+        assert dx.strides == np.empty_like(x).strides
+    integers = np.array([-1, 0, 2])
+    assert_same(F.relu_backward(1, integers), np.array([0, 0, 1]))
+    assert_same(F.relu_backward(0.5, integers), np.array([0.0, 0.0, 0.5]))
+    _, mask = F.relu(X, return_mask=True)
+    assert_same(F.relu_backward(1.0, mask), active.astype(float))
+    out = np.empty_like(X)
+    assert F.relu_backward(1.0, X, out=out) is out
+    dx, dw = F.prelu_backward(1.0, X, [0.1, 0.2, 0.3])
+    expected = F.prelu_backward(np.ones_like(X), X, np.array([0.1, 0.2, 0.3], X.dtype))
+    assert_same(dx, expected[0])
+    assert_same(dw, expected[1])
+    with pytest.raises(TypeError, match="grad_output must be an array"):
+        F.relu_backward(1.0, X, inplace=True)
+    with pytest.raises(TypeError, match="inplace must be True or False"):
+        F.relu_backward(1.0, X, inplace=0)
+
+
+@pytest.mark.parametrize("name", ["leaky_relu", "threshold"])
+def test_what_was_active_is_asked_in_the_dtype_of_the_forward_pass(name):
+    """A float64 that float32 has not is positive all the same."""
+    numbers = {"leaky_relu": (0.5,), "threshold": (1e-300,)}[name]
+    saved = np.array([2e-300, -2e-300, 0.0, np.nan, 1e-300])
+    active = [True, False, False, False, name == "leaky_relu"]
+    backward = getattr(F, f"{name}_backward")
+    g = np.full(5, 3, np.float32)
+    other = 1.5 if name == "leaky_relu" else 0.0
+    assert_same(backward(g, saved, *numbers), np.where(active, 3, other).astype("f4"))
+    assert_same(backward(g, np.array(active), *numbers), backward(g, saved, *numbers))
+
+
+def test_errors_of_axes_where_there_are_none():
+    scalar = np.ones((), np.float32)
+    for axis in (0, 1, -1):
+        with pytest.raises(ValueError, match="one element where x has 0 dimensions"):
+            F.prelu(scalar, np.ones(3, np.float32), axis=axis)
+        assert F.prelu(scalar, np.ones(1, np.float32), axis=1) == 1
+
+
+# What carries more than numbers -------------------------------------------------------
+
+
+class Metres(np.ndarray):
+    def __array_finalize__(self, other):
+        self.unit = getattr(other, "unit", "m")
+
+
+def of_package(name):
+    """An array-like whose class is some package's"""
+    kind = type("Labelled", (), {"__module__": name, "__array__": lambda *_: X})
+    return kind()
+
+
+@pytest.mark.parametrize(
+    ("value", "remedy"),
+    [
+        (X.view(Metres), "numpy.asarray"),
+        (np.ma.masked_array(X, X > 0), "fill its gaps"),
+        (of_package("dask.array.core"), "map_blocks"),
+        (of_package("pandas.core.series"), "to_numpy"),
+        (of_package("pint.registry"), "magnitude"),
+        (of_package("polars.series.series"), "to_numpy"),
+        (of_package("pyarrow.lib"), "to_numpy"),
+        (of_package("sparse.numba_backend"), "todense"),
+        (of_package("tensorflow.python"), r"\.numpy"),
+        (of_package("xarray.core.dataarray"), "apply_ufunc"),
+    ],
+)
+def test_nothing_is_dropped_in_silence(value, remedy):
+    with pytest.raises(TypeError, match=f"x must be .* more than numbers.*{remedy}"):
+        F.relu(value)
+    for given in ({"out": value}, {"inplace": True}):
+        with pytest.raises(TypeError, match=remedy):
+            F.relu(*([X] if "out" in given else [value]), **given)
+
+
+def test_a_subclass_that_says_nothing_is_an_array():
+    plain = type("Plain", (np.ndarray,), {})
+    assert_same(F.relu(X.view(plain)), F.relu(X))
+    assert_same(F.relu(X[0].view(np.matrix)), F.relu(X[0]))
+
+
+class Theirs:
+    """An array of a library that follows the array API"""
+
+    def __init__(self, array):
+        self.array = array
+
+    def __array_namespace__(self, api_version=None):
+        functions = {
+            "from_dlpack": lambda y: Theirs(np.from_dlpack(y)),
+            "asarray": Theirs,
+        }
+        return types.SimpleNamespace(**functions)
+
+    def __dlpack__(self, **more):
+        return self.array.__dlpack__(**more)
+
+    def __dlpack_device__(self):
+        return self.array.__dlpack_device__()
+
+    def __array__(self, dtype=None, copy=None):
+        return self.array
+
+
+@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
+def test_arrays_of_other_libraries_come_back_as_theirs(dtype):
+    own = X.astype(dtype)
+    y = F.relu(Theirs(own))
+    assert type(y) is Theirs
+    assert_same(y.array, F.relu(own))
+    y, mask = F.relu(Theirs(own), return_mask=True)
+    assert_same(mask.unpack(), own > 0)
+    dx = F.relu_backward(y, Theirs(own))
+    assert_same(dx.array, F.relu_backward(y.array, own))
+    if dtype is np.float32:
+        x = Theirs(own.copy())
+        assert F.relu(x, inplace=True) is x
+        assert_same(x.array, F.relu(own))
+
+
+class TestTensors:
+    @pytest.fixture(autouse=True)
+    def torch(self):
+        return pytest.importorskip("torch")
+
+    @pytest.mark.parametrize(
+        "name", ["float16", "bfloat16", "float32", "float64", "int32"]
+    )
+    def test_come_back_as_tensors(self, torch, name):
+        x = (torch.randn(3, 5, 4, generator=torch.Generator().manual_seed(0)) * 9).to(
+            getattr(torch, name)
+        )
+        for each in (x, x.transpose(0, 2), x[:, ::2]):
+            assert torch.equal(F.relu(each), torch.relu(each))
+            y, mask = F.relu(each, return_mask=True)
+            assert torch.equal(F.relu_backward(y, mask), torch.relu(each))
+            out = torch.empty_like(each)
+            assert F.relu(each, out=out) is out
+            assert torch.equal(out, torch.relu(each))
+        y = F.relu(x, inplace=True)
+        assert y is x
+        assert bool((x >= 0).all())
+
+    def test_share_their_memory(self, torch):
+        x = torch.randn(4)
+        y = F.relu(x)
+        assert y.data_ptr() != x.data_ptr()
+        assert F.relu(x, inplace=True).data_ptr() == x.data_ptr()
+
+    def test_of_gradients(self, torch):
+        x = torch.randn(2, 3, 4)
+        dx, dw = F.prelu_backward(x, x, torch.tensor([0.1, 0.2, 0.3]))
+        assert (type(dx), type(dw)) == (torch.Tensor, torch.Tensor)
+        assert type(F.relu_backward(1.0, x)) is torch.Tensor
+
+    def test_whose_gradient_would_be_lost(self, torch):
+        x = torch.randn(3, requires_grad=True)
+        with pytest.raises(TypeError, match="detach"):
+            F.relu(x)
+        with torch.no_grad():
+            assert torch.equal(F.relu(x), torch.relu(x))
+        assert torch.equal(F.relu(x.detach()), torch.relu(x))
+
+    def test_that_are_not_dense(self, torch):
+        with pytest.raises(TypeError, match="to_dense"):
+            F.relu(torch.eye(3).to_sparse())
+
+    def test_of_bfloat16_without_a_dtype_for_it(self, torch, monkeypatch):
+        monkeypatch.setitem(sys.modules, "ml_dtypes", None)
+        with pytest.raises(TypeError, match="needs the package ml_dtypes"):
+            F.relu(torch.ones(3, dtype=torch.bfloat16))
