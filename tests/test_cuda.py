@@ -21,6 +21,7 @@ from conftest import (
     FLOATS,
     LAYOUTS,
     OUT_LAYOUTS,
+    TYPICAL,
     each,
     gradient_of,
     normal,
@@ -94,7 +95,7 @@ def test_forward_and_backward(name, dtype, size, put):
 
 
 @pytest.mark.parametrize("head", [0, 1, 3])
-@each(*FLOATS, "int8")
+@each(*FLOATS, "int8", names=TYPICAL)
 def test_in_place_from_anywhere(name, dtype, head, gpu, put):
     memory = sample((head + 40,), dtype)
     x = memory[head:]
@@ -111,7 +112,7 @@ def test_in_place_from_anywhere(name, dtype, head, gpu, put):
         assert gpu.memory.widest == 16
 
 
-@each("float16", "float32", "float64")
+@each("float16", "float32", "float64", names=TYPICAL)
 def test_pointers_that_differ_within_16_bytes(name, dtype, gpu, put):
     x = sample((41,), dtype)
     out = np.zeros_like(x)
@@ -123,7 +124,7 @@ def test_pointers_that_differ_within_16_bytes(name, dtype, gpu, put):
 
 
 @pytest.mark.parametrize("layout", NATIVE)
-@each("float16", "float32")
+@each("float16", "float32", names=TYPICAL)
 def test_layouts(name, dtype, layout, put):
     x, x_memory = place(sample((3, 4, 5), dtype), layout)
     g, _ = place(sample((3, 4, 5), dtype, 1), layout)
@@ -138,7 +139,7 @@ def test_layouts(name, dtype, layout, put):
 
 
 @pytest.mark.parametrize("layout", OUT_LAYOUTS)
-@each("float32")
+@each("float32", names=TYPICAL)
 def test_out(name, dtype, layout, put):
     x, g = sample((3, 4, 5), dtype), sample((3, 4, 5), dtype, 1)
     out, memory = place(g, layout)
