@@ -518,6 +518,10 @@ def test_first_and_last_of_more_than_32_bits_count(case, gpu, put):
 # Compiled code ------------------------------------------------------------------------
 
 CAPABILITIES = (7, 5), (8, 0), (9, 0), (10, 0)
+OLDEST_AND_NEWEST = [
+    pytest.param(each, marks=() if each in CAPABILITIES[::3] else pytest.mark.long)
+    for each in CAPABILITIES
+]
 compiled = functools.cache(launch.compile_ptx)
 
 
@@ -565,7 +569,7 @@ def has_vectors(template, options):
 
 
 @emulated
-@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("capability", OLDEST_AND_NEWEST)
 def test_code(capability):
     for template, options in kernels():
         text, entry = compiled(work.kernel(template, **options), capability)
@@ -581,7 +585,7 @@ def test_code(capability):
 
 
 @emulated
-@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("capability", OLDEST_AND_NEWEST)
 def test_machine_code(capability, tmp_path):
     from cuda import pathfinder
 
