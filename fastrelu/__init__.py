@@ -10,6 +10,5 @@ from fastrelu.mask import Mask as Mask
 
 __version__ = "0.1.0"
 
-__all__ = sorted(  # noqa: PLE0605
-    ["Mask", "get_default_memory_pool", *activations.__all__]
-)
+__all__ = ["Mask", "get_default_memory_pool"]
+__all__ += activations.__all__  # as type checkers read it

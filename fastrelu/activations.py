@@ -18,10 +18,11 @@ has the recipe.
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal, overload
 
 from fastrelu import _dispatch
 from fastrelu._spec import Spec
+from fastrelu._typing import A, Array, B, Numbers, Saved, Weight
 from fastrelu.mask import Mask
 
 __all__ = [
@@ -40,8 +41,6 @@ __all__ = [
     "threshold",
     "threshold_backward",
 ]
-
-Array = Any  # an array of any library; the result is of the same
 
 
 def _is_positive(x: Any, *slope: Any) -> Any:
@@ -63,17 +62,26 @@ _RELU = Spec("relu", _relu, _relu_gradient, _is_positive, "x > 0", integers=True
 _relu_forward, _relu_backward = _dispatch.elementwise(_RELU)
 
 
+@overload
 def relu(
-    x: Array,
-    /,
-    inplace: bool = False,
-    *,
-    out: Array | None = None,
-    return_mask: bool = False,
+    x: A, /, inplace: bool = ..., *, out: Any = ..., return_mask: Literal[False] = ...
+) -> A: ...
+@overload
+def relu(
+    x: A, /, inplace: bool = ..., *, out: Any = ..., return_mask: Literal[True]
+) -> tuple[A, Mask]: ...
+@overload
+def relu(
+    x: Numbers, /, inplace: bool = ..., *, out: Any = ..., return_mask: bool = ...
+) -> Any: ...
+def relu(
+    x: Any, /, inplace: bool = False, *, out: Any = None, return_mask: bool = False
 ) -> Any:
-    r"""Return the rectified linear unit, max(x, 0), of each element.
+    """Return the rectified linear unit, max(x, 0), of each element.
 
-    .. math:: y = 0 \text{ if } x \le 0 \text{ else } x
+    ::
+
+        y = 0 if x <= 0 else x
 
     At 0, and at -0, the value is +0 and the derivative 0.  A NaN stays a NaN.
 
@@ -120,27 +128,34 @@ def relu(
     return _relu_forward.call(x, inplace, out, return_mask)
 
 
+@overload
 def relu_backward(
-    grad_output: Array,
-    saved: Array | Mask,
-    /,
-    *,
-    inplace: bool = False,
-    out: Array | None = None,
-) -> Array:
-    r"""Return the gradient of a loss towards relu's input.
+    grad_output: A, saved: Saved | Numbers, /, *, inplace: bool = ..., out: Any = ...
+) -> A: ...
+@overload
+def relu_backward(
+    grad_output: Numbers, saved: Any, /, *, inplace: bool = ..., out: Any = ...
+) -> Any: ...
+def relu_backward(
+    grad_output: Any, saved: Any, /, *, inplace: bool = False, out: Any = None
+) -> Any:
+    """Return the gradient of a loss towards relu's input.
 
-    .. math:: dx = g \text{ if } x > 0 \text{ else } 0
+    ::
+
+        dx = g if x > 0 else 0
 
     The derivative at 0 is 0 [1]_, and so it is at NaN.  The gradient is chosen, not
     multiplied: an infinite `grad_output` gives 0 where the unit was inactive.
 
     Parameters
     ----------
-    grad_output : array
-        The gradient towards relu's output; dtypes as for `relu`.
+    grad_output : array or float
+        The gradient towards relu's output; dtypes as for `relu`.  One number stands
+        for the gradient of every element, and takes no array.
     saved : array or Mask
-        What was kept of the forward pass: its input, its output or its mask.
+        What was kept of the forward pass: its input, its output or its mask; or bools,
+        True where a unit was active.  Of any real dtype, the gradient's or another.
     inplace : bool
         Overwrite `grad_output` and return it.
     out : array, optional
@@ -154,7 +169,7 @@ def relu_backward(
     Raises
     ------
     TypeError
-        For another kind of argument, or if `saved` has another dtype.
+        For another kind of argument or dtype.
     ValueError
         If `saved` has another shape, and for `out` as `relu` does.
 
@@ -196,18 +211,50 @@ _LEAKY_RELU = Spec(
 _leaky_relu_forward, _leaky_relu_backward = _dispatch.elementwise(_LEAKY_RELU)
 
 
+@overload
 def leaky_relu(
-    x: Array,
+    x: A,
+    /,
+    negative_slope: float = ...,
+    inplace: bool = ...,
+    *,
+    out: Any = ...,
+    return_mask: Literal[False] = ...,
+) -> A: ...
+@overload
+def leaky_relu(
+    x: A,
+    /,
+    negative_slope: float = ...,
+    inplace: bool = ...,
+    *,
+    out: Any = ...,
+    return_mask: Literal[True],
+) -> tuple[A, Mask]: ...
+@overload
+def leaky_relu(
+    x: Numbers,
+    /,
+    negative_slope: float = ...,
+    inplace: bool = ...,
+    *,
+    out: Any = ...,
+    return_mask: bool = ...,
+) -> Any: ...
+def leaky_relu(
+    x: Any,
     /,
     negative_slope: float = 0.01,
     inplace: bool = False,
     *,
-    out: Array | None = None,
+    out: Any = None,
     return_mask: bool = False,
 ) -> Any:
-    r"""Return x where it is positive and a small multiple of it elsewhere.
+    """Return x where it is positive and a small multiple of it elsewhere.
 
-    .. math:: y = x \text{ if } x > 0 \text{ else } slope \cdot x
+    ::
+
+        y = x if x > 0 else slope * x
 
     At 0 the value is ``slope * x``, a zero, and the derivative `negative_slope`.  A NaN
     stays a NaN.  The product is IEEE's: slope 0 at -inf gives NaN.
@@ -259,29 +306,53 @@ def leaky_relu(
     return _leaky_relu_forward.call(x, inplace, out, return_mask, negative_slope)
 
 
+@overload
 def leaky_relu_backward(
-    grad_output: Array,
-    saved: Array | Mask,
+    grad_output: A,
+    saved: Saved | Numbers,
+    /,
+    negative_slope: float = ...,
+    *,
+    inplace: bool = ...,
+    out: Any = ...,
+) -> A: ...
+@overload
+def leaky_relu_backward(
+    grad_output: Numbers,
+    saved: Any,
+    /,
+    negative_slope: float = ...,
+    *,
+    inplace: bool = ...,
+    out: Any = ...,
+) -> Any: ...
+def leaky_relu_backward(
+    grad_output: Any,
+    saved: Any,
     /,
     negative_slope: float = 0.01,
     *,
     inplace: bool = False,
-    out: Array | None = None,
-) -> Array:
-    r"""Return the gradient of a loss towards leaky_relu's input.
+    out: Any = None,
+) -> Any:
+    """Return the gradient of a loss towards leaky_relu's input.
 
-    .. math:: dx = g \text{ if } x > 0 \text{ else } slope \cdot g
+    ::
+
+        dx = g if x > 0 else slope * g
 
     The derivative at 0 and at NaN is `negative_slope`.
 
     Parameters
     ----------
-    grad_output : array
-        The gradient towards leaky_relu's output; dtypes as for `leaky_relu`.
+    grad_output : array or float
+        The gradient towards leaky_relu's output; dtypes as for `leaky_relu`.  One number stands
+        for the gradient of every element, and takes no array.
     saved : array or Mask
-        What was kept of the forward pass: its input or its mask; or its output, if
-        `negative_slope` is at least 0.  (A negative slope makes negative inputs
-        positive: their outputs do not tell.)
+        What was kept of the forward pass: its input or its mask; or bools, True where a
+        unit was active; or its output, if `negative_slope` is at least 0.  (A negative
+        slope makes negative inputs positive: their outputs do not tell.)  Of any real
+        dtype, the gradient's or another.
     negative_slope : float
         As in the forward pass.
     inplace : bool
@@ -297,7 +368,7 @@ def leaky_relu_backward(
     Raises
     ------
     TypeError
-        For another kind of argument, or if `saved` has another dtype.
+        For another kind of argument or dtype.
     ValueError
         If `saved` has another shape, `negative_slope` is not finite once it is rounded,
         and for `out` as `relu` does.
@@ -319,18 +390,28 @@ def leaky_relu_backward(
 _prelu_forward, _prelu_backward = _dispatch.by_channel(_LEAKY_RELU)
 
 
+@overload
 def prelu(
-    x: Array,
+    x: A, /, weight: Weight, *, axis: int = ..., inplace: bool = ..., out: Any = ...
+) -> A: ...
+@overload
+def prelu(
+    x: Numbers,
     /,
-    weight: Array,
+    weight: Weight,
     *,
-    axis: int = 1,
-    inplace: bool = False,
-    out: Array | None = None,
-) -> Array:
-    r"""Return x where it is positive and its channel's multiple of it elsewhere.
+    axis: int = ...,
+    inplace: bool = ...,
+    out: Any = ...,
+) -> Any: ...
+def prelu(
+    x: Any, /, weight: Any, *, axis: int = 1, inplace: bool = False, out: Any = None
+) -> Any:
+    """Return x where it is positive and its channel's multiple of it elsewhere.
 
-    .. math:: y = x \text{ if } x > 0 \text{ else } w_c \cdot x
+    ::
+
+        y = x if x > 0 else w[c] * x
 
     At 0 the value is ``w * x``, a zero, and the derivative `w`.  A NaN stays a NaN.
 
@@ -339,10 +420,11 @@ def prelu(
     x : array of any shape and memory layout
         float16, bfloat16, float32 or float64.  Without `inplace`, also anything
         ``numpy.asarray`` makes such an array of.
-    weight : array
+    weight : array or float
         One element, shared by all of x; or one-dimensional, an element for each
         channel; or, with two dimensions and more, any shape that broadcasts against x
-        without growing it.  Of x's dtype, or float32 with float16 and bfloat16.
+        without growing it.  Of x's dtype, or float32 with float16 and bfloat16.  Numbers
+        of Python's, and lists of them, take x's dtype.
     axis : int
         The axis of the channels for a one-dimensional weight.  It is never guessed
         from the sizes: where x has fewer than two dimensions, name it.
@@ -381,21 +463,55 @@ def prelu(
     return _prelu_forward.call(x, inplace, out, weight, axis)
 
 
+@overload
 def prelu_backward(
-    grad_output: Array,
-    x: Array,
+    grad_output: A,
+    x: Array | Numbers,
     /,
-    weight: Array,
+    weight: B,
+    *,
+    axis: int = ...,
+    inplace: bool = ...,
+    out: Any = ...,
+) -> tuple[A, B]: ...
+@overload
+def prelu_backward(
+    grad_output: A,
+    x: Array | Numbers,
+    /,
+    weight: Numbers,
+    *,
+    axis: int = ...,
+    inplace: bool = ...,
+    out: Any = ...,
+) -> tuple[A, Any]: ...
+@overload
+def prelu_backward(
+    grad_output: Numbers,
+    x: Any,
+    /,
+    weight: Weight,
+    *,
+    axis: int = ...,
+    inplace: bool = ...,
+    out: Any = ...,
+) -> tuple[Any, Any]: ...
+def prelu_backward(
+    grad_output: Any,
+    x: Any,
+    /,
+    weight: Any,
     *,
     axis: int = 1,
     inplace: bool = False,
-    out: Array | tuple[Array | None, Array | None] | None = None,
-) -> tuple[Array, Array]:
-    r"""Return the gradients of a loss towards prelu's input and weight, in one pass.
+    out: Any = None,
+) -> Any:
+    """Return the gradients of a loss towards prelu's input and weight, in one pass.
 
-    .. math::
-        dx &= g \text{ if } x > 0 \text{ else } w_c \cdot g \\
-        dw_c &= \sum_{x \text{ in } c,\; x \not> 0} x \cdot g
+    ::
+
+        dx = g if x > 0 else w[c] * g
+        dw[c] = sum of x * g where x > 0 does not hold, over channel c
 
     The derivative towards x at 0 and at NaN is `w`.  A NaN in x makes the weight
     gradient of its channel NaN; +inf adds nothing to it.  The sum is formed in float64
@@ -404,8 +520,9 @@ def prelu_backward(
 
     Parameters
     ----------
-    grad_output : array
-        The gradient towards prelu's output; dtypes as for `prelu`.
+    grad_output : array or float
+        The gradient towards prelu's output; dtypes as for `prelu`.  One number stands
+        for the gradient of every element, and takes no array.
     x : array
         The input of the forward pass; of grad_output's shape and dtype.
     weight, axis
@@ -462,17 +579,26 @@ _RELU6 = Spec("relu6", _relu6, _relu_gradient, _is_between, "0 < x < 6")
 _relu6_forward, _relu6_backward = _dispatch.elementwise(_RELU6)
 
 
+@overload
 def relu6(
-    x: Array,
-    /,
-    inplace: bool = False,
-    *,
-    out: Array | None = None,
-    return_mask: bool = False,
+    x: A, /, inplace: bool = ..., *, out: Any = ..., return_mask: Literal[False] = ...
+) -> A: ...
+@overload
+def relu6(
+    x: A, /, inplace: bool = ..., *, out: Any = ..., return_mask: Literal[True]
+) -> tuple[A, Mask]: ...
+@overload
+def relu6(
+    x: Numbers, /, inplace: bool = ..., *, out: Any = ..., return_mask: bool = ...
+) -> Any: ...
+def relu6(
+    x: Any, /, inplace: bool = False, *, out: Any = None, return_mask: bool = False
 ) -> Any:
-    r"""Return x cut off below 0 and above 6.
+    """Return x cut off below 0 and above 6.
 
-    .. math:: y = 0 \text{ if } x \le 0, \quad 6 \text{ if } x \ge 6, \quad x \text{ else}
+    ::
+
+        y = 0 if x <= 0, 6 if x >= 6, else x
 
     At 0, and at -0, the value is +0 and the derivative 0; at 6 it is 0, too.  A NaN stays
     a NaN.
@@ -518,26 +644,33 @@ def relu6(
     return _relu6_forward.call(x, inplace, out, return_mask)
 
 
+@overload
 def relu6_backward(
-    grad_output: Array,
-    saved: Array | Mask,
-    /,
-    *,
-    inplace: bool = False,
-    out: Array | None = None,
-) -> Array:
-    r"""Return the gradient of a loss towards relu6's input.
+    grad_output: A, saved: Saved | Numbers, /, *, inplace: bool = ..., out: Any = ...
+) -> A: ...
+@overload
+def relu6_backward(
+    grad_output: Numbers, saved: Any, /, *, inplace: bool = ..., out: Any = ...
+) -> Any: ...
+def relu6_backward(
+    grad_output: Any, saved: Any, /, *, inplace: bool = False, out: Any = None
+) -> Any:
+    """Return the gradient of a loss towards relu6's input.
 
-    .. math:: dx = g \text{ if } 0 < x < 6 \text{ else } 0
+    ::
+
+        dx = g if 0 < x < 6 else 0
 
     The derivative at 0, at 6 and at NaN is 0.  The gradient is chosen, not multiplied.
 
     Parameters
     ----------
-    grad_output : array
-        The gradient towards relu6's output; dtypes as for `relu6`.
+    grad_output : array or float
+        The gradient towards relu6's output; dtypes as for `relu6`.  One number stands
+        for the gradient of every element, and takes no array.
     saved : array or Mask
-        What was kept of the forward pass: its input, its output or its mask.
+        What was kept of the forward pass: its input, its output or its mask; or bools,
+        True where a unit was active.  Of any real dtype, the gradient's or another.
     inplace : bool
         Overwrite `grad_output` and return it.
     out : array, optional
@@ -551,7 +684,7 @@ def relu6_backward(
     Raises
     ------
     TypeError
-        For another kind of argument, or if `saved` has another dtype.
+        For another kind of argument or dtype.
     ValueError
         If `saved` has another shape or is a mask of another activation, and for `out` as
         `relu` does.
@@ -581,12 +714,16 @@ _SQUARED_RELU = Spec("squared_relu", _squared_relu, _squared_relu_gradient, None
 _squared_relu_forward, _squared_relu_backward = _dispatch.elementwise(_SQUARED_RELU)
 
 
-def squared_relu(
-    x: Array, /, inplace: bool = False, *, out: Array | None = None
-) -> Array:
-    r"""Return the square of the rectified linear unit, max(x, 0)^2.
+@overload
+def squared_relu(x: A, /, inplace: bool = ..., *, out: Any = ...) -> A: ...
+@overload
+def squared_relu(x: Numbers, /, inplace: bool = ..., *, out: Any = ...) -> Any: ...
+def squared_relu(x: Any, /, inplace: bool = False, *, out: Any = None) -> Any:
+    """Return the square of the rectified linear unit, max(x, 0)^2.
 
-    .. math:: y = 0 \text{ if } x \le 0 \text{ else } x \cdot x
+    ::
+
+        y = 0 if x <= 0 else x * x
 
     At 0 the value is +0 and the derivative 0.  A NaN stays a NaN.
 
@@ -628,24 +765,30 @@ def squared_relu(
     return _squared_relu_forward.call(x, inplace, out, False)
 
 
+@overload
 def squared_relu_backward(
-    grad_output: Array,
-    x: Array,
-    /,
-    *,
-    inplace: bool = False,
-    out: Array | None = None,
-) -> Array:
-    r"""Return the gradient of a loss towards squared_relu's input.
+    grad_output: A, x: Array | Numbers, /, *, inplace: bool = ..., out: Any = ...
+) -> A: ...
+@overload
+def squared_relu_backward(
+    grad_output: Numbers, x: Any, /, *, inplace: bool = ..., out: Any = ...
+) -> Any: ...
+def squared_relu_backward(
+    grad_output: Any, x: Any, /, *, inplace: bool = False, out: Any = None
+) -> Any:
+    """Return the gradient of a loss towards squared_relu's input.
 
-    .. math:: dx = 2 x \cdot g \text{ if } x > 0 \text{ else } 0
+    ::
+
+        dx = 2 * x * g if x > 0 else 0
 
     The derivative at 0 and at NaN is 0.
 
     Parameters
     ----------
-    grad_output : array
-        The gradient towards squared_relu's output; dtypes as for `squared_relu`.
+    grad_output : array or float
+        The gradient towards squared_relu's output; dtypes as for `squared_relu`.  One number stands
+        for the gradient of every element, and takes no array.
     x : array
         The input of the forward pass; of grad_output's shape and dtype.  A mask, 1 bit,
         does not tell how large it was.
@@ -703,19 +846,54 @@ _THRESHOLD = Spec(
 _threshold_forward, _threshold_backward = _dispatch.elementwise(_THRESHOLD)
 
 
+@overload
 def threshold(
-    x: Array,
+    x: A,
+    /,
+    threshold: float,
+    value: float,
+    inplace: bool = ...,
+    *,
+    out: Any = ...,
+    return_mask: Literal[False] = ...,
+) -> A: ...
+@overload
+def threshold(
+    x: A,
+    /,
+    threshold: float,
+    value: float,
+    inplace: bool = ...,
+    *,
+    out: Any = ...,
+    return_mask: Literal[True],
+) -> tuple[A, Mask]: ...
+@overload
+def threshold(
+    x: Numbers,
+    /,
+    threshold: float,
+    value: float,
+    inplace: bool = ...,
+    *,
+    out: Any = ...,
+    return_mask: bool = ...,
+) -> Any: ...
+def threshold(
+    x: Any,
     /,
     threshold: float,
     value: float,
     inplace: bool = False,
     *,
-    out: Array | None = None,
+    out: Any = None,
     return_mask: bool = False,
 ) -> Any:
-    r"""Return x where it is above a threshold and one value elsewhere.
+    """Return x where it is above a threshold and one value elsewhere.
 
-    .. math:: y = v \text{ if } x \le \theta \text{ else } x
+    ::
+
+        y = value if x <= threshold else x
 
     At the threshold the value is `value` and the derivative 0.  A NaN stays a NaN.
 
@@ -760,28 +938,52 @@ def threshold(
     return _threshold_forward.call(x, inplace, out, return_mask, threshold, value)
 
 
+@overload
 def threshold_backward(
-    grad_output: Array,
-    saved: Array | Mask,
+    grad_output: A,
+    saved: Saved | Numbers,
+    /,
+    threshold: float,
+    *,
+    inplace: bool = ...,
+    out: Any = ...,
+) -> A: ...
+@overload
+def threshold_backward(
+    grad_output: Numbers,
+    saved: Any,
+    /,
+    threshold: float,
+    *,
+    inplace: bool = ...,
+    out: Any = ...,
+) -> Any: ...
+def threshold_backward(
+    grad_output: Any,
+    saved: Any,
     /,
     threshold: float,
     *,
     inplace: bool = False,
-    out: Array | None = None,
-) -> Array:
-    r"""Return the gradient of a loss towards threshold's input.
+    out: Any = None,
+) -> Any:
+    """Return the gradient of a loss towards threshold's input.
 
-    .. math:: dx = g \text{ if } x > \theta \text{ else } 0
+    ::
+
+        dx = g if x > threshold else 0
 
     The derivative at the threshold and at NaN is 0.
 
     Parameters
     ----------
-    grad_output : array
-        The gradient towards threshold's output; dtypes as for `threshold`.
+    grad_output : array or float
+        The gradient towards threshold's output; dtypes as for `threshold`.  One number stands
+        for the gradient of every element, and takes no array.
     saved : array or Mask
-        What was kept of the forward pass: its input or its mask; or its output, if its
-        `value`, as x's dtype holds it, is not above its `threshold`.
+        What was kept of the forward pass: its input or its mask; or bools, True where
+        ``x > threshold``; or its output, if its `value`, as x's dtype holds it, is not
+        above its `threshold`.  Of any real dtype, the gradient's or another.
     threshold : float
         As in the forward pass.
     inplace : bool
@@ -797,7 +999,7 @@ def threshold_backward(
     Raises
     ------
     TypeError
-        For another kind of argument, or if `saved` has another dtype.
+        For another kind of argument or dtype.
     ValueError
         If `saved` has another shape or is a mask of another activation, if `threshold` is
         not finite once it is rounded, and for `out` as `relu` does.
@@ -818,8 +1020,56 @@ def threshold_backward(
 _rrelu_forward, _rrelu_backward = _dispatch.by_element(_LEAKY_RELU)
 
 
+@overload
 def rrelu(
-    x: Array,
+    x: A,
+    /,
+    lower: float = ...,
+    upper: float = ...,
+    training: Literal[False] = ...,
+    inplace: bool = ...,
+    *,
+    rng: Any = ...,
+    out: Any = ...,
+) -> A: ...
+@overload
+def rrelu(
+    x: A,
+    /,
+    lower: float,
+    upper: float,
+    training: Literal[True],
+    inplace: bool = ...,
+    *,
+    rng: Any = ...,
+    out: Any = ...,
+) -> tuple[A, A]: ...
+@overload
+def rrelu(
+    x: A,
+    /,
+    lower: float = ...,
+    upper: float = ...,
+    *,
+    training: Literal[True],
+    inplace: bool = ...,
+    rng: Any = ...,
+    out: Any = ...,
+) -> tuple[A, A]: ...
+@overload
+def rrelu(
+    x: Numbers,
+    /,
+    lower: float = ...,
+    upper: float = ...,
+    training: bool = ...,
+    inplace: bool = ...,
+    *,
+    rng: Any = ...,
+    out: Any = ...,
+) -> Any: ...
+def rrelu(
+    x: Any,
     /,
     lower: float = 1 / 8,
     upper: float = 1 / 3,
@@ -827,11 +1077,13 @@ def rrelu(
     inplace: bool = False,
     *,
     rng: Any = None,
-    out: Array | None = None,
+    out: Any = None,
 ) -> Any:
-    r"""Return x where it is positive and a random multiple of it elsewhere.
+    """Return x where it is positive and a random multiple of it elsewhere.
 
-    .. math:: y = x \text{ if } x > 0 \text{ else } a \cdot x
+    ::
+
+        y = x if x > 0 else a * x
 
     In training, each element has a slope `a` of its own, drawn uniformly from `lower` to
     `upper`.  Otherwise all have the mean of these two.  At 0 the value is ``a * x``, a
@@ -893,18 +1145,34 @@ def rrelu(
     return _leaky_relu_forward.call(x, inplace, out, False, slopes)
 
 
+@overload
 def rrelu_backward(
-    grad_output: Array,
-    x: Array,
+    grad_output: A,
+    x: Array | Numbers,
     /,
-    slopes: Array | float,
+    slopes: Weight,
     *,
-    inplace: bool = False,
-    out: Array | None = None,
-) -> Array:
-    r"""Return the gradient of a loss towards rrelu's input.
+    inplace: bool = ...,
+    out: Any = ...,
+) -> A: ...
+@overload
+def rrelu_backward(
+    grad_output: Numbers,
+    x: Any,
+    /,
+    slopes: Weight,
+    *,
+    inplace: bool = ...,
+    out: Any = ...,
+) -> Any: ...
+def rrelu_backward(
+    grad_output: Any, x: Any, /, slopes: Any, *, inplace: bool = False, out: Any = None
+) -> Any:
+    """Return the gradient of a loss towards rrelu's input.
 
-    .. math:: dx = g \text{ if } x > 0 \text{ else } a \cdot g
+    ::
+
+        dx = g if x > 0 else a * g
 
     The derivative at 0 and at NaN is the element's slope.
 

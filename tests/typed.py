@@ -1,0 +1,47 @@
+"""A user's file: type checkers must find the lines marked as wrong, and no others."""
+
+import numpy as np
+from numpy.typing import NDArray
+
+import fastrelu as F
+from fastrelu import Mask, leaky_relu, relu
+
+x: NDArray[np.float32] = np.ones((2, 3), np.float32)
+
+y: NDArray[np.float32] = F.relu(x)
+y = relu(x, True)
+y = leaky_relu(x, 0.2, out=x)
+y, mask = F.relu(x, return_mask=True)
+bits: Mask = mask
+y = F.relu_backward(x, mask)
+y = F.leaky_relu_backward(x, x > 0, 0.2, inplace=True)
+y, mask = F.threshold(x, 0.5, 0.0, return_mask=True)
+y = F.relu6_backward(x, Mask.pack(x > 0, "0 < x < 6"))
+y = F.prelu(x, 0.25, axis=-1)
+y = F.prelu(x, [0.1, 0.2, 0.3])
+dx, dw = F.prelu_backward(x, x, np.ones(3, np.float32))
+y = dx
+weight: NDArray[np.float32] = dw
+y, slopes = F.rrelu(x, training=True)
+y = F.rrelu(x, 0.1, 0.3)
+y = F.rrelu_backward(x, x, slopes)
+y = F.squared_relu_backward(x, x)
+number: float = F.relu(1.5)
+array: NDArray[np.float64] = F.relu([1.0, -2.0])
+total: int = mask.count()
+F.get_default_memory_pool().set_limit(1 << 30)
+scalar: np.float32 = F.relu(np.float32(2))
+
+bad: int = F.relu(x)  # wrong
+bad = F.prelu(x, 0.25)  # wrong
+y = F.relu(x, return_mask=True)  # wrong
+F.relu("x")  # wrong
+F.relu(x, return_masks=True)  # wrong
+F.relu(x=x)  # wrong
+F.leaky_relu(x, "0.1")  # wrong
+F.prelu(x)  # wrong
+F.prelu(x, 0.25, 1)  # wrong
+y = F.prelu_backward(x, x, 0.25)  # wrong
+F.relu_backward(x)  # wrong
+F.gelu(x)  # wrong
+F.relu(x, inplace="yes")  # wrong
