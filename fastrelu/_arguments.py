@@ -139,13 +139,18 @@ def shaped_like(name: str, x: Array, other_name: str, other: Array) -> Array:
     return x
 
 
+def as_bytes(x: Array) -> Array:
+    """Return bools as the bytes that they are."""
+    return x.view(np.uint8) if isinstance(x, np.ndarray) else x.as_bytes()
+
+
 def active(name: str, x: Array, other_name: str, other: Array) -> Array:
     """Return an array that tells which units were active, of any real dtype or of bools.
 
     Those are returned as bytes.
     """
     if str(x.dtype) == "bool":
-        x = x.view(np.uint8) if isinstance(x, np.ndarray) else x.as_bytes()
+        x = as_bytes(x)
     return shaped_like(name, accepted(name, x, integers=True), other_name, other)
 
 

@@ -146,8 +146,10 @@ def _active_bits(
     active, kept = (_is_set, 0) if is_bool else (spec.active, len(spec.numbers_kept))
     operands = [(ARRAY, saved), *((NUMBER, number.of(saved)) for number in rounded)]
     _, scratch = _fresh(engine, saved)
+    if is_bool:
+        scratch = _arguments.as_bytes(scratch)
     bits, axes = engine.elementwise_mask(_itself, active, kept, operands, scratch)
-    return bits, axes
+    return engine.read(bits), axes
 
 
 def _itself(x: Any, *numbers: Any) -> Any:

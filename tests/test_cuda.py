@@ -170,6 +170,24 @@ def test_masks(name, dtype, size, layout, put):
     assert_same(dx.host, reference.backward(name, g, x, **slopes))
 
 
+@pytest.mark.parametrize("saved", ["float16", "float64", "int8", "bool"])
+@pytest.mark.parametrize("name", ["relu", "relu6"])
+def test_saved_arrays_of_another_dtype(name, saved, put):
+    """Also in another order than the gradient"""
+    g = sample((3, 4, 5), np.dtype(np.float32), 1)
+    x = (
+        np.linspace(-2, 7, 60)
+        .reshape(3, 4, 5)
+        .astype("int8" if saved == "int8" else "f4")
+    )
+    expected = reference.backward(name, g, x.astype(np.float32))
+    told = (
+        (x > 0) & ((x < 6) | (name == "relu")) if saved == "bool" else x.astype(saved)
+    )
+    for given in (told, np.asfortranarray(told), told[:, ::-1].copy()[:, ::-1]):
+        assert_same(ACTIVATIONS[name].backward(put(g), put(given)).host, expected)
+
+
 @pytest.mark.parametrize("how", OVERLAPS)
 def test_overlap(how, gpu, put):
     memory = normal(400, np.dtype(np.float32), 5)

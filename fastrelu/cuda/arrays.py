@@ -81,6 +81,12 @@ class Array:
         lies = self.device, self.pointer, shape, strides, 1
         return Array(self.library, self.given, "uint8", *lies)
 
+    def as_bytes(self) -> "Array":
+        """Return a view of bools as the bytes that they are."""
+        view = self._like(self.shape, self.strides)
+        view.dtype = "uint8"
+        return view
+
     def meets(self, other: "Array") -> bool:
         """Say whether the memory of two arrays may have a byte in common."""
         (low, high), (other_low, other_high) = self.bounds, other.bounds
