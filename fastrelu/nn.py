@@ -77,6 +77,11 @@ def _together(name: str, x: Array, other_name: str, other: Array) -> None:
         raise TypeError(msg)
 
 
+def _sum_dtype(x: Array) -> np.dtype[Any]:
+    """Return the dtype to sum in: a sum of half floats soon stands still in its own."""
+    return np.result_type(x.dtype, np.float32)
+
+
 class Parameter:
     """An array that is learned, and the gradient of the loss towards it.
 
@@ -255,7 +260,10 @@ class Dense(Layer):
         if x.dtype != self.weight.value.dtype:
             msg = f"x must have dtype {self.weight.value.dtype}, got {x.dtype}"
             raise TypeError(msg)
-        y = get_array_module(x).matmul(x, self.weight.value.T, out=out)
+        xp = get_array_module(x)
+        if out is None:  # a product of bfloat16 would be float32
+            out = xp.empty((len(x), self.out_features), dtype=x.dtype)
+        y = xp.matmul(x, self.weight.value.T, out=out)
         y += self.bias.value
         if training:
             self._saved = x
@@ -272,7 +280,10 @@ class Dense(Layer):
         x = self._take()
         xp = get_array_module(x)
         xp.matmul(grad_output.T, x, out=self.weight.grad)
-        xp.sum(grad_output, axis=0, out=self.bias.grad)
+        dtype = _sum_dtype(self.bias.grad)
+        xp.sum(grad_output, axis=0, dtype=dtype, out=self.bias.grad)
+        if out is None:
+            out = xp.empty(x.shape, dtype=x.dtype)
         # Last, because out may be x.
         return xp.matmul(grad_output, self.weight.value, out=out)
 
@@ -700,7 +711,8 @@ def softmax_cross_entropy(logits: Array, labels: Array, /) -> tuple[Any, Array]:
         raise ValueError(msg)
     rows = xp.arange(n)
     # The largest score becomes 0, so that no exponential overflows.
-    shifted = logits - logits.max(axis=1, keepdims=True)
+    largest = logits.max(axis=1, keepdims=True)
+    shifted = xp.subtract(logits, largest, dtype=_sum_dtype(logits))
     grad = xp.exp(shifted)
     total = grad.sum(axis=1, keepdims=True)
     losses = xp.log(total[:, 0]) - shifted[rows, labels]
@@ -710,7 +722,7 @@ def softmax_cross_entropy(logits: Array, labels: Array, /) -> tuple[Any, Array]:
     grad /= total
     grad[rows, labels] -= 1
     grad /= n
-    return loss, grad
+    return loss.astype(logits.dtype), grad.astype(logits.dtype, copy=False)
 
 
 class SGD:
@@ -720,7 +732,8 @@ class SGD:
         v \leftarrow \mu v + g + \lambda w, \qquad w \leftarrow w - \eta v
 
     as in PyTorch, with learning rate :math:`\eta`, momentum :math:`\mu` and weight
-    decay :math:`\lambda`, which is left out for parameters with ``decay=False``.
+    decay :math:`\lambda`, which is left out for parameters with ``decay=False``.  For
+    parameters of half floats, :math:`v` is float32 and each step rounds once.
 
     Parameters
     ----------
@@ -766,10 +779,11 @@ class SGD:
         self.momentum = momentum
         self.weight_decay = weight_decay
         self._velocity = [
-            get_array_module(p.value).zeros_like(p.value) for p in self.parameters
+            get_array_module(p.value).zeros_like(p.value, dtype=_sum_dtype(p.value))
+            for p in self.parameters
         ]
         # One piece of scratch memory, for the largest parameter.
-        largest = max(self.parameters, key=lambda p: p.value.nbytes).value
+        largest = max(self._velocity, key=lambda v: v.nbytes)
         self._scratch = get_array_module(largest).empty(largest.nbytes, dtype=np.uint8)
 
     def step(self) -> None:
@@ -780,5 +794,5 @@ class SGD:
             v *= self.momentum
             v += p.grad
             if p.decay and self.weight_decay:
-                v += xp.multiply(p.value, self.weight_decay, out=scratch)
+                v += xp.multiply(p.value, self.weight_decay, out=scratch, dtype=v.dtype)
             p.value -= xp.multiply(v, self.lr, out=scratch)

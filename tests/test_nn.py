@@ -3,6 +3,7 @@
 import itertools
 import tracemalloc
 
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -254,6 +255,77 @@ def test_cross_entropy_of_rows_that_lie_far_apart():
     loss, grad = nn.softmax_cross_entropy(scores, np.array([0, 1]))
     assert loss == np.log(2)
     np.testing.assert_array_equal(grad, [[-0.25, 0.25], [0.25, -0.25]])
+
+
+HALVES = pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
+
+
+@HALVES
+def test_gradients_of_half_floats_are_summed_in_float32(dtype):
+    rows = 5000
+    layer = nn.Dense(1, 2, dtype=dtype)
+    layer.forward(np.ones((rows, 1), dtype))
+    layer.backward(np.ones((rows, 2), dtype))
+    for parameter in layer.parameters:
+        assert parameter.grad.dtype == dtype
+        np.testing.assert_array_equal(parameter.grad, dtype(rows))
+
+
+@HALVES
+def test_cross_entropy_of_half_floats(dtype):
+    rows, classes = 3000, 4096
+    labels = np.arange(rows)
+    loss, grad = nn.softmax_cross_entropy(np.zeros((rows, classes), dtype), labels)
+    assert (loss.dtype, grad.dtype) == (dtype, dtype)
+    assert loss == dtype(np.log(classes))
+    share = np.float32(1 / classes)
+    assert grad[0, 0] == dtype((share - 1) / rows)
+    np.testing.assert_array_equal(grad[0, 1:], dtype(share / rows))
+
+
+def test_scores_may_lie_farther_apart_than_half_floats_reach():
+    scores = np.array([[6e4, -6e4]], np.float16)
+    loss, grad = nn.softmax_cross_entropy(scores, np.array([0]))
+    assert loss == 0
+    np.testing.assert_array_equal(grad, [[0, 0]])
+
+
+@HALVES
+def test_layers_of_half_floats_keep_their_dtype(dtype):
+    model = nn.Sequential(
+        nn.Dense(3, 4, dtype=dtype), nn.PReLU(dtype=dtype), nn.Dense(4, 2, dtype=dtype)
+    )
+    x = np.ones((5, 3), dtype)
+    y = model.forward(x)
+    assert y.dtype == model.forward(x, training=False).dtype == dtype
+    assert model.backward(y).dtype == dtype
+
+
+@HALVES
+def test_momentum_of_half_floats_reaches_its_limit(dtype):
+    parameter = nn.Parameter(np.zeros(1, dtype))
+    optimiser = nn.SGD([parameter], lr=0, momentum=0.99)
+    parameter.grad[:] = 1
+    for _ in range(2000):
+        optimiser.step()
+    optimiser.lr = 1
+    optimiser.step()
+    assert parameter.value.dtype == dtype
+    assert parameter.value == -100
+
+
+@HALVES
+def test_a_step_of_half_floats_rounds_once(dtype):
+    eps = float(ml_dtypes.finfo(dtype).eps)
+    parameter = nn.Parameter(np.ones(1, dtype))
+    parameter.grad[:] = 1
+    # From below the tie of 1 - eps / 2 and 1 - eps to above it, because of the decay.
+    lr = 0.75 * eps / (1 + eps / 6)
+    nn.SGD([parameter], lr=lr, weight_decay=eps / 3).step()
+    assert parameter.value == 1 - eps
+    tiny = nn.Parameter(np.full(1, 2.0**-14, dtype))
+    nn.SGD([tiny], lr=2.0**12, weight_decay=2.0**-12).step()
+    assert tiny.value == 0
 
 
 def test_dead_units():
