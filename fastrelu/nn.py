@@ -95,13 +95,55 @@ class Parameter:
     Attributes
     ----------
     grad : array
-        The latest gradient, overwritten (never added to) by each ``backward``.
+        The sum of the gradients of all backward passes since the latest step of an
+        optimiser, or since `zero_grad`.  Pickles and copies leave it out.
+
+    Examples
+    --------
+    >>> p = Parameter(np.array([1.0, 2.0]))
+    >>> p.add_grad(np.array([3.0, 4.0]))
+    >>> p.add_grad(np.array([3.0, 4.0]))
+    >>> p.grad
+    array([6., 8.])
     """
+
+    _used = True  # whether a step has used grad, so that the next one replaces it
 
     def __init__(self, value: Array, *, decay: bool = True) -> None:
         self.value = value
         self.grad = get_array_module(value).zeros_like(value)
         self.decay = decay
+
+    def __getstate__(self) -> dict[str, Any]:
+        left_out = "grad", "_used"
+        return {k: v for k, v in self.__dict__.items() if k not in left_out}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.grad = get_array_module(self.value).zeros_like(self.value)
+
+    def zero_grad(self) -> None:
+        """Set the gradient to 0."""
+        self.grad[...] = 0
+        self._used = True
+
+    def add_grad(self, grad: Array) -> None:
+        """Add a gradient to ``grad``, or replace it if a step has used it.
+
+        Parameters
+        ----------
+        grad : array
+            Of the shape of ``value``.
+        """
+        if not self._used:
+            self.grad += grad
+        elif grad is not self.grad:
+            self.grad[...] = grad
+        self._used = False
+
+    def _grad_out(self) -> Array | None:
+        """Return ``grad`` where `add_grad` would replace it: it may be written to."""
+        return self.grad if self._used else None
 
 
 class Layer:
@@ -120,19 +162,30 @@ class Layer:
     ``forward(x, training=True, out=None)`` returns a new array, or ``out`` once
     written, but never ``x`` itself or a view of it.  With ``training=False`` it
     saves nothing and leaves what is saved alone.  ``backward(grad_output,
-    out=None)`` overwrites the gradients of the parameters, returns the gradient
-    towards ``x`` and frees what was saved: once per forward pass.  Its ``out`` may
-    be the ``x`` of the forward pass, which is how `Sequential` needs no memory
-    for gradients.
+    out=None)`` gives the gradients of the parameters to `Parameter.add_grad`,
+    returns the gradient towards ``x`` and frees what was saved: once per forward
+    pass.  Its ``out`` may be the ``x`` of the forward pass, which is how
+    `Sequential` needs no memory for gradients.
+
+    What was saved belongs in the attribute ``_saved``, which pickles and copies
+    leave out.
     """
 
     inplace = False
     _saved: Any = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_saved": None}
+
     @property
     def parameters(self) -> list[Parameter]:
         """The parameters, in a fixed order."""
         return []
+
+    def zero_grad(self) -> None:
+        """Set the gradients of all parameters to 0."""
+        for p in self.parameters:
+            p.zero_grad()
 
     def output_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Return the shape of the output for an input of the given shape."""
@@ -270,7 +323,7 @@ class Dense(Layer):
         return y
 
     def backward(self, grad_output: Array, /, *, out: Array | None = None) -> Array:
-        """Return ``grad_output @ weight``; write the gradients of the parameters.
+        """Return ``grad_output @ weight``; add up the gradients of the parameters.
 
         Raises
         ------
@@ -279,13 +332,14 @@ class Dense(Layer):
         """
         x = self._take()
         xp = get_array_module(x)
-        xp.matmul(grad_output.T, x, out=self.weight.grad)
-        dtype = _sum_dtype(self.bias.grad)
-        xp.sum(grad_output, axis=0, dtype=dtype, out=self.bias.grad)
+        weight, bias = self.weight, self.bias
+        weight.add_grad(xp.matmul(grad_output.T, x, out=weight._grad_out()))
+        dtype = _sum_dtype(bias.value)
+        bias.add_grad(xp.sum(grad_output, axis=0, dtype=dtype, out=bias._grad_out()))
         if out is None:
             out = xp.empty(x.shape, dtype=x.dtype)
         # Last, because out may be x.
-        return xp.matmul(grad_output, self.weight.value, out=out)
+        return xp.matmul(grad_output, weight.value, out=out)
 
 
 class Activation(Layer):
@@ -472,20 +526,21 @@ class PReLU(Activation):
         return prelu(x, self.weight.value, axis=self.axis, out=out)
 
     def backward(self, grad_output: Array, /, *, out: Array | None = None) -> Array:
-        """Return the gradient towards ``x``; write that of the weight.
+        """Return the gradient towards ``x``; add up that of the weight.
 
         Raises
         ------
         RuntimeError
             Without a forward pass with ``training=True`` before it.
         """
-        grad_input, _ = prelu_backward(
+        grad_input, grad_weight = prelu_backward(
             grad_output,
             self._take(),
             self.weight.value,
             axis=self.axis,
-            out=(out, self.weight.grad),
+            out=(out, self.weight._grad_out()),
         )
+        self.weight.add_grad(grad_weight)
         return grad_input
 
 
@@ -495,7 +550,8 @@ class Sequential(Layer):
     Parameters
     ----------
     *layers : Layer
-        At least one.  The layers of another `Sequential` are taken out of it.
+        At least one, and each only once: it saves one forward pass.  Two layers may
+        share a `Parameter`.  The layers of another `Sequential` are taken out of it.
 
     Attributes
     ----------
@@ -511,7 +567,7 @@ class Sequential(Layer):
     caller sees is never such a buffer: the arrays that ``forward`` and
     ``backward`` take are only read, and those they return are new.  The only state
     is of the latest training pass; a pass with ``training=False`` does not touch
-    it.
+    it.  Pickles and copies hold the layers, but neither buffers nor that state.
 
     Examples
     --------
@@ -528,12 +584,20 @@ class Sequential(Layer):
         self.layers: list[Layer] = []
         for layer in layers:
             self.layers += layer.layers if isinstance(layer, Sequential) else [layer]
-        self._buffers: list[Array | None] = [None] * len(self.layers)
+        for i, layer in enumerate(self.layers):
+            if any(layer is other for other in self.layers[:i]):
+                msg = f"layers must be used once each, got one {layer} twice"
+                raise ValueError(msg)
+        self._buffers: dict[int, Array] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return super().__getstate__() | {"_buffers": {}}
 
     @property
     def parameters(self) -> list[Parameter]:
-        """The parameters of all layers, in order."""
-        return [p for layer in self.layers for p in layer.parameters]
+        """The parameters of all layers, in order, shared ones once."""
+        shared = (p for layer in self.layers for p in layer.parameters)
+        return list(dict.fromkeys(shared))
 
     def output_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Return the shape of the last layer's output."""
@@ -574,7 +638,7 @@ class Sequential(Layer):
         return h
 
     def backward(self, grad_output: Array, /, *, out: Array | None = None) -> Array:
-        """Return the gradient towards ``x``; write those of all parameters.
+        """Return the gradient towards ``x``; add up those of all parameters.
 
         Raises
         ------
@@ -589,7 +653,7 @@ class Sequential(Layer):
     def _buffer(self, i: int, x: Array) -> Array:
         """Return memory for the output of layer ``i`` for the input ``x``."""
         rows, *rest = self.layers[i].output_shape(x.shape)
-        buffer = self._buffers[i]
+        buffer = self._buffers.get(i)
         if (
             buffer is None
             or len(buffer) < rows
@@ -738,7 +802,7 @@ class SGD:
     Parameters
     ----------
     parameters : iterable of Parameter
-        What to update.
+        What to update, each once however often it comes.
     lr : float
         The learning rate; the attribute ``lr`` may be changed between steps.
     momentum, weight_decay : float
@@ -771,7 +835,7 @@ class SGD:
             if not 0 <= number < math.inf:
                 msg = f"{name} must be finite and at least 0, got {number}"
                 raise ValueError(msg)
-        self.parameters = list(parameters)
+        self.parameters = list(dict.fromkeys(parameters))
         if not self.parameters:
             msg = "parameters must hold at least one parameter, got none"
             raise ValueError(msg)
@@ -782,12 +846,26 @@ class SGD:
             get_array_module(p.value).zeros_like(p.value, dtype=_sum_dtype(p.value))
             for p in self.parameters
         ]
-        # One piece of scratch memory, for the largest parameter.
-        largest = max(self._velocity, key=lambda v: v.nbytes)
-        self._scratch = get_array_module(largest).empty(largest.nbytes, dtype=np.uint8)
+        self._scratch: Array | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_scratch": None}
+
+    def zero_grad(self) -> None:
+        """Set the gradients of all parameters to 0."""
+        for p in self.parameters:
+            p.zero_grad()
 
     def step(self) -> None:
-        """Update every parameter in place from its gradient."""
+        """Update every parameter in place from its gradient.
+
+        The next backward pass replaces the gradients, so that no `zero_grad` is
+        needed between steps.
+        """
+        if self._scratch is None:  # one piece of memory, for the largest parameter
+            largest = max(self._velocity, key=lambda v: v.nbytes)
+            xp = get_array_module(largest)
+            self._scratch = xp.empty(largest.nbytes, dtype=np.uint8)
         for p, v in zip(self.parameters, self._velocity, strict=True):
             xp = get_array_module(v)
             scratch = self._scratch[: v.nbytes].view(v.dtype).reshape(v.shape)
@@ -796,3 +874,4 @@ class SGD:
             if p.decay and self.weight_decay:
                 v += xp.multiply(p.value, self.weight_decay, out=scratch, dtype=v.dtype)
             p.value -= xp.multiply(v, self.lr, out=scratch)
+            p._used = True

@@ -1,14 +1,16 @@
 """Layers, loss and optimiser: against differences, and against PyTorch where it is."""
 
+import copy
 import itertools
+import pickle
 import tracemalloc
 
 import ml_dtypes
 import numpy as np
 import pytest
 
-from fastrelu import nn
-from fastrelu.cli.training import network
+from fastrelu import cli, nn
+from fastrelu.cli import training
 
 ACTIVATIONS = {
     "relu": nn.ReLU,
@@ -63,7 +65,7 @@ def test_gradients_are_those_of_central_differences(activation):
 @pytest.mark.parametrize("activation", ["relu", "leaky_relu", "prelu"])
 def test_the_network_has_the_gradients_of_pytorch(activation):
     torch = pytest.importorskip("torch")
-    model = network(activation, np.random.default_rng(0))
+    model = training.network(activation, np.random.default_rng(0))
     layers = []
     for layer in model.layers:
         if isinstance(layer, nn.Dense):
@@ -174,6 +176,7 @@ def test_evaluation_does_not_disturb_training(activation):
     _, grad = nn.softmax_cross_entropy(model.forward(x), labels)
     expected = model.backward(grad)
     gradients = [p.grad.copy() for p in model.parameters]
+    model.zero_grad()
     model.forward(x)
     model.forward(x + 1, training=False)
     np.testing.assert_array_equal(model.backward(grad), expected)
@@ -255,6 +258,140 @@ def test_cross_entropy_of_rows_that_lie_far_apart():
     loss, grad = nn.softmax_cross_entropy(scores, np.array([0, 1]))
     assert loss == np.log(2)
     np.testing.assert_array_equal(grad, [[-0.25, 0.25], [0.25, -0.25]])
+
+
+def scaled(slope):
+    """x times a number, with its slope as the only parameter that has a gradient"""
+    layer = nn.Dense(1, 1, dtype=np.float64)
+    layer.weight.value[:] = slope
+    return layer
+
+
+def test_gradients_add_up_until_a_step():
+    dense, prelu = scaled(-1), nn.PReLU(dtype=np.float64)
+    model = nn.Sequential(dense, prelu)
+    weight, bias, slope = model.parameters
+    optimiser = nn.SGD(model.parameters, lr=0.5)
+
+    def backward(x):
+        model.forward(np.array([[float(x)]]))
+        model.backward(np.array([[1.0]]))
+
+    # At -x, which is not active, the slope is 1/4.
+    backward(4)
+    assert [p.grad.item() for p in model.parameters] == [1, 0.25, -4]
+    backward(8)
+    assert [p.grad.item() for p in model.parameters] == [3, 0.5, -12]
+    optimiser.step()
+    assert [p.value.item() for p in (weight, bias, slope)] == [-2.5, -0.25, 6.25]
+    for _ in range(2):  # what a step has used is replaced
+        slope.value[:] = 0.25
+        backward(4)
+        assert [p.grad.item() for p in (weight, bias)] == [1, 0.25]
+        optimiser.lr = 0
+        optimiser.step()
+
+
+@pytest.mark.parametrize("of", ["model", "optimiser", "parameters"])
+def test_gradients_are_forgotten_with_zero_grad(of):
+    model, (x, labels) = small("prelu"), data()
+    optimiser = nn.SGD(model.parameters, lr=0.1)
+    _, grad = nn.softmax_cross_entropy(model.forward(x), labels)
+    model.backward(grad)
+    expected = [p.grad.copy() for p in model.parameters]
+    owners = {"model": [model], "optimiser": [optimiser]}
+    for owner in owners.get(of, model.parameters):
+        owner.zero_grad()
+    assert not any(p.grad.any() for p in model.parameters)
+    model.forward(x)
+    model.backward(grad)
+    for parameter, gradient in zip(model.parameters, expected, strict=True):
+        np.testing.assert_array_equal(parameter.grad, gradient)
+
+
+def test_two_halves_of_a_batch_make_one_step():
+    models, (x, labels) = [small("prelu"), small("prelu")], data(8)
+    for model, parts in zip(models, (1, 2), strict=True):
+        optimiser = nn.SGD(model.parameters, lr=0.1, momentum=0.9)
+        for _ in range(3):
+            pairs = zip(np.split(x, parts), np.split(labels, parts), strict=True)
+            for rows, classes in pairs:
+                y = model.forward(rows)
+                model.backward(nn.softmax_cross_entropy(y, classes)[1] / parts)
+            optimiser.step()
+    for one, other in zip(*(model.parameters for model in models), strict=True):
+        # Sums of a few numbers of the order of 1, in another order.
+        np.testing.assert_allclose(one.value, other.value, rtol=0, atol=1e-14)
+
+
+def test_a_parameter_of_two_layers_is_stepped_once():
+    first, second = scaled(3), scaled(0)
+    second.weight = first.weight
+    model = nn.Sequential(first, second)
+    assert model.parameters == [first.weight, first.bias, second.bias]
+    optimiser = nn.SGD([first.weight, *model.parameters], lr=0.5)
+    for _ in range(2):
+        first.weight.value[:] = 3
+        assert model.forward(np.array([[2.0]])) == 18
+        model.backward(np.array([[1.0]]))
+        assert first.weight.grad == 12  # 3 * 2 from either side
+        optimiser.step()
+        assert first.weight.value == 3 - 0.5 * 12
+        for layer in model.layers:
+            layer.bias.value[:] = 0
+    twin = copy.deepcopy(model)
+    assert twin.layers[0].weight is twin.layers[1].weight
+
+
+def test_warming_up_teaches_nothing(monkeypatch):
+    monkeypatch.setattr(training, "WIDTHS", (16, 8))
+    rng = np.random.default_rng(0)
+    x, labels = rng.standard_normal((20, 64), np.float32), rng.integers(0, 10, 20)
+    digits = training.Digits(x, labels, x, labels)
+    args = cli.parser().parse_args(["train", "--activation", "prelu"])
+    warm, cold = (training.Run(args, digits) for _ in "12")
+    warm.warm_up()
+    for run in (warm, cold):
+        run.step(np.arange(20))
+    for one, other in zip(warm.model.parameters, cold.model.parameters, strict=True):
+        np.testing.assert_array_equal(one.value, other.value)
+
+
+def copies(model):
+    """A model as others get it"""
+    buffers = []
+    data = pickle.dumps(model, protocol=5, buffer_callback=buffers.append)
+    yield copy.deepcopy(model)
+    yield pickle.loads(pickle.dumps(model))
+    yield pickle.loads(data, buffers=[bytearray(b.raw()) for b in buffers])
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_a_copy_works_and_holds_parameters_alone(activation):
+    model, (x, labels) = small(activation), data(1000)
+    optimiser = nn.SGD(model.parameters, lr=0.1, momentum=0.9)
+
+    def step(model, optimiser):
+        loss, grad = nn.softmax_cross_entropy(model.forward(x), labels)
+        model.backward(grad)
+        optimiser.step()
+        return loss
+
+    step(model, optimiser)
+    model.forward(x)
+    size = sum(p.value.nbytes for p in model.parameters)
+    assert len(pickle.dumps(model)) < size + 3000
+    assert len(pickle.dumps(optimiser)) < 2 * size + 3000
+    for other, its_optimiser in copies((model, optimiser)):
+        assert not any(p.grad.any() for p in other.parameters)
+        with pytest.raises(RuntimeError, match="forward pass"):
+            other.backward(np.ones((1000, 3)))
+        np.testing.assert_array_equal(
+            other.forward(x, training=False), model.forward(x, training=False)
+        )
+        ours, theirs = copy.deepcopy((model, optimiser)), (other, its_optimiser)
+        assert step(*ours) == step(*theirs)
+        assert step(*ours) == step(*theirs)
 
 
 HALVES = pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
@@ -359,6 +496,12 @@ WRONG = {
         lambda: small("relu").forward(np.ones((2, 5), np.float32)),
     ),
     "no layers": (ValueError, "layers", lambda: nn.Sequential()),
+    "a layer twice": (ValueError, "layers", lambda: twice(nn.ReLU())),
+    "a layer twice, inside": (
+        ValueError,
+        "layers",
+        lambda: twice(nn.Sequential(nn.Dense(2, 2))),
+    ),
     "a label": (
         ValueError,
         "labels",
@@ -403,6 +546,10 @@ WRONG = {
         for number in (-1, float("inf"), float("nan"))
     },
 }
+
+
+def twice(layer):
+    return nn.Sequential(layer, nn.PReLU(), nn.Sequential(layer))
 
 
 def in_place(layer):
