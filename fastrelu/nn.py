@@ -20,6 +20,7 @@ device: results come when somebody looks at them.
 array([0, 1, 1, 0])
 """
 
+import contextlib
 import functools
 import math
 import sys
@@ -30,6 +31,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike
 
+from fastrelu._arguments import flag, generator, index, kind_of, number, shown
+from fastrelu._dtypes import FLOATS, is_accepted, row_of
 from fastrelu.activations import (
     leaky_relu,
     leaky_relu_backward,
@@ -69,12 +72,52 @@ def _library(kind: type) -> str:
     return next(known, names[0])
 
 
-def _together(name: str, x: Array, other_name: str, other: Array) -> None:
+def _check_array(name: str, x: Array) -> None:
+    """Refuse what is no array of NumPy or CuPy."""
+    kind: Any = type(x)
+    if _library(kind) not in ("numpy", "cupy") or not hasattr(kind, "__setitem__"):
+        msg = f"{name} must be an array of NumPy or CuPy, got {kind_of(x)}"
+        raise TypeError(msg)
+
+
+def _check_floats(name: str, x: Array) -> None:
+    """Refuse what is no array of floats."""
+    _check_array(name, x)
+    if not is_accepted(row_of(x.dtype), integers=False):
+        msg = f"{name} must have dtype {FLOATS}, got {x.dtype}"
+        raise TypeError(msg)
+
+
+def _check_library(name: str, x: Array, other_name: str, other: Array) -> None:
     """Refuse arrays of two libraries."""
+    _check_array(name, x)
     ours, others = get_array_module(x).__name__, get_array_module(other).__name__
     if ours != others:
         msg = f"{name} must be an array of {others} as {other_name} is, got {ours}'s"
         raise TypeError(msg)
+
+
+def _count(name: str, value: Any) -> int:
+    """Return an integer of at least 1."""
+    n = index(name, value)
+    if n < 1:
+        msg = f"{name} must be at least 1, got {shown(n)}"
+        raise ValueError(msg)
+    return n
+
+
+def _parameter_dtype(dtype: Any, xp: Any) -> np.dtype[Any]:
+    """Return the dtype of a layer's parameters, which are to be arrays of ``xp``."""
+    if not isinstance(xp, ModuleType):
+        msg = f"xp must be the module numpy or cupy, got {shown(xp)}"
+        raise TypeError(msg)
+    found = np.dtype[Any](object)
+    with contextlib.suppress(TypeError, ValueError):
+        found = np.dtype(dtype)
+    if not is_accepted(row_of(found), integers=False):
+        msg = f"dtype must be {FLOATS}, got {shown(dtype)}"
+        raise TypeError(msg)
+    return found
 
 
 def _sum_dtype(x: Array) -> np.dtype[Any]:
@@ -87,10 +130,15 @@ class Parameter:
 
     Parameters
     ----------
-    value : array
+    value : float array
         The start value, updated in place by `SGD`.
     decay : bool
         Whether weight decay applies.
+
+    Raises
+    ------
+    TypeError
+        If ``value`` is not an array of floats of NumPy or CuPy, or ``decay`` no bool.
 
     Attributes
     ----------
@@ -110,9 +158,13 @@ class Parameter:
     _used = True  # whether a step has used grad, so that the next one replaces it
 
     def __init__(self, value: Array, *, decay: bool = True) -> None:
+        _check_floats("value", value)
         self.value = value
         self.grad = get_array_module(value).zeros_like(value)
-        self.decay = decay
+        self.decay = flag("decay", decay)
+
+    def __repr__(self) -> str:
+        return f"Parameter(shape={self.value.shape}, dtype={self.value.dtype})"
 
     def __getstate__(self) -> dict[str, Any]:
         left_out = "grad", "_used"
@@ -173,6 +225,9 @@ class Layer:
 
     inplace = False
     _saved: Any = None
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}()"
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_saved": None}
@@ -245,6 +300,13 @@ class Dense(Layer):
     When training, the layer holds ``x`` itself, not a copy: do not change ``x``
     between ``forward`` and ``backward``.
 
+    Raises
+    ------
+    TypeError
+        If an argument is of another kind, or ``dtype`` is not one of floats.
+    ValueError
+        If a number of features is below 1, or ``negative_slope`` is not finite.
+
     References
     ----------
     .. [1] K. He, X. Zhang, S. Ren, J. Sun, "Delving Deep into Rectifiers",
@@ -267,14 +329,18 @@ class Dense(Layer):
         dtype: DTypeLike = np.float32,
         xp: ModuleType = np,
     ) -> None:
-        self.in_features = in_features
-        self.out_features = out_features
-        std = math.sqrt(2 / ((1 + negative_slope**2) * in_features))
-        weight = np.random.default_rng(rng).normal(
-            scale=std, size=(out_features, in_features)
-        )
+        self.in_features = _count("in_features", in_features)
+        self.out_features = _count("out_features", out_features)
+        slope = number("negative_slope", negative_slope).float64
+        dtype = _parameter_dtype(dtype, xp)
+        std = math.sqrt(2 / ((1 + slope * slope) * self.in_features))
+        shape = (self.out_features, self.in_features)
+        weight = generator(rng).normal(scale=std, size=shape)
         self.weight = Parameter(xp.asarray(weight, dtype=dtype))
-        self.bias = Parameter(xp.zeros(out_features, dtype=dtype))
+        self.bias = Parameter(xp.zeros(self.out_features, dtype=dtype))
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.in_features}, {self.out_features})"
 
     @property
     def parameters(self) -> list[Parameter]:
@@ -306,7 +372,7 @@ class Dense(Layer):
         TypeError
             If ``x`` has another dtype, or is of another library.
         """
-        _together("x", x, "the weight", self.weight.value)
+        _check_library("x", x, "the weight", self.weight.value)
         if x.ndim != 2 or x.shape[1] != self.in_features:
             msg = f"x must have shape (batch, {self.in_features}), got {x.shape}"
             raise ValueError(msg)
@@ -404,6 +470,11 @@ class LeakyReLU(Activation):
     negative_slope : float
         Any finite number.
 
+    Raises
+    ------
+    TypeError, ValueError
+        If ``negative_slope`` is no real number, or not finite.
+
     References
     ----------
     .. [1] A. L. Maas, A. Y. Hannun, A. Y. Ng, "Rectifier Nonlinearities Improve
@@ -421,7 +492,11 @@ class LeakyReLU(Activation):
     inplace = True
 
     def __init__(self, negative_slope: float = 0.01) -> None:
+        number("negative_slope", negative_slope)
         self.negative_slope = negative_slope
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.negative_slope})"
 
     def forward(
         self, x: Array, /, *, training: bool = True, out: Array | None = None
@@ -475,6 +550,13 @@ class PReLU(Activation):
     The weight's gradient needs ``x``.  When training, the layer holds ``x``
     itself, not a copy: do not change it between ``forward`` and ``backward``.
 
+    Raises
+    ------
+    TypeError
+        If an argument is of another kind, or ``dtype`` is not one of floats.
+    ValueError
+        If ``num_parameters`` is below 1, or ``init`` is not finite.
+
     References
     ----------
     .. [1] K. He, X. Zhang, S. Ren, J. Sun, "Delving Deep into Rectifiers",
@@ -500,8 +582,14 @@ class PReLU(Activation):
         dtype: DTypeLike = np.float32,
         xp: ModuleType = np,
     ) -> None:
-        self.axis = axis
-        self.weight = Parameter(xp.full(num_parameters, init, dtype=dtype), decay=False)
+        n = _count("num_parameters", num_parameters)
+        start = number("init", init).float64
+        self.axis = index("axis", axis)
+        dtype = _parameter_dtype(dtype, xp)
+        self.weight = Parameter(xp.full(n, start, dtype=dtype), decay=False)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.weight.value.size}, axis={self.axis})"
 
     @property
     def parameters(self) -> list[Parameter]:
@@ -569,9 +657,18 @@ class Sequential(Layer):
     is of the latest training pass; a pass with ``training=False`` does not touch
     it.  Pickles and copies hold the layers, but neither buffers nor that state.
 
+    Raises
+    ------
+    TypeError
+        If something is no `Layer`.
+    ValueError
+        If there is no layer, or one comes twice.
+
     Examples
     --------
     >>> model = Sequential(Dense(4, 8, rng=0), PReLU(8), Dense(8, 2, rng=1))
+    >>> model
+    Sequential(Dense(4, 8), PReLU(8, axis=1), Dense(8, 2))
     >>> y = model.forward(np.ones((5, 4), dtype=np.float32))
     >>> model.backward(np.ones_like(y)).shape
     (5, 4)
@@ -583,12 +680,18 @@ class Sequential(Layer):
             raise ValueError(msg)
         self.layers: list[Layer] = []
         for layer in layers:
+            if not isinstance(layer, Layer):
+                msg = f"layers must be objects of Layer, got {shown(layer)}"
+                raise TypeError(msg)
             self.layers += layer.layers if isinstance(layer, Sequential) else [layer]
         for i, layer in enumerate(self.layers):
             if any(layer is other for other in self.layers[:i]):
                 msg = f"layers must be used once each, got one {layer} twice"
                 raise ValueError(msg)
         self._buffers: dict[int, Array] = {}
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({', '.join(map(repr, self.layers))})"
 
     def __getstate__(self) -> dict[str, Any]:
         return super().__getstate__() | {"_buffers": {}}
@@ -690,6 +793,8 @@ def dead_units(
 
     Raises
     ------
+    TypeError
+        If ``model`` is no `Sequential`, ``x`` no array, or ``batch_size`` no integer.
     ValueError
         If ``x`` holds no sample or ``batch_size`` is below 1.
 
@@ -700,11 +805,13 @@ def dead_units(
     >>> dead_units(Sequential(layer, ReLU()), np.array([[2.0], [3.0]]))
     [array([False,  True])]
     """
+    if not isinstance(model, Sequential):
+        msg = f"model must be a Sequential, got {kind_of(model)}"
+        raise TypeError(msg)
+    _check_array("x", x)
+    batch_size = _count("batch_size", batch_size)
     if not len(x):
         msg = f"x must hold at least one sample, got shape {x.shape}"
-        raise ValueError(msg)
-    if batch_size < 1:
-        msg = f"batch_size must be at least 1, got {batch_size}"
         raise ValueError(msg)
     dead: list[Array] = []
     for start in range(0, len(x), batch_size):
@@ -748,7 +855,7 @@ def softmax_cross_entropy(logits: Array, labels: Array, /) -> tuple[Any, Array]:
         If a shape does not fit, or a label names no class.  To see that on a GPU
         would mean to wait for it: there the loss is NaN.
     TypeError
-        If ``labels`` are not integers, or of another library.
+        If ``logits`` are not floats, or ``labels`` not integers of the same library.
 
     Examples
     --------
@@ -758,6 +865,8 @@ def softmax_cross_entropy(logits: Array, labels: Array, /) -> tuple[Any, Array]:
     >>> grad
     array([[ 0.25,  0.25, -0.75,  0.25]])
     """
+    _check_floats("logits", logits)
+    _check_library("labels", labels, "logits", logits)
     if logits.ndim != 2 or not logits.size:
         msg = f"logits must have shape (n, classes), got {logits.shape}"
         raise ValueError(msg)
@@ -768,7 +877,6 @@ def softmax_cross_entropy(logits: Array, labels: Array, /) -> tuple[Any, Array]:
     if labels.dtype.kind not in "iu":
         msg = f"labels must have an integer dtype, got {labels.dtype}"
         raise TypeError(msg)
-    _together("labels", labels, "logits", logits)
     xp = get_array_module(logits)
     if xp is np and (labels.min() < 0 or labels.max() >= classes):
         msg = f"labels must lie in 0..{classes - 1}, got {labels.min()}..{labels.max()}"
@@ -810,6 +918,8 @@ class SGD:
 
     Raises
     ------
+    TypeError
+        If a parameter is no `Parameter`, or a number none.
     ValueError
         If there is no parameter, or a number is negative or not finite.
 
@@ -831,11 +941,19 @@ class SGD:
         weight_decay: float = 0.0,
     ) -> None:
         settings = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
-        for name, number in settings.items():
-            if not 0 <= number < math.inf:
-                msg = f"{name} must be finite and at least 0, got {number}"
+        for name, value in settings.items():
+            if number(name, value).float64 < 0:
+                msg = f"{name} must be at least 0, got {value}"
                 raise ValueError(msg)
-        self.parameters = list(dict.fromkeys(parameters))
+        if not isinstance(parameters, Iterable):
+            msg = f"parameters must be an iterable, got {kind_of(parameters)}"
+            raise TypeError(msg)
+        given = list(parameters)
+        for p in given:
+            if not isinstance(p, Parameter):
+                msg = f"parameters must hold objects of Parameter, got {kind_of(p)}"
+                raise TypeError(msg)
+        self.parameters = list(dict.fromkeys(given))
         if not self.parameters:
             msg = "parameters must hold at least one parameter, got none"
             raise ValueError(msg)

@@ -488,6 +488,33 @@ def test_a_layer_has_both_passes():
             call(np.ones(3))
 
 
+REPRESENTATIONS = {
+    "Dense(784, 512)": lambda: nn.Dense(784, 512),
+    "ReLU()": nn.ReLU,
+    "LeakyReLU(0.2)": lambda: nn.LeakyReLU(0.2),
+    "PReLU(512, axis=-1)": lambda: nn.PReLU(512, axis=-1),
+    "Sequential(Dense(2, 16), PReLU(1, axis=1), ReLU())": lambda: nn.Sequential(
+        nn.Dense(2, 16), nn.Sequential(nn.PReLU(), nn.ReLU())
+    ),
+    "Parameter(shape=(2, 1), dtype=float16)": lambda: nn.Parameter(
+        np.ones((2, 1), np.float16)
+    ),
+}
+
+
+@pytest.mark.parametrize("text", REPRESENTATIONS)
+def test_layers_say_what_they_are(text):
+    assert repr(REPRESENTATIONS[text]()) == text
+
+
+def dense(in_features=3, out_features=2, **options):
+    return nn.Dense(in_features, out_features, **options)
+
+
+def parameter(**options):
+    return nn.Parameter(np.ones(3), **options)
+
+
 WRONG = {
     "x's columns": (ValueError, "x", lambda: small("relu").forward(np.ones((2, 4)))),
     "x's dtype": (
@@ -531,6 +558,68 @@ WRONG = {
         ValueError,
         "labels",
         lambda: nn.softmax_cross_entropy(np.ones((2, 3)), np.array([[0], [1]])),
+    ),
+    **{
+        f"{what} {name}={value!r}": (
+            error,
+            name,
+            lambda make=make, options={name: value}: make(**options),
+        )
+        for error, what, make, name, value in [
+            (TypeError, "Parameter", nn.Parameter, "value", [1.0]),
+            (TypeError, "Parameter", nn.Parameter, "value", np.float64(1)),
+            (TypeError, "Parameter", nn.Parameter, "value", np.arange(3)),
+            (TypeError, "Parameter", parameter, "decay", 1),
+            (ValueError, "Dense", dense, "in_features", 0),
+            (ValueError, "Dense", dense, "out_features", -1),
+            (TypeError, "Dense", dense, "in_features", True),
+            (TypeError, "Dense", dense, "out_features", 2.0),
+            (TypeError, "Dense", dense, "negative_slope", "0"),
+            (ValueError, "Dense", dense, "negative_slope", float("inf")),
+            (TypeError, "Dense", dense, "rng", "seed"),
+            (TypeError, "Dense", dense, "dtype", int),
+            (TypeError, "Dense", dense, "dtype", "real"),
+            (TypeError, "Dense", dense, "xp", "numpy"),
+            (TypeError, "PReLU", nn.PReLU, "num_parameters", True),
+            (ValueError, "PReLU", nn.PReLU, "num_parameters", 0),
+            (TypeError, "PReLU", nn.PReLU, "init", None),
+            (TypeError, "PReLU", nn.PReLU, "axis", 1.0),
+            (TypeError, "PReLU", nn.PReLU, "dtype", bool),
+            (TypeError, "PReLU", nn.PReLU, "xp", None),
+            (TypeError, "LeakyReLU", nn.LeakyReLU, "negative_slope", "steep"),
+            (ValueError, "LeakyReLU", nn.LeakyReLU, "negative_slope", float("nan")),
+        ]
+    },
+    "x's kind": (TypeError, "x", lambda: dense().forward([[1.0, 2.0, 3.0]])),
+    "a layer's kind": (TypeError, "layers", lambda: nn.Sequential([nn.ReLU()])),
+    "a layer's class": (TypeError, "layers", lambda: nn.Sequential(nn.ReLU)),
+    "logits' kind": (
+        TypeError,
+        "logits",
+        lambda: nn.softmax_cross_entropy([[1.0, 2.0]], np.array([0])),
+    ),
+    "logits' dtype": (
+        TypeError,
+        "logits",
+        lambda: nn.softmax_cross_entropy(np.ones((1, 2), int), np.array([0])),
+    ),
+    "labels' kind": (
+        TypeError,
+        "labels",
+        lambda: nn.softmax_cross_entropy(np.ones((1, 2)), [0]),
+    ),
+    "no Sequential": (TypeError, "model", lambda: nn.dead_units(dense(), np.ones(3))),
+    "samples' kind": (TypeError, "x", lambda: nn.dead_units(small("relu"), [])),
+    "parameters' kind": (
+        TypeError,
+        "parameters",
+        lambda: nn.SGD(small("relu"), 0.1),
+    ),
+    "a parameter's kind": (TypeError, "parameters", lambda: nn.SGD(np.ones(3), 0.1)),
+    "a rate's kind": (
+        TypeError,
+        "lr",
+        lambda: nn.SGD(small("relu").parameters, "0.1"),
     ),
     "PReLU in place": (ValueError, "out", lambda: in_place(nn.PReLU())),
     "no parameters": (ValueError, "parameters", lambda: nn.SGD([], 0.1)),
