@@ -885,16 +885,18 @@ def softmax_cross_entropy(logits: Array, labels: Array, /) -> tuple[Any, Array]:
     # The largest score becomes 0, so that no exponential overflows.
     largest = logits.max(axis=1, keepdims=True)
     shifted = xp.subtract(logits, largest, dtype=_sum_dtype(logits))
-    grad = xp.exp(shifted)
-    total = grad.sum(axis=1, keepdims=True)
-    losses = xp.log(total[:, 0]) - shifted[rows, labels]
-    if xp is not np:  # CuPy's indices wrap around
-        losses[(labels < 0) | (labels >= classes)] = math.nan
-    loss = losses.mean()
-    grad /= total
-    grad[rows, labels] -= 1
-    grad /= n
-    return loss.astype(logits.dtype), grad.astype(logits.dtype, copy=False)
+    # What is far below the largest is 0 and no error.
+    with np.errstate(under="ignore"):
+        grad = xp.exp(shifted)
+        total = grad.sum(axis=1, keepdims=True)
+        losses = xp.log(total[:, 0]) - shifted[rows, labels]
+        if xp is not np:  # CuPy's indices wrap around
+            losses[(labels < 0) | (labels >= classes)] = math.nan
+        loss = losses.mean()
+        grad /= total
+        grad[rows, labels] -= 1
+        grad /= n
+        return loss.astype(logits.dtype), grad.astype(logits.dtype, copy=False)
 
 
 class SGD:
@@ -979,7 +981,17 @@ class SGD:
 
         The next backward pass replaces the gradients, so that no `zero_grad` is
         needed between steps.
+
+        Raises
+        ------
+        ValueError
+            If a parameter is read-only, before anything is changed.
         """
+        for i, p in enumerate(self.parameters):
+            # CuPy's arrays are always writeable and have no such flag.
+            if not getattr(p.value.flags, "writeable", True):
+                msg = f"parameters[{i}] must be writeable, got a read-only {p}"
+                raise ValueError(msg)
         if self._scratch is None:  # one piece of memory, for the largest parameter
             largest = max(self._velocity, key=lambda v: v.nbytes)
             xp = get_array_module(largest)

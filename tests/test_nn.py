@@ -507,6 +507,35 @@ def test_layers_say_what_they_are(text):
     assert repr(REPRESENTATIONS[text]()) == text
 
 
+def test_cross_entropy_when_all_errors_are_raised():
+    scores = np.array([[0, -1e3, -88], [1e-20, -1e2, -87]], np.float32)
+    with np.errstate(all="raise"):
+        loss, grad = nn.softmax_cross_entropy(scores, np.array([0, 0]))
+    assert loss == 0
+    assert grad[0, 1] == 0
+    np.testing.assert_allclose(grad[:, 2], np.exp([-88, -87]) / 2, rtol=1e-5)
+
+
+def test_read_only_parameters_are_refused_before_anything_changes():
+    model, (x, _) = small("prelu"), data()
+    buffers = []
+    saved = pickle.dumps(model, protocol=5, buffer_callback=buffers.append)
+    model = pickle.loads(saved, buffers=[bytes(buffer.raw()) for buffer in buffers])
+    first = model.parameters[0]
+    first.value = first.value.copy()
+    optimiser = nn.SGD(model.parameters, lr=0.1, momentum=0.9)
+    model.backward(model.forward(x))
+    kept = copy.deepcopy([p.value for p in model.parameters])
+    with pytest.raises(ValueError, match=r"parameters\[1\] must be writeable"):
+        optimiser.step()
+    for p, value in zip(model.parameters, kept, strict=True):
+        np.testing.assert_array_equal(p.value, value)
+        p.value = p.value.copy()
+    gradient = first.grad.copy()
+    optimiser.step()  # with nothing in its momentum but this step's gradient
+    np.testing.assert_array_equal(first.value, kept[0] - 0.1 * gradient)
+
+
 def dense(in_features=3, out_features=2, **options):
     return nn.Dense(in_features, out_features, **options)
 
