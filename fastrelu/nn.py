@@ -18,6 +18,10 @@ device: results come when somebody looks at them.
 ...     optimiser.step()
 >>> model.forward(x, training=False).argmax(axis=1)
 array([0, 1, 1, 0])
+
+Gradients of several backward passes add up until a step uses them; the backward pass
+after it replaces them.  Only a loop that updates parameters without `SGD` needs
+``zero_grad``, as in PyTorch.
 """
 
 import contextlib
@@ -120,9 +124,10 @@ def _parameter_dtype(dtype: Any, xp: Any) -> np.dtype[Any]:
     return found
 
 
-def _sum_dtype(x: Array) -> np.dtype[Any]:
+@functools.cache
+def _sum_dtype(dtype: np.dtype[Any]) -> np.dtype[Any]:
     """Return the dtype to sum in: a sum of half floats soon stands still in its own."""
-    return np.result_type(x.dtype, np.float32)
+    return np.result_type(dtype, np.float32)
 
 
 class Parameter:
@@ -400,7 +405,7 @@ class Dense(Layer):
         xp = get_array_module(x)
         weight, bias = self.weight, self.bias
         weight.add_grad(xp.matmul(grad_output.T, x, out=weight._grad_out()))
-        dtype = _sum_dtype(bias.value)
+        dtype = _sum_dtype(bias.value.dtype)
         bias.add_grad(xp.sum(grad_output, axis=0, dtype=dtype, out=bias._grad_out()))
         if out is None:
             out = xp.empty(x.shape, dtype=x.dtype)
@@ -881,10 +886,10 @@ def softmax_cross_entropy(logits: Array, labels: Array, /) -> tuple[Any, Array]:
     if xp is np and (labels.min() < 0 or labels.max() >= classes):
         msg = f"labels must lie in 0..{classes - 1}, got {labels.min()}..{labels.max()}"
         raise ValueError(msg)
-    rows = xp.arange(n)
+    rows, dtype = xp.arange(n), logits.dtype
+    logits = logits.astype(_sum_dtype(dtype), copy=False)
     # The largest score becomes 0, so that no exponential overflows.
-    largest = logits.max(axis=1, keepdims=True)
-    shifted = xp.subtract(logits, largest, dtype=_sum_dtype(logits))
+    shifted = logits - logits.max(axis=1, keepdims=True)
     # What is far below the largest is 0 and no error.
     with np.errstate(under="ignore"):
         grad = xp.exp(shifted)
@@ -892,11 +897,11 @@ def softmax_cross_entropy(logits: Array, labels: Array, /) -> tuple[Any, Array]:
         losses = xp.log(total[:, 0]) - shifted[rows, labels]
         if xp is not np:  # CuPy's indices wrap around
             losses[(labels < 0) | (labels >= classes)] = math.nan
-        loss = losses.mean()
+        loss = losses.sum() / n
         grad /= total
         grad[rows, labels] -= 1
         grad /= n
-        return loss.astype(logits.dtype), grad.astype(logits.dtype, copy=False)
+        return loss.astype(dtype), grad.astype(dtype, copy=False)
 
 
 class SGD:
@@ -963,7 +968,9 @@ class SGD:
         self.momentum = momentum
         self.weight_decay = weight_decay
         self._velocity = [
-            get_array_module(p.value).zeros_like(p.value, dtype=_sum_dtype(p.value))
+            get_array_module(p.value).zeros_like(
+                p.value, dtype=_sum_dtype(p.value.dtype)
+            )
             for p in self.parameters
         ]
         self._scratch: Array | None = None
