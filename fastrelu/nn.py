@@ -149,7 +149,8 @@ class Parameter:
     ----------
     grad : array
         The sum of the gradients of all backward passes since the latest step of an
-        optimiser, or since `zero_grad`.  Pickles and copies leave it out.
+        optimiser, or since `zero_grad`, in the dtype of ``value``.  Pickles and copies
+        leave it out.
 
     Examples
     --------
@@ -300,17 +301,17 @@ class Dense(Layer):
         Of shapes ``(out_features, in_features)``, as in PyTorch, and
         ``(out_features,)``.
 
-    Notes
-    -----
-    When training, the layer holds ``x`` itself, not a copy: do not change ``x``
-    between ``forward`` and ``backward``.
-
     Raises
     ------
     TypeError
         If an argument is of another kind, or ``dtype`` is not one of floats.
     ValueError
         If a number of features is below 1, or ``negative_slope`` is not finite.
+
+    Notes
+    -----
+    When training, the layer holds ``x`` itself, not a copy: do not change ``x``
+    between ``forward`` and ``backward``.
 
     References
     ----------
@@ -550,17 +551,17 @@ class PReLU(Activation):
         Of shape ``(num_parameters,)``.  It takes no weight decay, which would
         draw the slopes towards 0 and the layer towards ReLU [1]_.
 
-    Notes
-    -----
-    The weight's gradient needs ``x``.  When training, the layer holds ``x``
-    itself, not a copy: do not change it between ``forward`` and ``backward``.
-
     Raises
     ------
     TypeError
         If an argument is of another kind, or ``dtype`` is not one of floats.
     ValueError
         If ``num_parameters`` is below 1, or ``init`` is not finite.
+
+    Notes
+    -----
+    The weight's gradient needs ``x``.  When training, the layer holds ``x``
+    itself, not a copy: do not change it between ``forward`` and ``backward``.
 
     References
     ----------
@@ -651,6 +652,13 @@ class Sequential(Layer):
     layers : list of Layer
         The layers, flat.
 
+    Raises
+    ------
+    TypeError
+        If something is no `Layer`.
+    ValueError
+        If there is no layer, or one comes twice.
+
     Notes
     -----
     When training, the outputs between the layers live in buffers that are sized by
@@ -661,13 +669,6 @@ class Sequential(Layer):
     ``backward`` take are only read, and those they return are new.  The only state
     is of the latest training pass; a pass with ``training=False`` does not touch
     it.  Pickles and copies hold the layers, but neither buffers nor that state.
-
-    Raises
-    ------
-    TypeError
-        If something is no `Layer`.
-    ValueError
-        If there is no layer, or one comes twice.
 
     Examples
     --------
@@ -953,7 +954,8 @@ class SGD:
                 msg = f"{name} must be at least 0, got {value}"
                 raise ValueError(msg)
         if not isinstance(parameters, Iterable):
-            msg = f"parameters must be an iterable, got {kind_of(parameters)}"
+            came = kind_of(parameters)
+            msg = f"parameters must be an iterable of Parameter, got {came}"
             raise TypeError(msg)
         given = list(parameters)
         for p in given:
