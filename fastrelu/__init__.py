@@ -1,5 +1,7 @@
 """ReLU and its kin for NumPy arrays and arrays on a GPU, compiled by Numba."""
 
+import typing
+
 from fastrelu import (
     _interpreter,  # noqa: F401 - before anything is imported
     activations,
@@ -12,3 +14,18 @@ __version__ = "0.1.0"
 
 __all__ = ["Mask", "get_default_memory_pool"]
 __all__ += activations.__all__  # as type checkers read it
+
+if typing.TYPE_CHECKING:
+    from fastrelu import nn as nn
+else:  # imported when it is first asked for
+
+    def __getattr__(name: str) -> typing.Any:
+        if name != "nn":
+            msg = f"module {__name__!r} has no attribute {name!r}"
+            raise AttributeError(msg)
+        import importlib
+
+        return importlib.import_module("fastrelu.nn")
+
+    def __dir__() -> list[str]:
+        return sorted({*globals(), "nn"})

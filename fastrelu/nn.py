@@ -18,8 +18,13 @@ device: results come when somebody looks at them.
 ...     optimiser.step()
 >>> model.forward(x, training=False).argmax(axis=1)
 array([0, 1, 1, 0])
+
+Gradients of several backward passes add up until a step uses them; the backward pass
+after it replaces them.  Only a loop that updates parameters without `SGD` needs
+``zero_grad``, as in PyTorch.
 """
 
+import contextlib
 import functools
 import math
 import sys
@@ -30,6 +35,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike
 
+from fastrelu._arguments import flag, generator, index, kind_of, number, shown
+from fastrelu._dtypes import FLOATS, is_accepted, row_of
 from fastrelu.activations import (
     leaky_relu,
     leaky_relu_backward,
@@ -69,12 +76,58 @@ def _library(kind: type) -> str:
     return next(known, names[0])
 
 
-def _together(name: str, x: Array, other_name: str, other: Array) -> None:
+def _check_array(name: str, x: Array) -> None:
+    """Refuse what is no array of NumPy or CuPy."""
+    kind: Any = type(x)
+    if _library(kind) not in ("numpy", "cupy") or not hasattr(kind, "__setitem__"):
+        msg = f"{name} must be an array of NumPy or CuPy, got {kind_of(x)}"
+        raise TypeError(msg)
+
+
+def _check_floats(name: str, x: Array) -> None:
+    """Refuse what is no array of floats."""
+    _check_array(name, x)
+    if not is_accepted(row_of(x.dtype), integers=False):
+        msg = f"{name} must have dtype {FLOATS}, got {x.dtype}"
+        raise TypeError(msg)
+
+
+def _check_library(name: str, x: Array, other_name: str, other: Array) -> None:
     """Refuse arrays of two libraries."""
+    _check_array(name, x)
     ours, others = get_array_module(x).__name__, get_array_module(other).__name__
     if ours != others:
         msg = f"{name} must be an array of {others} as {other_name} is, got {ours}'s"
         raise TypeError(msg)
+
+
+def _count(name: str, value: Any) -> int:
+    """Return an integer of at least 1."""
+    n = index(name, value)
+    if n < 1:
+        msg = f"{name} must be at least 1, got {shown(n)}"
+        raise ValueError(msg)
+    return n
+
+
+def _parameter_dtype(dtype: Any, xp: Any) -> np.dtype[Any]:
+    """Return the dtype of a layer's parameters, which are to be arrays of ``xp``."""
+    if not isinstance(xp, ModuleType):
+        msg = f"xp must be the module numpy or cupy, got {shown(xp)}"
+        raise TypeError(msg)
+    found = np.dtype[Any](object)
+    with contextlib.suppress(TypeError, ValueError):
+        found = np.dtype(dtype)
+    if not is_accepted(row_of(found), integers=False):
+        msg = f"dtype must be {FLOATS}, got {shown(dtype)}"
+        raise TypeError(msg)
+    return found
+
+
+@functools.cache
+def _sum_dtype(dtype: np.dtype[Any]) -> np.dtype[Any]:
+    """Return the dtype to sum in: a sum of half floats soon stands still in its own."""
+    return np.result_type(dtype, np.float32)
 
 
 class Parameter:
@@ -82,21 +135,73 @@ class Parameter:
 
     Parameters
     ----------
-    value : array
+    value : float array
         The start value, updated in place by `SGD`.
     decay : bool
         Whether weight decay applies.
 
+    Raises
+    ------
+    TypeError
+        If ``value`` is not an array of floats of NumPy or CuPy, or ``decay`` no bool.
+
     Attributes
     ----------
     grad : array
-        The latest gradient, overwritten (never added to) by each ``backward``.
+        The sum of the gradients of all backward passes since the latest step of an
+        optimiser, or since `zero_grad`, in the dtype of ``value``.  Pickles and copies
+        leave it out.
+
+    Examples
+    --------
+    >>> p = Parameter(np.array([1.0, 2.0]))
+    >>> p.add_grad(np.array([3.0, 4.0]))
+    >>> p.add_grad(np.array([3.0, 4.0]))
+    >>> p.grad
+    array([6., 8.])
     """
 
+    _used = True  # whether a step has used grad, so that the next one replaces it
+
     def __init__(self, value: Array, *, decay: bool = True) -> None:
+        _check_floats("value", value)
         self.value = value
         self.grad = get_array_module(value).zeros_like(value)
-        self.decay = decay
+        self.decay = flag("decay", decay)
+
+    def __repr__(self) -> str:
+        return f"Parameter(shape={self.value.shape}, dtype={self.value.dtype})"
+
+    def __getstate__(self) -> dict[str, Any]:
+        left_out = "grad", "_used"
+        return {k: v for k, v in self.__dict__.items() if k not in left_out}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.grad = get_array_module(self.value).zeros_like(self.value)
+
+    def zero_grad(self) -> None:
+        """Set the gradient to 0."""
+        self.grad[...] = 0
+        self._used = True
+
+    def add_grad(self, grad: Array) -> None:
+        """Add a gradient to ``grad``, or replace it if a step has used it.
+
+        Parameters
+        ----------
+        grad : array
+            Of the shape of ``value``.
+        """
+        if not self._used:
+            self.grad += grad
+        elif grad is not self.grad:
+            self.grad[...] = grad
+        self._used = False
+
+    def _grad_out(self) -> Array | None:
+        """Return ``grad`` where `add_grad` would replace it: it may be written to."""
+        return self.grad if self._used else None
 
 
 class Layer:
@@ -115,19 +220,33 @@ class Layer:
     ``forward(x, training=True, out=None)`` returns a new array, or ``out`` once
     written, but never ``x`` itself or a view of it.  With ``training=False`` it
     saves nothing and leaves what is saved alone.  ``backward(grad_output,
-    out=None)`` overwrites the gradients of the parameters, returns the gradient
-    towards ``x`` and frees what was saved: once per forward pass.  Its ``out`` may
-    be the ``x`` of the forward pass, which is how `Sequential` needs no memory
-    for gradients.
+    out=None)`` gives the gradients of the parameters to `Parameter.add_grad`,
+    returns the gradient towards ``x`` and frees what was saved: once per forward
+    pass.  Its ``out`` may be the ``x`` of the forward pass, which is how
+    `Sequential` needs no memory for gradients.
+
+    What was saved belongs in the attribute ``_saved``, which pickles and copies
+    leave out.
     """
 
     inplace = False
     _saved: Any = None
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}()"
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_saved": None}
+
     @property
     def parameters(self) -> list[Parameter]:
         """The parameters, in a fixed order."""
         return []
+
+    def zero_grad(self) -> None:
+        """Set the gradients of all parameters to 0."""
+        for p in self.parameters:
+            p.zero_grad()
 
     def output_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Return the shape of the output for an input of the given shape."""
@@ -182,6 +301,13 @@ class Dense(Layer):
         Of shapes ``(out_features, in_features)``, as in PyTorch, and
         ``(out_features,)``.
 
+    Raises
+    ------
+    TypeError
+        If an argument is of another kind, or ``dtype`` is not one of floats.
+    ValueError
+        If a number of features is below 1, or ``negative_slope`` is not finite.
+
     Notes
     -----
     When training, the layer holds ``x`` itself, not a copy: do not change ``x``
@@ -209,14 +335,18 @@ class Dense(Layer):
         dtype: DTypeLike = np.float32,
         xp: ModuleType = np,
     ) -> None:
-        self.in_features = in_features
-        self.out_features = out_features
-        std = math.sqrt(2 / ((1 + negative_slope**2) * in_features))
-        weight = np.random.default_rng(rng).normal(
-            scale=std, size=(out_features, in_features)
-        )
+        self.in_features = _count("in_features", in_features)
+        self.out_features = _count("out_features", out_features)
+        slope = number("negative_slope", negative_slope).float64
+        dtype = _parameter_dtype(dtype, xp)
+        std = math.sqrt(2 / ((1 + slope * slope) * self.in_features))
+        shape = (self.out_features, self.in_features)
+        weight = generator(rng).normal(scale=std, size=shape)
         self.weight = Parameter(xp.asarray(weight, dtype=dtype))
-        self.bias = Parameter(xp.zeros(out_features, dtype=dtype))
+        self.bias = Parameter(xp.zeros(self.out_features, dtype=dtype))
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.in_features}, {self.out_features})"
 
     @property
     def parameters(self) -> list[Parameter]:
@@ -248,21 +378,24 @@ class Dense(Layer):
         TypeError
             If ``x`` has another dtype, or is of another library.
         """
-        _together("x", x, "the weight", self.weight.value)
+        _check_library("x", x, "the weight", self.weight.value)
         if x.ndim != 2 or x.shape[1] != self.in_features:
             msg = f"x must have shape (batch, {self.in_features}), got {x.shape}"
             raise ValueError(msg)
         if x.dtype != self.weight.value.dtype:
             msg = f"x must have dtype {self.weight.value.dtype}, got {x.dtype}"
             raise TypeError(msg)
-        y = get_array_module(x).matmul(x, self.weight.value.T, out=out)
+        xp = get_array_module(x)
+        if out is None:  # a product of bfloat16 would be float32
+            out = xp.empty((len(x), self.out_features), dtype=x.dtype)
+        y = xp.matmul(x, self.weight.value.T, out=out)
         y += self.bias.value
         if training:
             self._saved = x
         return y
 
     def backward(self, grad_output: Array, /, *, out: Array | None = None) -> Array:
-        """Return ``grad_output @ weight``; write the gradients of the parameters.
+        """Return ``grad_output @ weight``; add up the gradients of the parameters.
 
         Raises
         ------
@@ -271,10 +404,14 @@ class Dense(Layer):
         """
         x = self._take()
         xp = get_array_module(x)
-        xp.matmul(grad_output.T, x, out=self.weight.grad)
-        xp.sum(grad_output, axis=0, out=self.bias.grad)
+        weight, bias = self.weight, self.bias
+        weight.add_grad(xp.matmul(grad_output.T, x, out=weight._grad_out()))
+        dtype = _sum_dtype(bias.value.dtype)
+        bias.add_grad(xp.sum(grad_output, axis=0, dtype=dtype, out=bias._grad_out()))
+        if out is None:
+            out = xp.empty(x.shape, dtype=x.dtype)
         # Last, because out may be x.
-        return xp.matmul(grad_output, self.weight.value, out=out)
+        return xp.matmul(grad_output, weight.value, out=out)
 
 
 class Activation(Layer):
@@ -339,6 +476,11 @@ class LeakyReLU(Activation):
     negative_slope : float
         Any finite number.
 
+    Raises
+    ------
+    TypeError, ValueError
+        If ``negative_slope`` is no real number, or not finite.
+
     References
     ----------
     .. [1] A. L. Maas, A. Y. Hannun, A. Y. Ng, "Rectifier Nonlinearities Improve
@@ -356,7 +498,11 @@ class LeakyReLU(Activation):
     inplace = True
 
     def __init__(self, negative_slope: float = 0.01) -> None:
+        number("negative_slope", negative_slope)
         self.negative_slope = negative_slope
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.negative_slope})"
 
     def forward(
         self, x: Array, /, *, training: bool = True, out: Array | None = None
@@ -405,6 +551,13 @@ class PReLU(Activation):
         Of shape ``(num_parameters,)``.  It takes no weight decay, which would
         draw the slopes towards 0 and the layer towards ReLU [1]_.
 
+    Raises
+    ------
+    TypeError
+        If an argument is of another kind, or ``dtype`` is not one of floats.
+    ValueError
+        If ``num_parameters`` is below 1, or ``init`` is not finite.
+
     Notes
     -----
     The weight's gradient needs ``x``.  When training, the layer holds ``x``
@@ -435,8 +588,14 @@ class PReLU(Activation):
         dtype: DTypeLike = np.float32,
         xp: ModuleType = np,
     ) -> None:
-        self.axis = axis
-        self.weight = Parameter(xp.full(num_parameters, init, dtype=dtype), decay=False)
+        n = _count("num_parameters", num_parameters)
+        start = number("init", init).float64
+        self.axis = index("axis", axis)
+        dtype = _parameter_dtype(dtype, xp)
+        self.weight = Parameter(xp.full(n, start, dtype=dtype), decay=False)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.weight.value.size}, axis={self.axis})"
 
     @property
     def parameters(self) -> list[Parameter]:
@@ -461,20 +620,21 @@ class PReLU(Activation):
         return prelu(x, self.weight.value, axis=self.axis, out=out)
 
     def backward(self, grad_output: Array, /, *, out: Array | None = None) -> Array:
-        """Return the gradient towards ``x``; write that of the weight.
+        """Return the gradient towards ``x``; add up that of the weight.
 
         Raises
         ------
         RuntimeError
             Without a forward pass with ``training=True`` before it.
         """
-        grad_input, _ = prelu_backward(
+        grad_input, grad_weight = prelu_backward(
             grad_output,
             self._take(),
             self.weight.value,
             axis=self.axis,
-            out=(out, self.weight.grad),
+            out=(out, self.weight._grad_out()),
         )
+        self.weight.add_grad(grad_weight)
         return grad_input
 
 
@@ -484,12 +644,20 @@ class Sequential(Layer):
     Parameters
     ----------
     *layers : Layer
-        At least one.  The layers of another `Sequential` are taken out of it.
+        At least one, and each only once: it saves one forward pass.  Two layers may
+        share a `Parameter`.  The layers of another `Sequential` are taken out of it.
 
     Attributes
     ----------
     layers : list of Layer
         The layers, flat.
+
+    Raises
+    ------
+    TypeError
+        If something is no `Layer`.
+    ValueError
+        If there is no layer, or one comes twice.
 
     Notes
     -----
@@ -500,11 +668,13 @@ class Sequential(Layer):
     caller sees is never such a buffer: the arrays that ``forward`` and
     ``backward`` take are only read, and those they return are new.  The only state
     is of the latest training pass; a pass with ``training=False`` does not touch
-    it.
+    it.  Pickles and copies hold the layers, but neither buffers nor that state.
 
     Examples
     --------
     >>> model = Sequential(Dense(4, 8, rng=0), PReLU(8), Dense(8, 2, rng=1))
+    >>> model
+    Sequential(Dense(4, 8), PReLU(8, axis=1), Dense(8, 2))
     >>> y = model.forward(np.ones((5, 4), dtype=np.float32))
     >>> model.backward(np.ones_like(y)).shape
     (5, 4)
@@ -516,13 +686,27 @@ class Sequential(Layer):
             raise ValueError(msg)
         self.layers: list[Layer] = []
         for layer in layers:
+            if not isinstance(layer, Layer):
+                msg = f"layers must be objects of Layer, got {shown(layer)}"
+                raise TypeError(msg)
             self.layers += layer.layers if isinstance(layer, Sequential) else [layer]
-        self._buffers: list[Array | None] = [None] * len(self.layers)
+        for i, layer in enumerate(self.layers):
+            if any(layer is other for other in self.layers[:i]):
+                msg = f"layers must be used once each, got one {layer} twice"
+                raise ValueError(msg)
+        self._buffers: dict[int, Array] = {}
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({', '.join(map(repr, self.layers))})"
+
+    def __getstate__(self) -> dict[str, Any]:
+        return super().__getstate__() | {"_buffers": {}}
 
     @property
     def parameters(self) -> list[Parameter]:
-        """The parameters of all layers, in order."""
-        return [p for layer in self.layers for p in layer.parameters]
+        """The parameters of all layers, in order, shared ones once."""
+        shared = (p for layer in self.layers for p in layer.parameters)
+        return list(dict.fromkeys(shared))
 
     def output_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Return the shape of the last layer's output."""
@@ -563,7 +747,7 @@ class Sequential(Layer):
         return h
 
     def backward(self, grad_output: Array, /, *, out: Array | None = None) -> Array:
-        """Return the gradient towards ``x``; write those of all parameters.
+        """Return the gradient towards ``x``; add up those of all parameters.
 
         Raises
         ------
@@ -578,7 +762,7 @@ class Sequential(Layer):
     def _buffer(self, i: int, x: Array) -> Array:
         """Return memory for the output of layer ``i`` for the input ``x``."""
         rows, *rest = self.layers[i].output_shape(x.shape)
-        buffer = self._buffers[i]
+        buffer = self._buffers.get(i)
         if (
             buffer is None
             or len(buffer) < rows
@@ -615,6 +799,8 @@ def dead_units(
 
     Raises
     ------
+    TypeError
+        If ``model`` is no `Sequential`, ``x`` no array, or ``batch_size`` no integer.
     ValueError
         If ``x`` holds no sample or ``batch_size`` is below 1.
 
@@ -625,11 +811,13 @@ def dead_units(
     >>> dead_units(Sequential(layer, ReLU()), np.array([[2.0], [3.0]]))
     [array([False,  True])]
     """
+    if not isinstance(model, Sequential):
+        msg = f"model must be a Sequential, got {kind_of(model)}"
+        raise TypeError(msg)
+    _check_array("x", x)
+    batch_size = _count("batch_size", batch_size)
     if not len(x):
         msg = f"x must hold at least one sample, got shape {x.shape}"
-        raise ValueError(msg)
-    if batch_size < 1:
-        msg = f"batch_size must be at least 1, got {batch_size}"
         raise ValueError(msg)
     dead: list[Array] = []
     for start in range(0, len(x), batch_size):
@@ -673,7 +861,7 @@ def softmax_cross_entropy(logits: Array, labels: Array, /) -> tuple[Any, Array]:
         If a shape does not fit, or a label names no class.  To see that on a GPU
         would mean to wait for it: there the loss is NaN.
     TypeError
-        If ``labels`` are not integers, or of another library.
+        If ``logits`` are not floats, or ``labels`` not integers of the same library.
 
     Examples
     --------
@@ -683,6 +871,8 @@ def softmax_cross_entropy(logits: Array, labels: Array, /) -> tuple[Any, Array]:
     >>> grad
     array([[ 0.25,  0.25, -0.75,  0.25]])
     """
+    _check_floats("logits", logits)
+    _check_library("labels", labels, "logits", logits)
     if logits.ndim != 2 or not logits.size:
         msg = f"logits must have shape (n, classes), got {logits.shape}"
         raise ValueError(msg)
@@ -693,24 +883,26 @@ def softmax_cross_entropy(logits: Array, labels: Array, /) -> tuple[Any, Array]:
     if labels.dtype.kind not in "iu":
         msg = f"labels must have an integer dtype, got {labels.dtype}"
         raise TypeError(msg)
-    _together("labels", labels, "logits", logits)
     xp = get_array_module(logits)
     if xp is np and (labels.min() < 0 or labels.max() >= classes):
         msg = f"labels must lie in 0..{classes - 1}, got {labels.min()}..{labels.max()}"
         raise ValueError(msg)
-    rows = xp.arange(n)
+    rows, dtype = xp.arange(n), logits.dtype
+    logits = logits.astype(_sum_dtype(dtype), copy=False)
     # The largest score becomes 0, so that no exponential overflows.
     shifted = logits - logits.max(axis=1, keepdims=True)
-    grad = xp.exp(shifted)
-    total = grad.sum(axis=1, keepdims=True)
-    losses = xp.log(total[:, 0]) - shifted[rows, labels]
-    if xp is not np:  # CuPy's indices wrap around
-        losses[(labels < 0) | (labels >= classes)] = math.nan
-    loss = losses.mean()
-    grad /= total
-    grad[rows, labels] -= 1
-    grad /= n
-    return loss, grad
+    # What is far below the largest is 0 and no error.
+    with np.errstate(under="ignore"):
+        grad = xp.exp(shifted)
+        total = grad.sum(axis=1, keepdims=True)
+        losses = xp.log(total[:, 0]) - shifted[rows, labels]
+        if xp is not np:  # CuPy's indices wrap around
+            losses[(labels < 0) | (labels >= classes)] = math.nan
+        loss = losses.sum() / n
+        grad /= total
+        grad[rows, labels] -= 1
+        grad /= n
+        return loss.astype(dtype), grad.astype(dtype, copy=False)
 
 
 class SGD:
@@ -720,12 +912,13 @@ class SGD:
         v \leftarrow \mu v + g + \lambda w, \qquad w \leftarrow w - \eta v
 
     as in PyTorch, with learning rate :math:`\eta`, momentum :math:`\mu` and weight
-    decay :math:`\lambda`, which is left out for parameters with ``decay=False``.
+    decay :math:`\lambda`, which is left out for parameters with ``decay=False``.  For
+    parameters of half floats, :math:`v` is float32 and each step rounds once.
 
     Parameters
     ----------
     parameters : iterable of Parameter
-        What to update.
+        What to update, each once however often it comes.
     lr : float
         The learning rate; the attribute ``lr`` may be changed between steps.
     momentum, weight_decay : float
@@ -733,6 +926,8 @@ class SGD:
 
     Raises
     ------
+    TypeError
+        If a parameter is no `Parameter`, or a number none.
     ValueError
         If there is no parameter, or a number is negative or not finite.
 
@@ -754,11 +949,20 @@ class SGD:
         weight_decay: float = 0.0,
     ) -> None:
         settings = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
-        for name, number in settings.items():
-            if not 0 <= number < math.inf:
-                msg = f"{name} must be finite and at least 0, got {number}"
+        for name, value in settings.items():
+            if number(name, value).float64 < 0:
+                msg = f"{name} must be at least 0, got {value}"
                 raise ValueError(msg)
-        self.parameters = list(parameters)
+        if not isinstance(parameters, Iterable):
+            came = kind_of(parameters)
+            msg = f"parameters must be an iterable of Parameter, got {came}"
+            raise TypeError(msg)
+        given = list(parameters)
+        for p in given:
+            if not isinstance(p, Parameter):
+                msg = f"parameters must hold objects of Parameter, got {kind_of(p)}"
+                raise TypeError(msg)
+        self.parameters = list(dict.fromkeys(given))
         if not self.parameters:
             msg = "parameters must hold at least one parameter, got none"
             raise ValueError(msg)
@@ -766,19 +970,47 @@ class SGD:
         self.momentum = momentum
         self.weight_decay = weight_decay
         self._velocity = [
-            get_array_module(p.value).zeros_like(p.value) for p in self.parameters
+            get_array_module(p.value).zeros_like(
+                p.value, dtype=_sum_dtype(p.value.dtype)
+            )
+            for p in self.parameters
         ]
-        # One piece of scratch memory, for the largest parameter.
-        largest = max(self.parameters, key=lambda p: p.value.nbytes).value
-        self._scratch = get_array_module(largest).empty(largest.nbytes, dtype=np.uint8)
+        self._scratch: Array | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_scratch": None}
+
+    def zero_grad(self) -> None:
+        """Set the gradients of all parameters to 0."""
+        for p in self.parameters:
+            p.zero_grad()
 
     def step(self) -> None:
-        """Update every parameter in place from its gradient."""
+        """Update every parameter in place from its gradient.
+
+        The next backward pass replaces the gradients, so that no `zero_grad` is
+        needed between steps.
+
+        Raises
+        ------
+        ValueError
+            If a parameter is read-only, before anything is changed.
+        """
+        for i, p in enumerate(self.parameters):
+            # CuPy's arrays are always writeable and have no such flag.
+            if not getattr(p.value.flags, "writeable", True):
+                msg = f"parameters[{i}] must be writeable, got a read-only {p}"
+                raise ValueError(msg)
+        if self._scratch is None:  # one piece of memory, for the largest parameter
+            largest = max(self._velocity, key=lambda v: v.nbytes)
+            xp = get_array_module(largest)
+            self._scratch = xp.empty(largest.nbytes, dtype=np.uint8)
         for p, v in zip(self.parameters, self._velocity, strict=True):
             xp = get_array_module(v)
             scratch = self._scratch[: v.nbytes].view(v.dtype).reshape(v.shape)
             v *= self.momentum
             v += p.grad
             if p.decay and self.weight_decay:
-                v += xp.multiply(p.value, self.weight_decay, out=scratch)
+                v += xp.multiply(p.value, self.weight_decay, out=scratch, dtype=v.dtype)
             p.value -= xp.multiply(v, self.lr, out=scratch)
+            p._used = True

@@ -73,6 +73,7 @@ def test_all():
     modules = {name for name, value in vars(F).items() if inspect.ismodule(value)}
     public = {name for name in vars(F) if not name.startswith("_")}
     assert public - modules == {*F.__all__} - modules - {"__version__"}
+    assert {"nn", *public} <= {*dir(F)}
 
 
 @pytest.mark.parametrize("name", sorted({*F.__all__} - {"__version__"}))
@@ -165,6 +166,17 @@ print(*(name for name in {OTHERS} if name in sys.modules))
 """
 
 
+LOAD_NETWORKS = """
+import sys
+import fastrelu
+
+assert "nn" in dir(fastrelu)
+assert "fastrelu.nn" not in sys.modules
+assert fastrelu.nn.ReLU() is not None
+assert fastrelu.nn is sys.modules["fastrelu.nn"]
+"""
+
+
 def python(script, folder, home=PACKAGE.parent, **environment):
     environment = os.environ | {"PYTHONPATH": str(home)} | environment
     command = [sys.executable, "-W", "error", "-c", script]
@@ -183,6 +195,15 @@ def python(script, folder, home=PACKAGE.parent, **environment):
 
 def test_import_loads_no_other_library(tmp_path):
     assert python(NAME_LOADED, tmp_path) == ""
+
+
+def test_networks_are_imported_when_they_are_asked_for(tmp_path):
+    assert python(LOAD_NETWORKS, tmp_path) == ""
+
+
+def test_a_name_that_is_none():
+    with pytest.raises(AttributeError, match="'fastrelu' has no attribute 'nm'"):
+        F.nm  # noqa: B018
 
 
 def test_the_second_process_compiles_nothing(tmp_path):

@@ -1,13 +1,16 @@
 """Layers, loss and optimiser: against differences, and against PyTorch where it is."""
 
+import copy
 import itertools
+import pickle
 import tracemalloc
 
+import ml_dtypes
 import numpy as np
 import pytest
 
-from fastrelu import nn
-from fastrelu.cli.training import network
+from fastrelu import cli, nn
+from fastrelu.cli import training
 
 ACTIVATIONS = {
     "relu": nn.ReLU,
@@ -62,7 +65,7 @@ def test_gradients_are_those_of_central_differences(activation):
 @pytest.mark.parametrize("activation", ["relu", "leaky_relu", "prelu"])
 def test_the_network_has_the_gradients_of_pytorch(activation):
     torch = pytest.importorskip("torch")
-    model = network(activation, np.random.default_rng(0))
+    model = training.network(activation, np.random.default_rng(0))
     layers = []
     for layer in model.layers:
         if isinstance(layer, nn.Dense):
@@ -173,6 +176,7 @@ def test_evaluation_does_not_disturb_training(activation):
     _, grad = nn.softmax_cross_entropy(model.forward(x), labels)
     expected = model.backward(grad)
     gradients = [p.grad.copy() for p in model.parameters]
+    model.zero_grad()
     model.forward(x)
     model.forward(x + 1, training=False)
     np.testing.assert_array_equal(model.backward(grad), expected)
@@ -256,6 +260,211 @@ def test_cross_entropy_of_rows_that_lie_far_apart():
     np.testing.assert_array_equal(grad, [[-0.25, 0.25], [0.25, -0.25]])
 
 
+def scaled(slope):
+    """x times a number, with its slope as the only parameter that has a gradient"""
+    layer = nn.Dense(1, 1, dtype=np.float64)
+    layer.weight.value[:] = slope
+    return layer
+
+
+def test_gradients_add_up_until_a_step():
+    dense, prelu = scaled(-1), nn.PReLU(dtype=np.float64)
+    model = nn.Sequential(dense, prelu)
+    weight, bias, slope = model.parameters
+    optimiser = nn.SGD(model.parameters, lr=0.5)
+
+    def backward(x):
+        model.forward(np.array([[float(x)]]))
+        model.backward(np.array([[1.0]]))
+
+    # At -x, which is not active, the slope is 1/4.
+    backward(4)
+    assert [p.grad.item() for p in model.parameters] == [1, 0.25, -4]
+    backward(8)
+    assert [p.grad.item() for p in model.parameters] == [3, 0.5, -12]
+    optimiser.step()
+    assert [p.value.item() for p in (weight, bias, slope)] == [-2.5, -0.25, 6.25]
+    for _ in range(2):  # what a step has used is replaced
+        slope.value[:] = 0.25
+        backward(4)
+        assert [p.grad.item() for p in (weight, bias)] == [1, 0.25]
+        optimiser.lr = 0
+        optimiser.step()
+
+
+@pytest.mark.parametrize("of", ["model", "optimiser", "parameters"])
+def test_gradients_are_forgotten_with_zero_grad(of):
+    model, (x, labels) = small("prelu"), data()
+    optimiser = nn.SGD(model.parameters, lr=0.1)
+    _, grad = nn.softmax_cross_entropy(model.forward(x), labels)
+    model.backward(grad)
+    expected = [p.grad.copy() for p in model.parameters]
+    owners = {"model": [model], "optimiser": [optimiser]}
+    for owner in owners.get(of, model.parameters):
+        owner.zero_grad()
+    assert not any(p.grad.any() for p in model.parameters)
+    model.forward(x)
+    model.backward(grad)
+    for parameter, gradient in zip(model.parameters, expected, strict=True):
+        np.testing.assert_array_equal(parameter.grad, gradient)
+
+
+def test_two_halves_of_a_batch_make_one_step():
+    models, (x, labels) = [small("prelu"), small("prelu")], data(8)
+    for model, parts in zip(models, (1, 2), strict=True):
+        optimiser = nn.SGD(model.parameters, lr=0.1, momentum=0.9)
+        for _ in range(3):
+            pairs = zip(np.split(x, parts), np.split(labels, parts), strict=True)
+            for rows, classes in pairs:
+                y = model.forward(rows)
+                model.backward(nn.softmax_cross_entropy(y, classes)[1] / parts)
+            optimiser.step()
+    for one, other in zip(*(model.parameters for model in models), strict=True):
+        # Sums of a few numbers of the order of 1, in another order.
+        np.testing.assert_allclose(one.value, other.value, rtol=0, atol=1e-14)
+
+
+def test_a_parameter_of_two_layers_is_stepped_once():
+    first, second = scaled(3), scaled(0)
+    second.weight = first.weight
+    model = nn.Sequential(first, second)
+    assert model.parameters == [first.weight, first.bias, second.bias]
+    optimiser = nn.SGD([first.weight, *model.parameters], lr=0.5)
+    for _ in range(2):
+        first.weight.value[:] = 3
+        assert model.forward(np.array([[2.0]])) == 18
+        model.backward(np.array([[1.0]]))
+        assert first.weight.grad == 12  # 3 * 2 from either side
+        optimiser.step()
+        assert first.weight.value == 3 - 0.5 * 12
+        for layer in model.layers:
+            layer.bias.value[:] = 0
+    twin = copy.deepcopy(model)
+    assert twin.layers[0].weight is twin.layers[1].weight
+
+
+def test_warming_up_teaches_nothing(monkeypatch):
+    monkeypatch.setattr(training, "WIDTHS", (16, 8))
+    rng = np.random.default_rng(0)
+    x, labels = rng.standard_normal((20, 64), np.float32), rng.integers(0, 10, 20)
+    digits = training.Digits(x, labels, x, labels)
+    args = cli.parser().parse_args(["train", "--activation", "prelu"])
+    warm, cold = (training.Run(args, digits) for _ in "12")
+    warm.warm_up()
+    for run in (warm, cold):
+        run.step(np.arange(20))
+    for one, other in zip(warm.model.parameters, cold.model.parameters, strict=True):
+        np.testing.assert_array_equal(one.value, other.value)
+
+
+def copies(model):
+    """A model as others get it"""
+    buffers = []
+    data = pickle.dumps(model, protocol=5, buffer_callback=buffers.append)
+    yield copy.deepcopy(model)
+    yield pickle.loads(pickle.dumps(model))
+    yield pickle.loads(data, buffers=[bytearray(b.raw()) for b in buffers])
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_a_copy_works_and_holds_parameters_alone(activation):
+    model, (x, labels) = small(activation), data(1000)
+    optimiser = nn.SGD(model.parameters, lr=0.1, momentum=0.9)
+
+    def step(model, optimiser):
+        loss, grad = nn.softmax_cross_entropy(model.forward(x), labels)
+        model.backward(grad)
+        optimiser.step()
+        return loss
+
+    step(model, optimiser)
+    model.forward(x)
+    size = sum(p.value.nbytes for p in model.parameters)
+    assert len(pickle.dumps(model)) < size + 3000
+    assert len(pickle.dumps(optimiser)) < 2 * size + 3000
+    for other, its_optimiser in copies((model, optimiser)):
+        assert not any(p.grad.any() for p in other.parameters)
+        with pytest.raises(RuntimeError, match="forward pass"):
+            other.backward(np.ones((1000, 3)))
+        np.testing.assert_array_equal(
+            other.forward(x, training=False), model.forward(x, training=False)
+        )
+        ours, theirs = copy.deepcopy((model, optimiser)), (other, its_optimiser)
+        assert step(*ours) == step(*theirs)
+        assert step(*ours) == step(*theirs)
+
+
+HALVES = pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
+
+
+@HALVES
+def test_gradients_of_half_floats_are_summed_in_float32(dtype):
+    rows = 5000
+    layer = nn.Dense(1, 2, dtype=dtype)
+    layer.forward(np.ones((rows, 1), dtype))
+    layer.backward(np.ones((rows, 2), dtype))
+    for parameter in layer.parameters:
+        assert parameter.grad.dtype == dtype
+        np.testing.assert_array_equal(parameter.grad, dtype(rows))
+
+
+@HALVES
+def test_cross_entropy_of_half_floats(dtype):
+    rows, classes = 3000, 4096
+    labels = np.arange(rows)
+    loss, grad = nn.softmax_cross_entropy(np.zeros((rows, classes), dtype), labels)
+    assert (loss.dtype, grad.dtype) == (dtype, dtype)
+    assert loss == dtype(np.log(classes))
+    share = np.float32(1 / classes)
+    assert grad[0, 0] == dtype((share - 1) / rows)
+    np.testing.assert_array_equal(grad[0, 1:], dtype(share / rows))
+
+
+def test_scores_may_lie_farther_apart_than_half_floats_reach():
+    scores = np.array([[6e4, -6e4]], np.float16)
+    loss, grad = nn.softmax_cross_entropy(scores, np.array([0]))
+    assert loss == 0
+    np.testing.assert_array_equal(grad, [[0, 0]])
+
+
+@HALVES
+def test_layers_of_half_floats_keep_their_dtype(dtype):
+    model = nn.Sequential(
+        nn.Dense(3, 4, dtype=dtype), nn.PReLU(dtype=dtype), nn.Dense(4, 2, dtype=dtype)
+    )
+    x = np.ones((5, 3), dtype)
+    y = model.forward(x)
+    assert y.dtype == model.forward(x, training=False).dtype == dtype
+    assert model.backward(y).dtype == dtype
+
+
+@HALVES
+def test_momentum_of_half_floats_reaches_its_limit(dtype):
+    parameter = nn.Parameter(np.zeros(1, dtype))
+    optimiser = nn.SGD([parameter], lr=0, momentum=0.99)
+    parameter.grad[:] = 1
+    for _ in range(2000):
+        optimiser.step()
+    optimiser.lr = 1
+    optimiser.step()
+    assert parameter.value.dtype == dtype
+    assert parameter.value == -100
+
+
+@HALVES
+def test_a_step_of_half_floats_rounds_once(dtype):
+    eps = float(ml_dtypes.finfo(dtype).eps)
+    parameter = nn.Parameter(np.ones(1, dtype))
+    parameter.grad[:] = 1
+    # From below the tie of 1 - eps / 2 and 1 - eps to above it, because of the decay.
+    lr = 0.75 * eps / (1 + eps / 6)
+    nn.SGD([parameter], lr=lr, weight_decay=eps / 3).step()
+    assert parameter.value == 1 - eps
+    tiny = nn.Parameter(np.full(1, 2.0**-14, dtype))
+    nn.SGD([tiny], lr=2.0**12, weight_decay=2.0**-12).step()
+    assert tiny.value == 0
+
+
 def test_dead_units():
     model, (x, _) = small("relu"), data(50)
     model.layers[0].bias.value[2] = -1e3
@@ -279,6 +488,62 @@ def test_a_layer_has_both_passes():
             call(np.ones(3))
 
 
+REPRESENTATIONS = {
+    "Dense(784, 512)": lambda: nn.Dense(784, 512),
+    "ReLU()": nn.ReLU,
+    "LeakyReLU(0.2)": lambda: nn.LeakyReLU(0.2),
+    "PReLU(512, axis=-1)": lambda: nn.PReLU(512, axis=-1),
+    "Sequential(Dense(2, 16), PReLU(1, axis=1), ReLU())": lambda: nn.Sequential(
+        nn.Dense(2, 16), nn.Sequential(nn.PReLU(), nn.ReLU())
+    ),
+    "Parameter(shape=(2, 1), dtype=float16)": lambda: nn.Parameter(
+        np.ones((2, 1), np.float16)
+    ),
+}
+
+
+@pytest.mark.parametrize("text", REPRESENTATIONS)
+def test_layers_say_what_they_are(text):
+    assert repr(REPRESENTATIONS[text]()) == text
+
+
+def test_cross_entropy_when_all_errors_are_raised():
+    scores = np.array([[0, -1e3, -88], [1e-20, -1e2, -87]], np.float32)
+    with np.errstate(all="raise"):
+        loss, grad = nn.softmax_cross_entropy(scores, np.array([0, 0]))
+    assert loss == 0
+    assert grad[0, 1] == 0
+    np.testing.assert_allclose(grad[:, 2], np.exp([-88, -87]) / 2, rtol=1e-5)
+
+
+def test_read_only_parameters_are_refused_before_anything_changes():
+    model, (x, _) = small("prelu"), data()
+    buffers = []
+    saved = pickle.dumps(model, protocol=5, buffer_callback=buffers.append)
+    model = pickle.loads(saved, buffers=[bytes(buffer.raw()) for buffer in buffers])
+    first = model.parameters[0]
+    first.value = first.value.copy()
+    optimiser = nn.SGD(model.parameters, lr=0.1, momentum=0.9)
+    model.backward(model.forward(x))
+    kept = copy.deepcopy([p.value for p in model.parameters])
+    with pytest.raises(ValueError, match=r"parameters\[1\] must be writeable"):
+        optimiser.step()
+    for p, value in zip(model.parameters, kept, strict=True):
+        np.testing.assert_array_equal(p.value, value)
+        p.value = p.value.copy()
+    gradient = first.grad.copy()
+    optimiser.step()  # with nothing in its momentum but this step's gradient
+    np.testing.assert_array_equal(first.value, kept[0] - 0.1 * gradient)
+
+
+def dense(in_features=3, out_features=2, **options):
+    return nn.Dense(in_features, out_features, **options)
+
+
+def parameter(**options):
+    return nn.Parameter(np.ones(3), **options)
+
+
 WRONG = {
     "x's columns": (ValueError, "x", lambda: small("relu").forward(np.ones((2, 4)))),
     "x's dtype": (
@@ -287,6 +552,12 @@ WRONG = {
         lambda: small("relu").forward(np.ones((2, 5), np.float32)),
     ),
     "no layers": (ValueError, "layers", lambda: nn.Sequential()),
+    "a layer twice": (ValueError, "layers", lambda: twice(nn.ReLU())),
+    "a layer twice, inside": (
+        ValueError,
+        "layers",
+        lambda: twice(nn.Sequential(nn.Dense(2, 2))),
+    ),
     "a label": (
         ValueError,
         "labels",
@@ -317,6 +588,68 @@ WRONG = {
         "labels",
         lambda: nn.softmax_cross_entropy(np.ones((2, 3)), np.array([[0], [1]])),
     ),
+    **{
+        f"{what} {name}={value!r}": (
+            error,
+            name,
+            lambda make=make, options={name: value}: make(**options),
+        )
+        for error, what, make, name, value in [
+            (TypeError, "Parameter", nn.Parameter, "value", [1.0]),
+            (TypeError, "Parameter", nn.Parameter, "value", np.float64(1)),
+            (TypeError, "Parameter", nn.Parameter, "value", np.arange(3)),
+            (TypeError, "Parameter", parameter, "decay", 1),
+            (ValueError, "Dense", dense, "in_features", 0),
+            (ValueError, "Dense", dense, "out_features", -1),
+            (TypeError, "Dense", dense, "in_features", True),
+            (TypeError, "Dense", dense, "out_features", 2.0),
+            (TypeError, "Dense", dense, "negative_slope", "0"),
+            (ValueError, "Dense", dense, "negative_slope", float("inf")),
+            (TypeError, "Dense", dense, "rng", "seed"),
+            (TypeError, "Dense", dense, "dtype", int),
+            (TypeError, "Dense", dense, "dtype", "real"),
+            (TypeError, "Dense", dense, "xp", "numpy"),
+            (TypeError, "PReLU", nn.PReLU, "num_parameters", True),
+            (ValueError, "PReLU", nn.PReLU, "num_parameters", 0),
+            (TypeError, "PReLU", nn.PReLU, "init", None),
+            (TypeError, "PReLU", nn.PReLU, "axis", 1.0),
+            (TypeError, "PReLU", nn.PReLU, "dtype", bool),
+            (TypeError, "PReLU", nn.PReLU, "xp", None),
+            (TypeError, "LeakyReLU", nn.LeakyReLU, "negative_slope", "steep"),
+            (ValueError, "LeakyReLU", nn.LeakyReLU, "negative_slope", float("nan")),
+        ]
+    },
+    "x's kind": (TypeError, "x", lambda: dense().forward([[1.0, 2.0, 3.0]])),
+    "a layer's kind": (TypeError, "layers", lambda: nn.Sequential([nn.ReLU()])),
+    "a layer's class": (TypeError, "layers", lambda: nn.Sequential(nn.ReLU)),
+    "logits' kind": (
+        TypeError,
+        "logits",
+        lambda: nn.softmax_cross_entropy([[1.0, 2.0]], np.array([0])),
+    ),
+    "logits' dtype": (
+        TypeError,
+        "logits",
+        lambda: nn.softmax_cross_entropy(np.ones((1, 2), int), np.array([0])),
+    ),
+    "labels' kind": (
+        TypeError,
+        "labels",
+        lambda: nn.softmax_cross_entropy(np.ones((1, 2)), [0]),
+    ),
+    "no Sequential": (TypeError, "model", lambda: nn.dead_units(dense(), np.ones(3))),
+    "samples' kind": (TypeError, "x", lambda: nn.dead_units(small("relu"), [])),
+    "parameters' kind": (
+        TypeError,
+        "parameters",
+        lambda: nn.SGD(small("relu"), 0.1),
+    ),
+    "a parameter's kind": (TypeError, "parameters", lambda: nn.SGD(np.ones(3), 0.1)),
+    "a rate's kind": (
+        TypeError,
+        "lr",
+        lambda: nn.SGD(small("relu").parameters, "0.1"),
+    ),
     "PReLU in place": (ValueError, "out", lambda: in_place(nn.PReLU())),
     "no parameters": (ValueError, "parameters", lambda: nn.SGD([], 0.1)),
     **{
@@ -331,6 +664,10 @@ WRONG = {
         for number in (-1, float("inf"), float("nan"))
     },
 }
+
+
+def twice(layer):
+    return nn.Sequential(layer, nn.PReLU(), nn.Sequential(layer))
 
 
 def in_place(layer):

@@ -115,6 +115,7 @@ class Run:
         """Compile every loop that training needs; learn nothing."""
         rows = self.split(np.arange(len(self.digits.train_x)))[0]
         self.model.backward(self.model.forward(self.digits.train_x[rows]))
+        self.model.zero_grad()
         self.test()
 
     def split(self, order: Array) -> list[Array]:
