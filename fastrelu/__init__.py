@@ -1,7 +1,8 @@
 """ReLU and its kin for NumPy arrays and arrays on a GPU, compiled by Numba."""
 
 from fastrelu import (
-    _interpreter,  # noqa: F401 - before anything is imported
+    _command,  # noqa: F401 - before anything that takes its time
+    _interpreter,  # noqa: F401 - before NumPy is imported
     activations,
 )
 from fastrelu.activations import *

@@ -11,10 +11,13 @@ import signal
 import subprocess
 import sys
 import threading
+import tomllib
+from pathlib import Path
 
 import pytest
 
-from fastrelu import cli
+from fastrelu import __main__ as process
+from fastrelu import _command, cli
 from fastrelu.cli.peers.cases import Case
 from fastrelu.cli.peers.libraries import NumExpr
 from fastrelu.cli.peers.team import Result
@@ -219,6 +222,17 @@ def test_a_learning_rate_that_is_none(rate, capsys):
     fails_with("expected a positive number", call, capsys)
 
 
+# The process --------------------------------------------------------------------------
+
+
+def test_no_command_shows_the_commands(capsys):
+    assert cli.main([]) == 0
+    output, errors = capsys.readouterr()
+    assert output.startswith("usage: fastrelu")
+    assert all(f"    {command} " in output for command in ("train", "bench", "info"))
+    assert errors == ""
+
+
 def test_an_import_runs_nothing():
     before = signal.getsignal(signal.SIGINT)
     importlib.import_module("fastrelu.__main__")
@@ -234,3 +248,55 @@ def test_a_system_without_broken_pipes():
         [sys.executable, "-c", script + run], capture_output=True, text=True, check=True
     )
     assert done.stdout.startswith("fastrelu ")
+
+
+@pytest.fixture
+def handlers():
+    """What answers signals, which is put back"""
+    numbers = [signal.SIGINT, getattr(signal, "SIGPIPE", signal.SIGINT)]
+    before = {number: signal.getsignal(number) for number in numbers}
+    yield before
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def test_the_script_does_what_the_module_does(handlers, monkeypatch):
+    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())
+    module, name = project["project"]["scripts"]["fastrelu"].split(":")
+    script = getattr(importlib.import_module(module), name)
+    assert script is process.run
+    monkeypatch.setattr(process, "main", lambda: 7)
+    assert script() == 7
+    assert signal.getsignal(signal.SIGINT) is cli.interrupts.leave
+    assert {*map(signal.getsignal, handlers)} <= {cli.interrupts.leave, signal.SIG_DFL}
+
+
+@pytest.mark.parametrize(
+    ("argv", "all_of_it", "expected"),
+    [
+        (["-m", "train"], ["python", "-u", "-m", "fastrelu", "train"], True),
+        (["-m"], ["python", "-mfastrelu"], True),
+        (["-m"], ["python", "-m", "fastrelu.cli.peers.worker"], False),
+        (["-m", "fastrelu"], ["python", "-m", "other", "fastrelu"], False),
+        (["/usr/bin/fastrelu"], ["python", "/usr/bin/fastrelu"], True),
+        (["fastrelu.exe", "info"], ["fastrelu.exe", "info"], True),
+        (["train.py", "-m", "fastrelu"], ["python", "train.py"], False),
+        ([""], ["python"], False),
+        ([], [], False),
+    ],
+)
+def test_who_imports_the_package(argv, all_of_it, expected):
+    assert _command.is_command(argv, all_of_it) is expected
+
+
+def test_an_interrupt_of_the_imports_ends_the_process(handlers):
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    thread = threading.Thread(target=_command.end_on_interrupt)
+    thread.start()
+    thread.join()
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    _command.end_on_interrupt()
+    assert signal.getsignal(signal.SIGINT) is signal.SIG_DFL
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    _command.end_on_interrupt()
+    assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN

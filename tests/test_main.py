@@ -150,6 +150,30 @@ def test_ctrl_c_before_training_is_one_line(tmp_path):
     assert done.stderr == "fastrelu: interrupted\n"
 
 
+SCRIPT = """
+import sys
+from fastrelu.__main__ import run
+sys.exit(run())
+"""
+
+
+@posix
+@pytest.mark.parametrize("module", ["fastrelu._command", "numpy.", "numba."])
+@pytest.mark.parametrize("way", ["module", "script"])
+def test_ctrl_c_while_modules_are_imported_is_silent(way, module, tmp_path):
+    script = tmp_path / "fastrelu"
+    script.write_text(SCRIPT)
+    what = ["-m", "fastrelu"] if way == "module" else [str(script)]
+    command = [sys.executable, "-X", "importtime", *what, "info"]
+    with started(command, cwd=tmp_path, env=ENVIRONMENT) as process:
+        next(line for line in process.stderr if module in line)
+        process.send_signal(signal.SIGINT)
+        errors = process.stderr.read()
+        assert process.stdout.read() == ""
+    assert process.returncode == -signal.SIGINT
+    assert all(line.startswith("import time:") for line in errors.splitlines())
+
+
 def read_until(process, start):
     for line in process.stdout:
         if line.startswith(start):
