@@ -272,8 +272,8 @@ def layer_table(run: Run) -> Any:
 
     layers = run.activity.layers
     slopes = [a.weight.value.item() for a in layers if isinstance(a, nn.PReLU)]
-    table = Table(box=box.SIMPLE, show_edge=False)
-    headers = ["layer", "units", "inactive", "dead", "dead in test"]
+    table = Table(box=box.SIMPLE, show_edge=False, collapse_padding=True)
+    headers = ["layer", "units", "inactive", "dead", "in test"]
     for header in [*headers, "slope"] if slopes else headers:
         table.add_column(header, justify="right")
     test = nn.dead_units(run.model, run.digits.test_x)
