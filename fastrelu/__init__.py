@@ -3,7 +3,8 @@
 import typing
 
 from fastrelu import (
-    _interpreter,  # noqa: F401 - before anything is imported
+    _command,  # noqa: F401 - before anything that takes its time
+    _interpreter,  # noqa: F401 - before NumPy is imported
     activations,
 )
 from fastrelu.activations import *

@@ -5,9 +5,11 @@ import importlib
 import importlib.metadata
 import inspect
 import os
+import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +20,8 @@ import fastrelu as F
 from fastrelu import activations
 
 PACKAGE = Path(F.__file__).parent
+CHECKOUT = Path(__file__).parents[1]
+README = (CHECKOUT / "README.md").read_text()
 
 # fmt: off
 SIGNATURES = {
@@ -109,6 +113,49 @@ def test_version():
         assert F.__version__ == importlib.metadata.version("fastrelu")
     except importlib.metadata.PackageNotFoundError:
         pytest.skip("fastrelu is not installed here")
+
+
+@pytest.fixture(scope="module")
+def project():
+    """What pyproject.toml says of the package"""
+    return tomllib.loads((CHECKOUT / "pyproject.toml").read_text())["project"]
+
+
+def test_the_python_versions(project):
+    """The same ones for installers, for an index and for readers."""
+    named = re.findall(r"Python :: 3\.(\d+)", "\n".join(project["classifiers"]))
+    oldest, newest = int(named[0]), int(named[-1])
+    assert list(map(int, named)) == list(range(oldest, newest + 1))
+    assert project["requires-python"] == f">=3.{oldest}"
+    assert f"**Python** 3.{oldest} to 3.{newest}" in README
+    for name in project["dependencies"]:
+        library, _, version = name.partition(">=")
+        assert f"{library} {version} or newer" in README.lower()
+
+
+def test_the_extras(project):
+    installing = README.partition("## Installing")[2].partition("\n## ")[0]
+    named = re.findall(r"fastrelu\[(\w+)\]", installing)
+    assert sorted(named) == sorted(project["optional-dependencies"])
+
+
+def test_the_changelog_has_this_version():
+    (first, *_) = re.findall(
+        r"^## (\S+),", (CHECKOUT / "CHANGELOG.md").read_text(), re.MULTILINE
+    )
+    assert first == F.__version__
+
+
+@pytest.mark.parametrize(
+    "page", ["README.md", ".github/CONTRIBUTING.md", ".github/SECURITY.md"]
+)
+def test_what_a_page_links_to_is_there(page):
+    links = re.findall(r"\]\(([^)#:]+)\)", (CHECKOUT / page).read_text())
+    missing = [
+        link for link in links if not (CHECKOUT / page).parent.joinpath(link).exists()
+    ]
+    assert missing == []
+    assert page != "README.md" or len(links) > 4
 
 
 def test_an_output_does_not_tell_of_every_activation():

@@ -12,40 +12,131 @@ import numpy as np
 import pytest
 from conftest import PATIENCE, run_command, started
 
-from fastrelu.cli import main, parser
-from fastrelu.cli.training import Run, load_digits
+from fastrelu import nn
+from fastrelu.cli import main, parser, training
+from fastrelu.cli.train import draw
+from fastrelu.cli.training import Epoch, Run, load_digits
 
 pytest.importorskip("sklearn")
 pytest.importorskip("rich")
-pytest.importorskip("matplotlib")
+Figure = pytest.importorskip("matplotlib.figure").Figure
 
 COMMAND = [sys.executable, "-m", "fastrelu"]
 # A file gets no control characters, not even for FORCE_COLOR.
 ENVIRONMENT = {**os.environ, "FORCE_COLOR": "1"}
+
+# Layers of a network that learns in a moment, and how fast it may.
+WIDTHS = 64, 32, 32
+RATE = "0.05"
 
 
 def call(*arguments, cwd):
     return run_command([*COMMAND, *arguments], cwd=cwd, env=ENVIRONMENT)
 
 
-@pytest.mark.parametrize("activation", ["relu", "leaky_relu", "prelu"])
-def test_a_short_run(activation, tmp_path):
-    done = call("train", "--activation", activation, "--epochs", "3", cwd=tmp_path)
+@pytest.fixture
+def small(monkeypatch, capsys):
+    """Train the small network in this process; return what was printed"""
+    monkeypatch.setattr(training, "WIDTHS", WIDTHS)
+
+    def train(*arguments, status=0):
+        assert main(["train", "--learning-rate", RATE, *arguments]) == status
+        return capsys.readouterr()
+
+    return train
+
+
+def rows_of(output):
+    """The rows of the table of layers"""
+    rows = [line.split() for line in output.splitlines()]
+    return [row for row in rows if len(row) >= 5 and row[0].isdecimal()]
+
+
+def accuracy_of(output):
+    return float(output.partition("Test accuracy ")[2].partition("%")[0])
+
+
+def test_a_short_run(tmp_path):
+    done = call("train", "--epochs", "3", "--plot", "curves.png", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
     assert "\x1b" not in done.stdout
     assert "\r" not in done.stdout
     epochs = [line for line in done.stdout.splitlines() if line.startswith("epoch ")]
     assert len(epochs) == 3
-    accuracy = float(done.stdout.partition("Test accuracy ")[2].partition("%")[0])
-    assert accuracy > 85
-    assert ("slope" in done.stdout) == (activation == "prelu")
+    assert accuracy_of(done.stdout) > 85
+    assert "slope" not in done.stdout
     assert "NumPy" in done.stdout
-    rows = [line.split()[:2] for line in done.stdout.splitlines()]
-    assert all([str(i), "1024" if i <= 5 else "512"] in rows for i in range(1, 14))
+    rows = rows_of(done.stdout)
+    units = [(i, 1024 if i <= 5 else 512) for i in range(1, 14)]
+    assert [(int(layer), int(n)) for layer, n, *_ in rows] == units
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+    # Rectified numbers of either sign: about half of them, and few units for ever.
+    assert all(30 < float(inactive.rstrip("%")) < 70 for _, _, inactive, *_ in rows)
+    dead = sum(int(dead) for _, _, _, dead, _ in rows)
+    assert epochs[-1].endswith(f" dead {dead}")
+    assert dead < 1000
 
 
-def test_the_same_seed_gives_the_same_run():
+@pytest.mark.parametrize("activation", ["relu", "leaky_relu", "prelu"])
+def test_each_activation_learns(activation, small):
+    output = small("--activation", activation, "--epochs", "3").out
+    assert accuracy_of(output) > 85
+    slopes = [float(slope) for *_, slope in rows_of(output)]
+    if activation == "prelu":
+        assert all(slope != 0.25 and abs(slope) < 1 for slope in slopes)
+    else:
+        assert "slope" not in output
+    assert [int(units) for _, units, *_ in rows_of(output)] == list(WIDTHS)
+
+
+@pytest.mark.parametrize("activation", ["relu", "leaky_relu", "prelu"])
+def test_what_is_told_of_units(activation, monkeypatch):
+    """Where nothing is learned, every epoch is one look at the training images."""
+    monkeypatch.setattr(training, "WIDTHS", WIDTHS)
+    options = ["--activation", activation, "--learning-rate", "1e-30", "--epochs", "2"]
+    run = Run(parser().parse_args(["train", *options]), load_digits(0))
+    for layer in run.model.layers[::2]:
+        layer.bias.value[:3] = -1e3
+    list(run)
+    h, inactive = run.digits.train_x, []
+    for layer in run.model.layers:
+        if isinstance(layer, nn.Activation):
+            inactive.append((h <= 0).mean())
+        h = layer.forward(h, training=False)
+    dead = [sum(units) for units in nn.dead_units(run.model, run.digits.train_x)]
+    assert min(dead) >= 3
+    assert len(run.history) == 2
+    for epoch in run.history:
+        np.testing.assert_allclose(epoch.inactive, inactive, atol=1e-4)
+        assert epoch.dead == dead
+
+
+def test_the_picture_shows_every_epoch(monkeypatch):
+    drawn = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, path: drawn.append(figure))
+    history = [
+        Epoch(2.0, 0.3, 2.5, 0.2, [0.5, 0.6, 0.7], [0, 1, 2]),
+        Epoch(1.0, 0.6, 1.5, 0.4, [0.4, 0.5, 0.6], [3, 4, 5]),
+    ]
+    draw("curves.png", history)
+    panels = {
+        axis.get_ylabel(): [line.get_ydata().tolist() for line in axis.lines]
+        for axis in drawn[0].axes
+    }
+    assert panels == {
+        "loss": [[2.0, 1.0], [2.5, 1.5]],
+        "accuracy": [[0.3, 0.6], [0.2, 0.4]],
+        "inactive outputs": [[0.5, 0.4], [0.6, 0.5], [0.7, 0.6]],
+        "dead units": [[0, 3], [1, 4], [2, 5]],
+    }
+    names = [text.get_text() for text in drawn[0].axes[-1].get_legend().get_texts()]
+    assert names == ["layer 1", "layer 3"]
+
+
+def test_the_same_seed_gives_the_same_run(monkeypatch):
+    monkeypatch.setattr(training, "WIDTHS", WIDTHS)
+
     def scores(seed):
         options = ["train", "--seed", str(seed)]
         run = Run(parser().parse_args(options), load_digits(seed))
@@ -53,12 +144,6 @@ def test_the_same_seed_gives_the_same_run():
 
     np.testing.assert_array_equal(scores(3), scores(3))
     assert (scores(3) != scores(4)).any()
-
-
-def test_the_plot_is_a_picture(tmp_path):
-    done = call("train", "--epochs", "1", "--plot", "curves.png", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
 WRONG = {
@@ -78,28 +163,33 @@ WRONG = {
 
 
 @pytest.mark.parametrize("arguments", WRONG)
-def test_a_wrong_argument_is_one_line(arguments, tmp_path):
-    done = call("train", *arguments.split(), cwd=tmp_path)
-    assert done.returncode == 2
-    assert done.stdout == ""
-    assert len(done.stderr.splitlines()) == 1
-    assert "error" in done.stderr
-    assert WRONG[arguments] in done.stderr
+def test_a_wrong_argument_is_one_line(arguments, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as ended:
+        main(["train", *arguments.split()])
+    assert ended.value.code == 2
+    output, errors = capsys.readouterr()
+    assert output == ""
+    assert len(errors.splitlines()) == 1
+    assert "error" in errors
+    assert WRONG[arguments] in errors
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_run_that_diverges_says_so(tmp_path):
-    done = call("train", "--learning-rate", "1e6", "--epochs", "2", cwd=tmp_path)
-    assert done.returncode == 1
-    assert "diverged" in done.stderr
-    assert len(done.stderr.splitlines()) == 1
+def test_a_run_that_diverges_says_so(small):
+    output = small("--learning-rate", "1e9", "--epochs", "2", status=1)
+    assert "diverged" in output.err
+    assert len(output.err.splitlines()) == 1
 
 
-def test_a_missing_part_is_one_line(tmp_path):
-    done = run_with("sys.modules['rich'] = None", tmp_path)
-    assert done.returncode == 2
-    assert len(done.stderr.splitlines()) == 1
-    assert 'pip install "fastrelu[demo]"' in done.stderr
+def test_a_missing_part_is_one_line(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "rich", None)
+    with pytest.raises(SystemExit) as ended:
+        main(["train"])
+    assert ended.value.code == 2
+    output = capsys.readouterr()
+    assert len(output.err.splitlines()) == 1
+    assert 'pip install "fastrelu[demo]"' in output.err
 
 
 def no_device(*_, **__):
@@ -126,16 +216,18 @@ def test_a_machine_without_a_gpu_is_one_line(what, monkeypatch, capsys):
     assert re.search(message, line)
 
 
-def run_with(statement, cwd):
-    """Run the training after a statement in the same process."""
+def small_command(*arguments, before=""):
+    """The command, after a statement in its process, with the small network"""
     source = f"""
 import os, runpy, signal, sys
 import sklearn.datasets
-{statement}
-sys.argv[1:] = ["train", "--epochs", "1"]
+from fastrelu.cli import training
+training.WIDTHS = {WIDTHS}
+{before}
+sys.argv[1:] = ["train", "--learning-rate", "{RATE}", *{arguments}]
 runpy.run_module("fastrelu", run_name="__main__")
 """
-    return run_command([sys.executable, "-c", source], cwd=cwd, env=ENVIRONMENT)
+    return [sys.executable, "-c", source]
 
 
 posix = pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX signals")
@@ -144,10 +236,35 @@ posix = pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX signals"
 @posix
 def test_ctrl_c_before_training_is_one_line(tmp_path):
     interrupt = "lambda **_: os.kill(os.getpid(), signal.SIGINT)"
-    done = run_with(f"sklearn.datasets.load_digits = {interrupt}", tmp_path)
+    before = f"sklearn.datasets.load_digits = {interrupt}"
+    done = run_command(small_command(before=before), cwd=tmp_path, env=ENVIRONMENT)
     assert done.returncode == 130
     assert done.stdout == ""
     assert done.stderr == "fastrelu: interrupted\n"
+
+
+SCRIPT = """
+import sys
+from fastrelu.__main__ import run
+sys.exit(run())
+"""
+
+
+@posix
+@pytest.mark.parametrize("module", ["fastrelu._command", "numpy.", "numba."])
+@pytest.mark.parametrize("way", ["module", "script"])
+def test_ctrl_c_while_modules_are_imported_is_silent(way, module, tmp_path):
+    script = tmp_path / "fastrelu"
+    script.write_text(SCRIPT)
+    what = ["-m", "fastrelu"] if way == "module" else [str(script)]
+    command = [sys.executable, "-X", "importtime", *what, "info"]
+    with started(command, cwd=tmp_path, env=ENVIRONMENT) as process:
+        next(line for line in process.stderr if module in line)
+        process.send_signal(signal.SIGINT)
+        errors = process.stderr.read()
+        assert process.stdout.read() == ""
+    assert process.returncode == -signal.SIGINT
+    assert all(line.startswith("import time:") for line in errors.splitlines())
 
 
 def read_until(process, start):
@@ -158,7 +275,7 @@ def read_until(process, start):
 
 
 def start(cwd, *arguments):
-    command = [*COMMAND, "train", "--epochs", "2000", *arguments]
+    command = small_command("--epochs", "2000", *arguments)
     return started(command, cwd=cwd, env=ENVIRONMENT)
 
 
@@ -191,7 +308,7 @@ def test_a_terminal_gets_a_bar(tmp_path, columns):
 
     ours, theirs = pty.openpty()
     environment = {**os.environ, "TERM": "xterm", "COLUMNS": str(columns)}
-    command = [*COMMAND, "train", "--epochs", "1"]
+    command = small_command("--epochs", "1")
     pipes = {"stdout": theirs, "stderr": None}
     with started(command, cwd=tmp_path, env=environment, **pipes) as process:
         os.close(theirs)

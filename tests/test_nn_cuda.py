@@ -185,5 +185,5 @@ def test_a_run_waits_once_an_epoch(small, gpu, cupy):
     run = training.Run(args, training.load_digits(0), cupy)
     gpu.synchronised = gpu.transferred = 0
     assert len(list(run)) == 2 * run.batches
-    assert gpu.synchronised == 2 * 2  # training and test
+    assert gpu.synchronised == 2 * 3  # training, test and activity
     assert gpu.transferred == 2  # the order of the rows

@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -214,7 +215,7 @@ def test_a_worker_that_fails_in_its_turn(monkeypatch):
                 return {"cannot": "no relu"}
             if request[0] == "turn" and self.name == "fails":
                 return {"error": "no luck"}
-            return {"seconds": [1.0]} if request[0] == "turn" else {}
+            return {"seconds": [1.0, 5.0, 3.0]} if request[0] == "turn" else {}
 
     monkeypatch.setattr("fastrelu.cli.peers.team.Worker", Worker)
     peers = [type(name, (NumPy,), {"name": name}) for name in ("works", "fails")]
@@ -222,8 +223,9 @@ def test_a_worker_that_fails_in_its_turn(monkeypatch):
     peers.append(type("lacks", (NumPy,), {"name": "lacks", "dtypes": ("float64",)}))
     with Team(peers) as team:
         works, fails, cannot, lacks = team.measure(SMALL, turns=2)
-    assert (works.seconds, works.error) == ([1.0, 1.0], "")
-    assert (fails.seconds, fails.error) == ([], "no luck")
+    assert (works.seconds, works.error) == ([1.0, 5.0, 3.0] * 2, "")
+    assert works.turns == [3.0, 3.0]
+    assert (fails.seconds, fails.turns, fails.error) == ([], [], "no luck")
     assert cannot.seconds == lacks.seconds == []
     assert lacks.cannot
     assert "lacks" not in [name for name, _ in asked]
@@ -381,14 +383,14 @@ def call(*arguments, cwd):
 def test_the_command_prints_a_table(tmp_path):
     done = call("--peers", "numpy", "--size", "64,1k", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    header, *rows = [
-        line.split() for line in done.stdout.partition("\n\n")[0].splitlines()
-    ]
-    assert header == ["operation", "size", "fastrelu", "GB/s", "numpy"]
-    assert [row[:3] for row in rows] == [
-        [op, mode, n] for op, mode in COMMON for n in ("64", "1k")
-    ]
-    assert all(row[-1].endswith("x") for row in rows)
+    table = [line.split() for line in done.stdout.partition("\n\n")[0].splitlines()]
+    assert table[0] == ["size", "fastrelu", "GB/s", "numpy"]
+    expected = [line for op, mode in COMMON for line in ([op, mode], ["64"], ["1k"])]
+    wanted = zip(table[1:], expected, strict=True)
+    assert all(line[: len(start)] == start for line, start in wanted)
+    rows = [line for line in table[1:] if line[0] in ("64", "1k")]
+    assert all(re.fullmatch(r"\(.*-.*\)", row[-1]) for row in rows)
+    assert all(row[-2].endswith("x") for row in rows)
     assert len(done.stderr.splitlines()) == len(rows)
 
 

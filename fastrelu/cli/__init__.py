@@ -1,4 +1,4 @@
-"""The command line: ``python -m fastrelu train``, ``bench`` and ``info``."""
+"""The command line: ``fastrelu train``, ``bench`` and ``info``."""
 
 import argparse
 from typing import Any
@@ -21,7 +21,7 @@ def parser() -> Parser:
         prog="fastrelu", description="ReLU, Leaky ReLU and PReLU for NumPy arrays."
     )
     top.add_argument("--version", action="version", version=f"fastrelu {__version__}")
-    commands = top.add_subparsers(metavar="command", required=True)
+    commands = top.add_subparsers(title="commands", metavar="command")
     for command in (train, bench, info):
         command.add(commands)
     return top
@@ -29,6 +29,10 @@ def parser() -> Parser:
 
 def main(argv: list[str] | None = None) -> int:
     """Run a command; return the exit status."""
-    args = parser().parse_args(argv)
+    top = parser()
+    args = top.parse_args(argv)
+    if "run" not in args:
+        top.print_help()
+        return 0
     status: int = args.run(args)
     return status

@@ -4,8 +4,14 @@ import argparse
 import contextlib
 import importlib.util
 import itertools
+import math
+import os
+import shutil
+import statistics
 import sys
+import textwrap
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 from fastrelu.cli.arguments import several
@@ -13,7 +19,11 @@ from fastrelu.cli.interrupts import INTERRUPTED, raised_interrupt
 from fastrelu.cli.peers.base import Peer
 from fastrelu.cli.peers.cases import COMMON, DTYPES, Case, size, size_name
 from fastrelu.cli.peers.libraries import PEERS, FastRelu
-from fastrelu.cli.peers.team import Result, Team
+from fastrelu.cli.peers.team import TURNS, Result, Team
+from fastrelu.cpu.pool import _memory
+
+GIB = 1 << 30
+MEMORY = Path("/proc/meminfo")
 
 
 def add(commands: Any) -> None:
@@ -72,6 +82,14 @@ def bench(args: argparse.Namespace) -> int:
     cases = [Case(op, mode, args.dtype, n) for op, mode in COMMON for n in args.size]
     if lack := FastRelu.lacks(cases[0]):
         args.fail(f"argument --dtype: {lack}")
+    largest = max(cases, key=lambda case: case.bytes)
+    # What a call reads and writes, and as much again for what NumPy puts aside.
+    if (needed := 2 * largest.bytes) > (free := free_memory()):
+        args.fail(
+            f"argument --size: {size_name(largest.n)} takes {needed / GIB:.1f} GiB of "
+            f"memory, and there are {free / GIB:.1f}"
+        )
+    before = load()
     rows: list[list[Result]] = []
     with raised_interrupt():
         try:
@@ -82,7 +100,11 @@ def bench(args: argparse.Namespace) -> int:
         except KeyboardInterrupt:
             print("fastrelu bench: interrupted", file=sys.stderr)
     if rows:
-        print("\n".join(bench_table(rows)))
+        columns = shutil.get_terminal_size().columns
+        table = "\n".join(bench_table(rows, columns))
+        print(table)
+        for text in remarks(table.count("?"), before, load()):
+            print(textwrap.fill(text, columns))
     errors = [result for row in rows for result in row if result.error]
     for result in errors:
         print(
@@ -112,26 +134,87 @@ def countdown(total: int) -> Iterator[Callable[[str], None]]:
         yield lambda name: bar.update(task, advance=1, description=name)
 
 
-def bench_table(rows: list[list[Result]]) -> Iterator[str]:
-    """Yield the lines of the table: our time, and that of others as a multiple."""
+def free_memory() -> float:
+    """Return the bytes of memory that can be had, infinite where nothing tells."""
+    found = list(_memory())
+    with contextlib.suppress(OSError):  # not on Linux
+        for line in MEMORY.read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                found.append(int(line.split()[1]) << 10)
+    return min(found, default=math.inf)
+
+
+def load() -> float:
+    """Return how many programs wanted to run in the last minute, 0 if nothing tells."""
+    with contextlib.suppress(AttributeError, OSError):  # not on Windows
+        return os.getloadavg()[0]
+    return 0.0
+
+
+def bench_table(rows: list[list[Result]], columns: int) -> Iterator[str]:
+    """Yield the lines of the table: our time, and that of others as a multiple.
+
+    Others for whom a line has no room have a table of their own below.
+    """
     ours, *peers = (result.peer for result in rows[0])
-    table = [["operation", "size", ours, "GB/s", *peers]]
+    table = [["size", ours, "GB/s", *peers]]
     for own, *others in rows:
-        case = own.case
         cells = ["error", ""]
         if own.seconds:
-            cells = [duration(own.median), f"{own.gb_per_s:.1f}"]
+            time = ("? " if varies(own.turns) else "") + duration(own.median)
+            cells = [time, f"{own.gb_per_s:.1f}"]
         cells += [times_ours(result, own) for result in others]
-        table.append([f"{case.op} {case.mode}", size_name(case.n), *cells])
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    for cells in table:
-        first, *rest = map(str.ljust, cells, widths)
-        yield "  ".join([first, *(c.strip().rjust(len(c)) for c in rest)])
-    yield ""
+        table.append([size_name(own.case.n), *cells])
+    widths = [max(map(len, column)) + 2 for column in zip(*table, strict=True)]
+    for block in blocks(widths, columns):
+        header, *lines = [
+            "".join(cells[i].rjust(widths[i]) for i in block) for cells in table
+        ]
+        yield header
+        operation = ""
+        for (own, *_), line in zip(rows, lines, strict=True):
+            if operation != (operation := f"{own.case.op} {own.case.mode}"):
+                yield operation
+            yield line
+        yield ""
+
+
+def blocks(widths: list[int], columns: int) -> list[list[int]]:
+    """Return which columns stand side by side: the first three, and some others."""
+    room = left = columns - sum(widths[:3])
+    found = [[0, 1, 2]]
+    for i, width in enumerate(widths[3:], start=3):
+        if width > left and len(found[-1]) > 3:
+            found.append([0, 1, 2])
+            left = room
+        found[-1].append(i)
+        left -= width
+    return found
+
+
+def remarks(doubtful: int, before: float, after: float) -> Iterator[str]:
+    """Yield what the table means, and why some of it or all is not to be trusted."""
     yield (
-        f"Medians, {rows[0][0].case.dtype}. The last columns are the times of others as "
-        "multiples of ours; < marks where they are faster."
+        "Medians. The last columns are the times of others as multiples of ours, and "
+        f"their range over {TURNS} turns; < marks where others are faster."
     )
+    cores = os.cpu_count() or 1
+    yield f"The load was {before:.1f} before and {after:.1f} after, on {cores} cores."
+    if doubtful:
+        yield (
+            f"WARNING: do not trust figures with ?, {doubtful} here. They varied more "
+            "than twofold from turn to turn."
+        )
+    if max(before, after) > cores:
+        yield (
+            "WARNING: other programs took the cores meanwhile. Measure again when the "
+            "machine has nothing else to do."
+        )
+
+
+def varies(figures: list[float]) -> bool:
+    """Say whether figures vary too much for their median to mean much."""
+    return max(figures) > 2 * min(figures)
 
 
 def duration(seconds: float) -> str:
@@ -140,12 +223,17 @@ def duration(seconds: float) -> str:
 
 
 def times_ours(result: Result, own: Result) -> str:
-    """Return a peer's time as a multiple of ours, marked where that is a loss."""
+    """Return a peer's time as a multiple of ours, and its range over the turns."""
     if result.error:
         return "error"
     if not result.seconds or not own.seconds:
         return "-"
-    ratio = result.median / own.median
-    return (
-        f"{'< ' * (ratio < 1)}{ratio:.{0 if ratio >= 10 else 1 if ratio >= 1 else 2}f}x"
-    )
+    turns = [a / b for a, b in zip(result.turns, own.turns, strict=True)]
+    ratio = statistics.median(turns)
+    mark = "? " if varies(turns) else "< " if ratio < 1 else ""
+    return f"{mark}{short(ratio)}x ({short(min(turns))}-{short(max(turns))})"
+
+
+def short(ratio: float) -> str:
+    """Return a ratio with two digits that mean something."""
+    return f"{ratio:.{0 if ratio >= 10 else 1 if ratio >= 1 else 2}f}"

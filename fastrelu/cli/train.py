@@ -81,7 +81,8 @@ def add(commands: Any) -> None:
         "--plot",
         type=plot_file,
         metavar="FILE",
-        help="draw loss and accuracy as PNG, PDF or SVG",
+        help="draw loss, accuracy, inactive outputs and dead units over the epochs, "
+        "as PNG, PDF or SVG",
     )
     command.set_defaults(run=train, fail=command.error)
 
@@ -180,14 +181,17 @@ def train(args: argparse.Namespace) -> int:
         console.print(
             f"Test accuracy {accuracy:.1%} after {run.steps} steps in {seconds:.1f} s."
         )
-        console.print("\nUnits that no test image activates\n")
+        console.print(
+            "\nOutputs that were inactive in the last epoch, units that always were, and "
+            "units that no test image activates\n"
+        )
         console.print(layer_table(run))
         if args.plot is not None and run.history:
             try:
                 draw(args.plot, run.history)
             except OSError as error:
                 args.fail(f"cannot write {str(args.plot)!a}: {error.strerror}")
-            console.print(f"\nLoss and accuracy are drawn in {str(args.plot)!a}.")
+            console.print(f"\nThe epochs are drawn in {str(args.plot)!a}.")
         elif args.plot is not None:
             console.print("\nNo epoch was completed: there is nothing to draw.")
         if interrupted.is_set():
@@ -223,7 +227,7 @@ def progress(console: Any, run: Run) -> Iterator[Callable[[Array], None]]:
                 console.print(
                     f"epoch {run.epoch:{digits}}/{run.epochs}  "
                     f"loss {latest.loss:.4f}  accuracy {latest.accuracy:.1%}  "
-                    f"test {latest.test_accuracy:.1%}"
+                    f"test {latest.test_accuracy:.1%}  dead {sum(latest.dead)}"
                 )
 
         yield show
@@ -262,39 +266,59 @@ def progress(console: Any, run: Run) -> Iterator[Callable[[Array], None]]:
 
 
 def layer_table(run: Run) -> Any:
-    """Return a table of the units that are never active on the test set."""
+    """Return a table of how active the units of each layer are."""
     from rich import box
     from rich.table import Table
 
-    activations = [a for a in run.model.layers if isinstance(a, nn.Activation)]
-    slopes = [a.weight.value.item() for a in activations if isinstance(a, nn.PReLU)]
-    table = Table(box=box.SIMPLE, show_edge=False)
-    for header in ("layer", "units", "never active", *(["slope"] if slopes else [])):
+    layers = run.activity.layers
+    slopes = [a.weight.value.item() for a in layers if isinstance(a, nn.PReLU)]
+    table = Table(box=box.SIMPLE, show_edge=False, collapse_padding=True)
+    headers = ["layer", "units", "inactive", "dead", "in test"]
+    for header in [*headers, "slope"] if slopes else headers:
         table.add_column(header, justify="right")
-    dead = nn.dead_units(run.model, run.digits.test_x)
-    for i, units in enumerate(dead):
-        row = [i + 1, units.size, int(units.sum())]
-        table.add_row(*map(str, row), *(f"{a:.3f}" for a in slopes[i : i + 1]))
+    test = nn.dead_units(run.model, run.digits.test_x)
+    for i, units in enumerate(test):
+        trained = ["-", "-"]
+        if run.history:
+            latest = run.history[-1]
+            trained = [f"{latest.inactive[i]:.1%}", str(latest.dead[i])]
+        row = [str(i + 1), str(units.size), *trained, str(int(units.sum()))]
+        table.add_row(*row, *(f"{a:.3f}" for a in slopes[i : i + 1]))
     return table
 
 
 def draw(path: Path, history: list[Epoch]) -> None:
-    """Draw loss and accuracy over the epochs."""
+    """Draw what the epochs of a run came to, and how active each layer was."""
+    from matplotlib import colormaps
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-    figure = Figure(figsize=(8, 3.5), layout="constrained")
-    axes = figure.subplots(1, 2)
+    figure = Figure(figsize=(8, 6.5), layout="constrained")
+    loss, accuracy, inactive, dead = figure.subplots(2, 2).flat
     epochs = range(1, len(history) + 1)
-    for axis, name in zip(axes, ("loss", "accuracy"), strict=True):
+    for axis, name in ((loss, "loss"), (accuracy, "accuracy")):
         for label, field in (("training", name), ("test", f"test_{name}")):
             values = [getattr(epoch, field) for epoch in history]
             axis.plot(epochs, values, marker=".", label=label)
-        axis.set(xlabel="epoch", ylabel=name)
+        axis.set_ylabel(name)
+    layers = len(history[0].dead)
+    for axis, name in ((inactive, "inactive"), (dead, "dead")):
+        for i in range(layers):
+            values = [getattr(epoch, name)[i] for epoch in history]
+            # From dark to light; the first and the last layer say which is which.
+            colour = colormaps["viridis"](0.9 * i / layers)
+            label = f"layer {i + 1}" if i in (0, layers - 1) else ""
+            axis.plot(epochs, values, marker=".", color=colour, label=label)
+    inactive.set_ylabel("inactive outputs")
+    dead.set_ylabel("dead units")
+    for axis in (loss, accuracy, inactive, dead):
+        axis.set_xlabel("epoch")
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         axis.legend()
-    axes[0].set_yscale("log")
-    axes[1].yaxis.set_major_formatter(PercentFormatter(1))
+    loss.set_yscale("log")
+    for axis in (accuracy, inactive):
+        axis.yaxis.set_major_formatter(PercentFormatter(1))
+    dead.yaxis.set_major_locator(MaxNLocator(integer=True))
     figure.savefig(path)
 
 

@@ -11,6 +11,7 @@ import numpy as np
 
 from fastrelu import nn
 from fastrelu.activations import relu
+from fastrelu.mask import Mask
 
 Array = Any
 
@@ -76,12 +77,52 @@ def network(
 
 
 class Epoch(NamedTuple):
-    """The means over one epoch, and what the network made of the test set after it."""
+    """The means over one epoch, and what the network made of the test set after it.
+
+    `inactive` has the share of each layer's outputs that were inactive in training, and
+    `dead` how many of its units were so all the time.
+    """
 
     loss: float
     accuracy: float
     test_loss: float
     test_accuracy: float
+    inactive: list[float]
+    dead: list[int]
+
+
+class Activity:
+    """How often the units of each layer have been active while training."""
+
+    def __init__(self, model: nn.Sequential) -> None:
+        self.layers = [a for a in model.layers if isinstance(a, nn.Activation)]
+        self.start()
+
+    def start(self) -> None:
+        """Begin to count, from 0."""
+        self.rows = 0
+        self.times: list[Array] = [0] * len(self.layers)
+
+    def count(self) -> None:
+        """Count in a batch between its forward and its backward pass.
+
+        What the one has saved for the other says which units are active: a mask, or the
+        input.
+        """
+        for i, layer in enumerate(self.layers):
+            saved = layer._saved
+            active = saved.unpack() if isinstance(saved, Mask) else saved > 0
+            self.times[i] = self.times[i] + active.sum(axis=0, dtype=np.int32)
+        self.rows += len(active)
+
+    def read(self) -> tuple[list[float], list[int]]:
+        """Return each layer's share of inactive outputs, and number of dead units."""
+        figures = [times.mean() for times in self.times]
+        figures += [(times == 0).sum() for times in self.times]
+        # Together, so that a GPU is waited for once.
+        numbers = nn.get_array_module(figures[0]).stack(figures).tolist()
+        means, dead = numbers[: len(self.times)], numbers[len(self.times) :]
+        return [1 - mean / self.rows for mean in means], list(map(int, dead))
 
 
 class Run:
@@ -103,6 +144,7 @@ class Run:
         # As many batches as the size asks for, but even ones: a small rest would
         # weigh as much as a full batch.
         self.batches: int = math.ceil(len(digits.train_x) / args.batch_size)
+        self.activity = Activity(self.model)
         self.history: list[Epoch] = []
         self.steps = 0
 
@@ -127,18 +169,21 @@ class Run:
         """Train; yield the mean loss and accuracy of the epoch after each step."""
         for _ in range(self.epochs):
             seen, means = 0, self.xp.zeros(2)
+            self.activity.start()
             order = self.rng.permutation(len(self.digits.train_x))
             for rows in self.split(order):
                 seen += len(rows)
                 means += (self.step(rows) - means) * len(rows) / seen
                 if seen == len(order):
-                    self.history.append(Epoch(*read(means), *read(self.test())))
+                    scores = *read(means), *read(self.test())
+                    self.history.append(Epoch(*scores, *self.activity.read()))
                 yield means
 
     def step(self, rows: Array) -> Array:
         """Learn from some rows; return the loss and the accuracy before that."""
         x, labels = self.digits.train_x[rows], self.digits.train_y[rows]
         logits = self.model.forward(x)
+        self.activity.count()
         scores, grad = judge(logits, labels)
         self.model.backward(grad)
         # Up for two epochs, which a deep network without normalisation needs, then

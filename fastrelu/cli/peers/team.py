@@ -20,14 +20,16 @@ TURNS = 5
 class Result:
     """What came of a case with a peer.
 
-    `seconds` are those of a call, one number per sample.  If there are none, `cannot`
-    says why the peer does not do the case, or `error` what went wrong.
+    `seconds` are those of a call, one number per sample, `turns` the median of each
+    turn.  If there are none, `cannot` says why the peer does not do the case, or `error`
+    what went wrong.
     """
 
     case: Case
     peer: str
     version: str = ""
     seconds: list[float] = field(default_factory=list)
+    turns: list[float] = field(default_factory=list)
     cannot: str = ""
     error: str = ""
 
@@ -172,8 +174,11 @@ class Team:
             answer = self.workers[result.peer].ask(*request)
         except WorkerError as error:
             answer = {"error": str(error)}
-        result.seconds += answer.get("seconds", [])
+        if seconds := answer.get("seconds"):
+            result.seconds += seconds
+            result.turns.append(statistics.median(seconds))
         result.cannot = answer.get("cannot", "")
         result.error = result.error or answer.get("error", "")
         if result.error:
             result.seconds.clear()
+            result.turns.clear()
