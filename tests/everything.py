@@ -10,8 +10,7 @@ import numpy as np
 import reference
 from conftest import ACTIVATIONS, TYPICAL, dtype_of, normal, slopes_for
 
-from fastrelu.cpu import calls as quick
-from fastrelu.cpu import pool, threads
+from fastrelu.cpu import objects, pool, threads
 from fastrelu.mask import Mask
 
 SOME = 64  # elements: as near to a threshold as every shape below allows
@@ -26,7 +25,7 @@ def lower_the_last_threshold():
 def sizes(itemsize, arrays):
     """Numbers of elements on both sides of each threshold of so many arrays."""
     yield 1
-    moved = quick._BRIEF, 2 * threads.SHARE, threads.MUCH, threads.CACHE
+    moved = objects._BRIEF, 2 * threads.SHARE, threads.MUCH, threads.CACHE
     for nbytes in (*(m // arrays for m in moved), pool.SMALLEST):
         n = nbytes // itemsize // SOME * SOME
         yield from (n - SOME, n + SOME)

@@ -777,7 +777,7 @@ def test_what_is_not_ready(monkeypatch, leaky, gradients):
     """The pool, and a dtype: each is told, and asked for once."""
     x, w = cube(), normal((8,), np.dtype(np.float32))
     monkeypatch.setattr(calls, "SMALLEST", 1)
-    monkeypatch.setattr(calls, "_is_pool_ready", lambda table: False)
+    monkeypatch.setattr(calls, "is_pool_ready", lambda table: False)
     assert leaky.flat(x, False, None, 0.5) is None
     assert gradients(x, False, None, x, w, -1) is None
 

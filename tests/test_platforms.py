@@ -19,7 +19,7 @@ from test_threads import EVERYTHING, PRELUDE, run, several_threads
 from fastrelu import _interpreter, activations
 from fastrelu._spec import ARRAY, Operation
 from fastrelu.cpu import calls, fast, lanes, shield, threads
-from fastrelu.cpu.calls import Call
+from fastrelu.cpu.quick import Call
 
 HINTS = {
     "x86_64-unknown-linux-gnu": "@llvm.x86.sse2.pause()",
