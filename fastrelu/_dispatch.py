@@ -464,4 +464,5 @@ def slopes(x: Any, lower: Any, upper: Any, training: Any, rng: Any) -> Any:
         return low + (high - low) / 2
     engine = engine_of(x)
     (given,) = _arguments.read(engine, ("x", x))
-    return engine.uniform(_arguments.accepted("x", given), low, high, rng)
+    drawn = engine.uniform(_arguments.accepted("x", given), low, high, rng)
+    return engine.as_came(drawn, x)

@@ -254,6 +254,9 @@ class TestTensors:
         dx, dw = F.prelu_backward(x, x, torch.tensor([0.1, 0.2, 0.3]))
         assert (type(dx), type(dw)) == (torch.Tensor, torch.Tensor)
         assert type(F.relu_backward(1.0, x)) is torch.Tensor
+        y, slopes = F.rrelu(x, training=True, rng=0)
+        assert (type(y), type(slopes)) == (torch.Tensor, torch.Tensor)
+        assert torch.equal(y, torch.where(x > 0, x, slopes * x))
 
     def test_whose_gradient_would_be_lost(self, torch):
         x = torch.randn(3, requires_grad=True)
