@@ -338,7 +338,7 @@ def test_no_memory_for_a_mask(order, interpreter, leaky, request):
     request.addfinalizer(gc.enable)
     while True:
         before = found()
-        for _ in range(30):
+        for _ in range(10):
             interpreter.objects, interpreter.error = enough, None
             try:
                 y, mask = leaky.forward(x, False, None, True, 0.5)
@@ -347,7 +347,7 @@ def test_no_memory_for_a_mask(order, interpreter, leaky, request):
         if y is not None:
             break
         assert [array for array in interpreter.arrays if array() is not None] == []
-        assert all(b - a < 30 for a, b in zip(before, found(), strict=True))
+        assert all(b - a < 10 for a, b in zip(before, found(), strict=True))
         enough += 1
     # The result, bits, tuples of three integers each, the mask, and the pair.
     assert enough == (8 if order == "C" else 12)

@@ -158,7 +158,8 @@ def test_parts_on_several_threads(shared, monkeypatch):
         monkeypatch.setattr(portable, name, 1 << 10)
     dtype = np.dtype(np.float32)
     x, g = sample((40, 500), dtype), sample((40, 500), dtype, seed=1)
-    for name, row in ACTIVATIONS.items():
+    for name in TYPICAL:
+        row = ACTIVATIONS[name]
         slopes = slopes_for(name, x)
         assert_same(row.forward(x, **slopes), reference.forward(name, x, **slopes))
         expected = reference.backward(name, g, x, **slopes)

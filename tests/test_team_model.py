@@ -329,6 +329,7 @@ def test_every_schedule_of_two(team, pieces, moved):
     assert every_schedule(make) > 1000
 
 
+@pytest.mark.long
 def test_every_schedule_of_two_modes(team):
     """A member that comes late to one loop may find another, with another mode."""
 
