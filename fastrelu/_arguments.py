@@ -253,24 +253,27 @@ def is_number(value: Any) -> bool:
     return _is(value, (int, float, np.generic))
 
 
-def weakly(name: str, given: Array, x: Array) -> Array:
-    """Return what was made of Python's numbers in x's dtype, rounded once."""
+def weakly(name: str, given: Array, dtype: np.dtype[Any]) -> Array:
+    """Return what was made of Python's numbers in a dtype, rounded once."""
     if given.dtype.kind not in "iuf":
         msg = f"{name} must be real numbers of at most 64 bits, got {shown(given)}"
         raise TypeError(msg)
     with np.errstate(all="ignore"):
         if (
-            x.dtype.kind == "V"
+            dtype.kind == "V"
         ):  # bfloat16 is rounded from float32, which keeps what is lost
             single = given.astype(np.float32)
             bits = single.view(np.uint32)
             bits -= np.abs(single) > np.abs(given)
             bits |= single != given
-            rounded = single.astype(x.dtype)
+            rounded = single.astype(dtype)
         else:
-            rounded = given.astype(x.dtype)
-    if not np.array_equal(np.isfinite(rounded), np.isfinite(given)):
-        msg = f"{name} must be finite in {x.dtype}, got {shown(given)}"
+            rounded = given.astype(dtype)
+        fits = np.isfinite(rounded) == np.isfinite(given)
+        if dtype.kind in "iu":
+            fits = rounded == given
+    if not np.all(fits):
+        msg = f"{name} must be finite in {dtype}, got {shown(given)}"
         raise ValueError(msg)
     return rounded
 
@@ -280,10 +283,9 @@ def spread(name: str, value: Any, model: Array) -> Array:
     given = np.asarray(value)
     if is_weak(value):
         row = _row(model)
-        if row is not None and row.kind == "f":
-            given = weakly(name, given, model)
-        else:
-            given = given.astype(np.result_type(value, model.dtype))
+        is_float = row is not None and row.kind == "f"
+        dtype = np.result_type(type(value)(0), model.dtype)
+        given = weakly(name, given, model.dtype if is_float else dtype)
     return np.broadcast_to(given, model.shape)
 
 

@@ -170,7 +170,7 @@ def _prelu(spec: Spec, x: Any, inplace: Any, out: Any, weight: Any, axis: Any) -
     given, slopes, target = _arguments.read(engine, *arrays, in_place=overwrite)
     checked = _arguments.accepted("x", given)
     if is_weak:
-        slopes = _arguments.weakly("weight", slopes, checked)
+        slopes = _arguments.weakly("weight", slopes, checked.dtype)
     _, broadcast = _arguments.weight(slopes, checked, position)
     y, target = _target(engine, "x", (x, out), (given, target), checked, overwrite)
     operands = (ARRAY, checked), (WEIGHT, broadcast)
@@ -198,7 +198,7 @@ def _prelu_backward(
     grad = _arguments.accepted("grad_output", given)
     checked = _arguments.like("x", saved, "grad_output", grad)
     if is_weak:
-        slopes = _arguments.weakly("weight", slopes, checked)
+        slopes = _arguments.weakly("weight", slopes, checked.dtype)
     slopes, broadcast = _arguments.weight(slopes, checked, position)
     objects, views = (grad_output, out_input), (given, target)
     if sums is not None:
@@ -270,9 +270,11 @@ class _Function:
     ) -> Any:
         """Take one number for the gradient of each element, without an array of them."""
         if issubclass(type(saved), Mask):
-            model = np.broadcast_to(True, saved.shape)
+            model = np.broadcast_to(True, _arguments.unchanged(saved).shape)
         else:
             (model,) = _arguments.read(cpu, (name, saved))
+            if model.dtype != np.bool_:
+                model = _arguments.accepted(name, model, integers=True)
         spread = _arguments.spread("grad_output", grad, model)
         if out is not None:
             return self.long(spread, inplace, out, saved, *others)

@@ -359,14 +359,16 @@ def told(value):
 def for_all(value, model):
     """One number as the gradient of every element"""
     if is_plain_number(value):
-        need(abs(value) < 2**63)
+        in_dtype(value, np.float64)
         floats = model.dtype.name in FLOATS
-        dtype = model.dtype if floats else np.result_type(value, model.dtype)
-        value = rounded(value, native(dtype))
+        dtype = model.dtype if floats else np.result_type(type(value)(0), model.dtype)
+        small = in_dtype(value, native(dtype))
+        need(dtype.kind == "f" or floats or small == value)
+        value = small
     return np.full(model.shape, value)
 
 
-def rounded(value, dtype):
+def in_dtype(value, dtype):
     """Numbers of Python's in a dtype, where all stay finite"""
     try:
         wide = np.array(value)
@@ -450,7 +452,7 @@ def understood(name, given):
     if "weight" in given:
         weight = given["weight"]
         if is_plain_number(weight):
-            weight = rounded(weight, native(first.dtype))
+            weight = in_dtype(weight, native(first.dtype))
         weight = need(readable(weight))
         dtype = native(weight.dtype)
         mixed = dtype == np.float32 and first.dtype.itemsize == 2

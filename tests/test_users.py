@@ -40,7 +40,7 @@ def test_a_weight_is_rounded_to_bfloat16_once():
     bfloat16 = np.dtype(ml_dtypes.bfloat16)
     just_above, just_below = 1 + 2.0**-8 + 2.0**-40, 1 + 3 * 2.0**-8 - 2.0**-40
     rounded = _arguments.weakly(
-        "weight", np.array([just_above, just_below, -just_above]), np.zeros(1, bfloat16)
+        "weight", np.array([just_above, just_below, -just_above]), bfloat16
     )
     assert rounded.astype(float).tolist() == [1 + 2.0**-7, 1 + 2.0**-7, -1 - 2.0**-7]
 
