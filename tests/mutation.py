@@ -83,6 +83,36 @@ FAULTS = {
     ],
     "mask.py": [
         Fault(
+            "longer = [axis for axis in axes or () if shape[axis] != 1]",
+            "longer = [*(axes or ())]",
+            "an axis of length 1 makes C order another",
+            "test_mask.py::test_axes_of_length_1_are_in_any_order",
+        ),
+        Fault(
+            "        if rest:  # what",
+            "        if False:  # what",
+            "elements of the last byte are not counted",
+            "test_mask.py::test_how_many_were_active",
+        ),
+        Fault(
+            "& ((1 << rest) - 1)).bit",
+            "& 255).bit",
+            "what is behind the last element is counted",
+            "test_mask.py::test_bits_behind_the_last_element_are_not_counted",
+        ),
+        Fault(
+            "array.transpose(order), None",
+            "array, None",
+            "bools are not packed as they lie",
+            "test_mask.py::test_bools_are_packed_as_they_lie",
+        ),
+        Fault(
+            "(self.bits, self.shape, self.axes, self.predicate)",
+            "(self.bits, self.shape, None, self.predicate)",
+            "a pickle forgets the order",
+            "test_mask.py::test_masks_are_kept",
+        ),
+        Fault(
             "size = -(-math.prod(checked) // 8)",
             "size = math.prod(checked) // 8",
             "the bits of the last elements are not asked for",
@@ -114,6 +144,30 @@ FAULTS = {
         ),
     ],
     "_arguments.py": [
+        Fault(
+            "            bits |= single != given\n",
+            "",
+            "a weight is rounded to bfloat16 twice",
+            "test_users.py::test_a_weight_is_rounded_to_bfloat16_once",
+        ),
+        Fault(
+            "            bits -= np.abs(single) > np.abs(given)\n",
+            "",
+            "what a weight lost is put on the wrong side",
+            "test_users.py::test_a_weight_is_rounded_to_bfloat16_once",
+        ),
+        Fault(
+            "        fits = np.isfinite(rounded) == np.isfinite(given)\n",
+            "        fits = True\n",
+            "1e39 is an infinite weight in float32",
+            "test_users.py::test_weights_that_are_refused",
+        ),
+        Fault(
+            "and not _is(value, (bool, np.generic))",
+            "and not _is(value, bool)",
+            "a weight of NumPy's float64 passes for a number of Python's",
+            "test_users.py::test_weights_that_are_refused",
+        ),
         Fault(
             "if not places.flags.writeable:",
             "if False:",
@@ -206,6 +260,30 @@ FAULTS = {
     ],
     "_dispatch.py": [
         Fault(
+            "active, kept = (_is_set, 0) if is_bool else (spec.active, len(spec.numbers_kept))",
+            "active, kept = (_is_set, 0)",
+            "of another dtype, all that is positive is active",
+            "test_arguments.py::test_saved_of_another_type",
+        ),
+        Fault(
+            '    return not _arguments.flag("inplace", inplace)',
+            "    return True",
+            "a number is overwritten in place",
+            "test_users.py::test_one_number_for_all_gradients",
+        ),
+        Fault(
+            "cpu.empty_like(model if model.dtype == spread.dtype else spread)",
+            "cpu.empty_like(spread)",
+            "one gradient for all loses the memory order",
+            "test_users.py::test_one_number_for_all_gradients",
+        ),
+        Fault(
+            "        y = engine.as_came(y, x, *(value",
+            "        y = (lambda y, *_: y)(y, x, *(value",
+            "a tensor comes back as an array",
+            "test_users.py::test_arrays_of_other_libraries_come_back_as_theirs",
+        ),
+        Fault(
             '_arguments.distinct("out[0]", written, "out[1]", sums)',
             "pass",
             "both gradients are written to the same memory",
@@ -262,6 +340,26 @@ FAULTS = {
             "if False",
             "an axis between those of a weight is taken for one of them",
             "test_prelu.py::test_shapes",
+        ),
+    ],
+    "cpu/libraries.py": [
+        Fault(
+            "    if remedy is not None:",
+            "    if False:",
+            "units and labels are dropped in silence",
+            "test_users.py::test_nothing_is_dropped_in_silence",
+        ),
+        Fault(
+            "    if all(_is(value, (np.generic, int, float)) for value in given):",
+            "    if False:",
+            "a number comes back as an array",
+            "test_users.py::test_a_number_in_a_number_out",
+        ),
+        Fault(
+            "return any(theirs) and not kind.__module__",
+            "return not kind.__module__",
+            "plain subclasses are refused",
+            "test_users.py::test_a_subclass_that_says_nothing_is_an_array",
         ),
     ],
     "cpu/calls.py": [

@@ -3,7 +3,7 @@
 import ctypes
 import importlib
 import sys
-import time
+import timeit
 import types
 
 import numpy as np
@@ -22,10 +22,7 @@ pytestmark = pytest.mark.skipif(
 
 def test_all_is_proven_here_and_quickly():
     assert abi.doubt() == ""
-    start = time.perf_counter()
-    for _ in range(20):
-        abi.doubt()
-    assert time.perf_counter() - start < 20e-3
+    assert min(timeit.repeat(abi.doubt, number=1, repeat=20)) < 2e-3
 
 
 # What is changed, to what, and what is said then.

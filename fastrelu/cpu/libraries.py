@@ -32,6 +32,11 @@ _REMEDIES = {
 }
 
 
+def _is(value: object, kind: type | tuple[type, ...]) -> bool:
+    """Ask the type alone: an object may claim another class, or fail when asked."""
+    return issubclass(type(value), kind)
+
+
 def _package(value: Any) -> str:
     return str(type(value).__module__).partition(".")[0]
 
@@ -62,7 +67,7 @@ def read(value: Any) -> Array | None:
     """Return the NumPy array on an array of another library, or None for all else."""
     if _is_tensor(value):
         return _read_tensor(value)
-    if hasattr(type(value), "__array_namespace__") and hasattr(value, "__dlpack__"):
+    if _namespace_of(value) is not None:
         try:
             return np.from_dlpack(value)
         except (
@@ -74,20 +79,27 @@ def read(value: Any) -> Array | None:
     return None
 
 
+def _namespace_of(value: Any) -> Callable[[Any], Any] | None:
+    """Return what gives the namespace of an array that follows the array API."""
+    kind = type(value)
+    found: Any = getattr(kind, "__array_namespace__", None)
+    return found if hasattr(kind, "__dlpack__") else None
+
+
 def as_came(y: Array, *given: Any) -> Any:
     """Return a result as what the arguments were: a number, or of their library."""
-    if all(isinstance(value, (np.generic, int, float)) for value in given):
+    if all(_is(value, (np.generic, int, float)) for value in given):
         return y[()]
     return _giving_back(given[0])(y)
 
 
 def _giving_back(value: Any) -> Callable[[Array], Any]:
-    if isinstance(value, np.ndarray):
+    if _is(value, np.ndarray):
         return np.asarray
     if _is_tensor(value):
         return _tensor
-    namespace = getattr(type(value), "__array_namespace__", None)
-    if namespace is None or not hasattr(value, "__dlpack__"):
+    namespace = _namespace_of(value)
+    if namespace is None:
         return np.asarray
     found = namespace(value)
     return lambda y: found.from_dlpack(y) if y.dtype.kind != "V" else found.asarray(y)
@@ -98,7 +110,7 @@ def _giving_back(value: Any) -> Callable[[Array], Any]:
 
 def _is_tensor(value: Any) -> bool:
     torch = sys.modules.get("torch")
-    return torch is not None and isinstance(value, getattr(torch, "Tensor", ()))
+    return torch is not None and _is(value, getattr(torch, "Tensor", ()))
 
 
 def _read_tensor(value: Any) -> Array:
