@@ -563,6 +563,7 @@ def test_a_child_keeps_nothing_of_its_parents():
 
 
 def test_what_a_child_does_first(empty_pool, monkeypatch):
+    monkeypatch.setattr(pool, "new_thread", lambda *_: 7)  # which a child does not have
     empty_pool.ready()
     monkeypatch.setattr(pool, "_made", [empty_pool])
     monkeypatch.setattr(pool, "_held", [])
