@@ -263,7 +263,6 @@ class _Function:
 
     def long(self, *arguments: Any) -> Any:
         """Take any call."""
-        raise NotImplementedError
 
     def _spread(
         self, name: str, grad: Any, inplace: Any, out: Any, saved: Any, *others: Any

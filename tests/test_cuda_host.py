@@ -27,7 +27,7 @@ from fastrelu.cpu import jit
 pytest.importorskip("numba_cuda", reason="needs numba-cuda: see the extra cuda13")
 import gpu as machines
 
-from fastrelu.cuda import arrays, calls, launch, work
+from fastrelu.cuda import arrays, calls, launch, layout, work
 
 pytestmark = pytest.mark.filterwarnings("ignore::numba.NumbaPerformanceWarning")
 emulated = pytest.mark.skipif(
@@ -222,6 +222,12 @@ def other_bits(p):
     return mask
 
 
+def other_shape(p):
+    mask = F.Mask(p.mask.bits, p.mask.shape)
+    mask.shape = np.array(p.mask.shape)  # which is not compared to one bool
+    return mask
+
+
 def far_bits(p):
     bits = p.mask.bits.host
     return F.Mask(machines.ndarray(bits, device=1), p.mask.shape)
@@ -241,6 +247,7 @@ WRONG = {
     "axis": (lambda p: F.prelu(p.x, p.w, axis=2), ValueError, "axis"),
     "a bool": (lambda p: F.prelu(p.x, p.short, axis=False), TypeError, "axis"),
     "weight": (lambda p: F.prelu(p.x, p.w, axis=0), ValueError, "weight"),
+    "changed": (lambda p: F.relu_backward(p.g, other_shape(p)), TypeError, "saved"),
     "integers": (lambda p: F.prelu(p.x, p.mask.bits), TypeError, "weight"),
     "dw": (
         lambda p: F.prelu_backward(p.g, p.x, p.w, out=(p.y, p.short)),
@@ -1016,3 +1023,10 @@ def test_a_disk_that_is_full(cache, monkeypatch):
 
 def test_handles_of_the_legacy_stream():
     assert {arrays._handle(stream) for stream in (None, 0, 1)} == {0}
+
+
+def test_weights_that_do_not_lie_one_behind_another():
+    """Though they vary along two axes that do"""
+    order, shape, weight = (0, 1, 2), (2, 3, 4), (1, 3, 4)
+    assert layout.channels_of(order, shape, weight, (0, 4, 1)) == (2, 12, 1)
+    assert layout.channels_of(order, shape, weight, (0, 1, 3)) is None

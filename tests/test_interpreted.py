@@ -218,8 +218,18 @@ def test_large_results_come_from_the_pool(leaky, interpreter, monkeypatch):
     leaky.flat(x[1:], False, None, 0.5)
     leaky.flat(x, False, x.copy(), 0.5)
     assert len(asked) == 2
-    monkeypatch.setattr(pool, "borrow", lambda own: 0)
+    for module in (calls, objects):
+        monkeypatch.setattr(module, "SMALLEST", x.size // 8)
+    asked.clear()
+    _, mask = leaky.forward(x, False, None, True, 0.5)
+    assert_same(mask.unpack(), x > 0)
+    assert asked[-4:] == [pool.ADDRESS, 7, pool.ADDRESS, 7]
+    lent = iter([7, 0])
+    monkeypatch.setattr(pool, "borrow", lambda own: next(lent))
     interpreter.error = MemoryError()
+    with pytest.raises(MemoryError):
+        leaky.forward(x, False, None, True, 0.5)
+    monkeypatch.setattr(pool, "borrow", lambda own: 0)
     with pytest.raises(MemoryError):
         leaky.flat(x, False, None, 0.5)
     interpreter.error = None
@@ -316,6 +326,7 @@ def test_no_memory_for_sums(enough, interpreter):
 
 def test_no_memory_for_both_gradients(interpreter, gradients):
     g, w = cube(), normal((8,), np.dtype(np.float32))
+    gradients(g, False, None, g, w, -1)  # which makes the loop ready
     for enough in range(3):
         interpreter.objects, interpreter.error = enough, None
         with pytest.raises(MemoryError):
@@ -761,6 +772,14 @@ def test_long_lines_and_axes_of_one(shape):
 def test_a_weight_that_its_gradient_overlaps(gradients):
     g, memory = cube(), normal((9,), np.dtype(np.float32))
     assert gradients(g, False, (None, memory[1:]), g, memory[:8], -1) is None
+
+
+@pytest.mark.parametrize("dtype", ["float64", "bool", "int8"])
+def test_saved_arrays_of_another_dtype(dtype):
+    g, x = normal((77,), np.dtype(np.float32)), np.arange(-38, 39)
+    expected = np.where(x > 0, g, np.float32(0))
+    saved = x > 0 if dtype == "bool" else x.astype(dtype)
+    assert_same(F.relu_backward(g, saved), expected)
 
 
 def test_a_mask_of_two_numbers():

@@ -100,3 +100,18 @@ def test_axes_of_length_1_are_in_any_order():
     bits = np.zeros(1, np.uint8)
     assert F.Mask(bits, (2, 1, 3), (1, 0, 2)).axes == (0, 1, 2)
     assert F.Mask(bits, (2, 1, 3), (2, 1, 0)).axes == (2, 1, 0)
+
+
+def test_masks_and_bools_of_a_gpu():
+    """What NumPy cannot read is said"""
+
+    class OnGpu:
+        def __dlpack_device__(self):
+            return 2, 0
+
+    with pytest.raises(
+        TypeError, match="bools must be in the host's memory, got OnGpu"
+    ):
+        F.Mask.pack(OnGpu())
+    with pytest.raises(TypeError, match="on a GPU: unpack it there"):
+        np.asarray(F.Mask._make(OnGpu(), (3,), None, "x > 0"))

@@ -235,6 +235,9 @@ QUICK_CALLS |= {
     "mask made permuted": lambda f, x: with_mask(
         f.forward(x.transpose(1, 2, 0), False, None, True, 0.5)
     ),
+    "mask made of an axis of length 1": lambda f, x: padded(
+        with_mask(f.forward(x[:1].transpose(0, 2, 1), False, None, True, 0.5)), x
+    ),
     "mask made in place": lambda f, x: with_mask(f.forward(x, True, None, True, 0.5)),
     "not taken": lambda f, x: f.backward(x, False, None, x.copy(), 0.5),
     "mask taken": lambda f, x: f.backward(x, False, None, mask_of(x), 0.5),

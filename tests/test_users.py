@@ -100,6 +100,7 @@ def test_one_number_for_all_gradients():
         dx = F.relu_backward(1.0, x)
         assert_same(dx, (x > 0).astype(x.dtype))
         assert dx.strides == np.empty_like(x).strides
+    assert_same(F.relu_backward(1.0, active), active.astype(float))
     integers = np.array([-1, 0, 2])
     assert_same(F.relu_backward(1, integers), np.array([0, 0, 1]))
     assert_same(F.relu_backward(0.5, integers), np.array([0.0, 0.0, 0.5]))
