@@ -373,7 +373,8 @@ FAULTS = {
             "                kind, w[_BLOCK] = SOME_BITS, WITH_BITS\n",
             "                kind = SOME_BITS\n",
             "bits are taken by the loop for inputs",
-            "test_values.py::test_mask[relu-float32]",
+            "test_interpreted.py::test_masks",
+            "crashes",
         ),
         Fault(
             "_BEYOND_SINGLE if table[row + SINGLE] != 0 else np.inf",
@@ -649,7 +650,7 @@ FAULTS = {
             "    if not _is_tuple_of(table, axes, order.ctypes.data, ndim_of(x)):",
             "    if False:",
             "a mask of another order is taken",
-            "test_values.py::test_mask_of_another_layout[relu-fortran]",
+            "test_interpreted.py::test_what_is_left_to_python",
         ),
         Fault(
             "return words(mask)[MASK_BITS] if axes == table[NONE] else 0",
@@ -687,6 +688,7 @@ FAULTS = {
             "",
             "a predicate has one owner too few for each mask",
             "test_paths.py::test_the_quick_call_refers_to_what_it_returns",
+            "crashes",
         ),
         Fault(
             "        decref(shape)\n",
