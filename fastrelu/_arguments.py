@@ -259,9 +259,8 @@ def weakly(name: str, given: Array, dtype: np.dtype[Any]) -> Array:
         msg = f"{name} must be real numbers of at most 64 bits, got {shown(given)}"
         raise TypeError(msg)
     with np.errstate(all="ignore"):
-        if (
-            dtype.kind == "V"
-        ):  # bfloat16 is rounded from float32, which keeps what is lost
+        if dtype.kind == "V":
+            # bfloat16 is rounded from float32, whose last bit says if something was lost.
             single = given.astype(np.float32)
             bits = single.view(np.uint32)
             bits -= np.abs(single) > np.abs(given)
@@ -429,8 +428,13 @@ def bits_of(mask: Mask, bits: Array, predicate: str, name: str, model: Array) ->
     return bits
 
 
-def weight(given: Array, x: Array, position: int) -> tuple[Array, Array]:
-    """Return the weight as a native array, and reshaped to broadcast against x."""
+def weight(value: Any, given: Array, x: Array, position: int) -> tuple[Array, Array]:
+    """Return the weight as a native array, and reshaped to broadcast against x.
+
+    `value` is the argument, `given` what was read of it.
+    """
+    if is_weak(value):
+        given = weakly("weight", given, x.dtype)
     given = accepted("weight", given)
     same_device("weight", given, "x", x)
     mixed = str(given.dtype) == "float32" and x.itemsize == 2

@@ -116,9 +116,7 @@ def _elementwise(
                 continue
             function = spec.gradient
             is_bool = str(array.dtype) == "bool"
-            bits = _active_bits(
-                engine, spec, saved, [] if is_bool else rounded, is_bool
-            )
+            bits = _active_bits(engine, spec, saved, rounded, is_bool)
             operands.append((BITS, bits))
         else:
             operands.append((ARRAY, _arguments.like(other, array, name, checked)))
@@ -144,10 +142,12 @@ def _active_bits(
     What was active is asked in the dtype of the forward pass; bools say it themselves.
     """
     active, kept = (_is_set, 0) if is_bool else (spec.active, len(spec.numbers_kept))
-    operands = [(ARRAY, saved), *((NUMBER, number.of(saved)) for number in rounded)]
+    operands = [(ARRAY, saved)]
     _, scratch = _fresh(engine, saved)
     if is_bool:
         scratch = _arguments.as_bytes(scratch)
+    else:
+        operands += [(NUMBER, number.of(saved)) for number in rounded]
     bits, axes = engine.elementwise_mask(_itself, active, kept, operands, scratch)
     return engine.read(bits), axes
 
@@ -165,13 +165,10 @@ def _prelu(spec: Spec, x: Any, inplace: Any, out: Any, weight: Any, axis: Any) -
     position = _arguments.index("axis", axis)
     out = _arguments.single(out)
     overwrite = _arguments.in_place(inplace, out)
-    is_weak = _arguments.is_weak(weight)
     arrays = ("x", x), ("weight", weight), ("out", out)
     given, slopes, target = _arguments.read(engine, *arrays, in_place=overwrite)
     checked = _arguments.accepted("x", given)
-    if is_weak:
-        slopes = _arguments.weakly("weight", slopes, checked.dtype)
-    _, broadcast = _arguments.weight(slopes, checked, position)
+    _, broadcast = _arguments.weight(weight, slopes, checked, position)
     y, target = _target(engine, "x", (x, out), (given, target), checked, overwrite)
     operands = (ARRAY, checked), (WEIGHT, broadcast)
     engine.elementwise(spec.formula, operands, target)
@@ -185,7 +182,6 @@ def _prelu_backward(
     position = _arguments.index("axis", axis)
     out_input, out_weight = _arguments.pair(out)
     overwrite = _arguments.in_place(inplace, out_input)
-    is_weak = _arguments.is_weak(weight)
     given, saved, slopes, target, sums = _arguments.read(
         engine,
         ("grad_output", grad_output),
@@ -197,9 +193,7 @@ def _prelu_backward(
     )
     grad = _arguments.accepted("grad_output", given)
     checked = _arguments.like("x", saved, "grad_output", grad)
-    if is_weak:
-        slopes = _arguments.weakly("weight", slopes, checked.dtype)
-    slopes, broadcast = _arguments.weight(slopes, checked, position)
+    slopes, broadcast = _arguments.weight(weight, slopes, checked, position)
     objects, views = (grad_output, out_input), (given, target)
     if sums is not None:
         _arguments.writeable("out[1]", sums, slopes)

@@ -35,7 +35,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike
 
-from fastrelu._arguments import flag, generator, index, kind_of, number, shown
+from fastrelu._arguments import (
+    accepted,
+    flag,
+    generator,
+    index,
+    kind_of,
+    number,
+    shown,
+)
 from fastrelu._dtypes import FLOATS, is_accepted, row_of
 from fastrelu.activations import (
     leaky_relu,
@@ -87,9 +95,7 @@ def _check_array(name: str, x: Array) -> None:
 def _check_floats(name: str, x: Array) -> None:
     """Refuse what is no array of floats."""
     _check_array(name, x)
-    if not is_accepted(row_of(x.dtype), integers=False):
-        msg = f"{name} must have dtype {FLOATS}, got {x.dtype}"
-        raise TypeError(msg)
+    accepted(name, x)
 
 
 def _check_library(name: str, x: Array, other_name: str, other: Array) -> None:

@@ -153,7 +153,7 @@ def uniform(x: Array, lower: float, upper: float, rng: Any) -> Array:
     return np.asarray(drawn).astype(x.dtype, copy=False)
 
 
-quick_call, empty_bytes = _loops.quick_call, _loops.empty_bytes
+quick_call = _loops.quick_call
 
 
 # Elementwise --------------------------------------------------------------------------

@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from fastrelu._arguments import _is, is_number
+
 Array = Any
 
 # What to write instead, by the package that a type is of.
@@ -30,11 +32,6 @@ _REMEDIES = {
     "unyt": "take its .value",
     "xarray": "take its .to_numpy(), or use xarray.apply_ufunc(fastrelu.relu, x)",
 }
-
-
-def _is(value: object, kind: type | tuple[type, ...]) -> bool:
-    """Ask the type alone: an object may claim another class, or fail when asked."""
-    return issubclass(type(value), kind)
 
 
 def _package(value: Any) -> str:
@@ -88,7 +85,7 @@ def _namespace_of(value: Any) -> Callable[[Any], Any] | None:
 
 def as_came(y: Array, *given: Any) -> Any:
     """Return a result as what the arguments were: a number, or of their library."""
-    if all(_is(value, (np.generic, int, float)) for value in given):
+    if all(map(is_number, given)):
         return y[()]
     return _giving_back(given[0])(y)
 
