@@ -257,6 +257,10 @@ def parse(arguments):
     add("--out", type=Path, default=BENCH / "results")
     options = parser.parse_args(arguments)
     options.given = sys.argv[1:] if arguments is None else []
+    for name in ("--out", "--readme"):  # where figures go is not what they depend on
+        if name in options.given:
+            at = options.given.index(name)
+            del options.given[at : at + 2]
     return options
 
 
