@@ -8,7 +8,14 @@ from fastrelu._functions import rebuild
 from fastrelu._spec import Operation
 from fastrelu.cpu import loops, sums
 from fastrelu.cpu.jit import Function, compile_and_keep, inlined, shielded
-from fastrelu.cpu.lanes import Lane, fence, store_word, stream_halves, stream_word
+from fastrelu.cpu.lanes import (
+    Lane,
+    fence,
+    store_to_nearest,
+    store_word,
+    stream_halves,
+    stream_word,
+)
 from fastrelu.cpu.loops import IN_PLACE, KINDS, PAST_CACHE, PLAIN
 
 __all__ = ["IN_PLACE", "KINDS", "PAST_CACHE", "PLAIN", "bound", "compiled"]
@@ -92,5 +99,6 @@ def compiled(
 def compiled_for(lane: Lane, template: Function) -> Any:
     """Return a C function that converts a lane's weights."""
     name = f"{template.__name__}_{lane.name}"
-    template = rebuild(template, name, _of_lane(lane))
+    names = {**_of_lane(lane), "store": store_to_nearest(lane)}
+    template = rebuild(template, name, names)
     return compile_and_keep(template, sums.WEIGHTS_SIGNATURE)

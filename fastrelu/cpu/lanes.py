@@ -136,6 +136,11 @@ def _lane(row: Row) -> Lane:
 _LANES = {row: _lane(row) for row in BY_NAME.values()}
 
 
+def store_to_nearest(lane: Lane) -> Any:
+    """Return a lane's `store` that asks no floating-point mode, as NumPy's casts."""
+    return _float_to_half_by_bits if lane.name == "float16" else lane.store
+
+
 def lane_of(dtype: np.dtype[Any]) -> Lane:
     """Return the lane of a native dtype that the arguments' check has let through."""
     row = row_of(dtype)
