@@ -3,9 +3,10 @@
     pytest bench --benchmark-json results.json
     python bench/report.py results.json [more.json ...]
 
-writes the table between two markers of the README, two pictures, and a compact copy of
-the figures from which all of it can be made again. `--check` writes nothing and fails
-where a rival is faster. What bench/gpu.py keeps has markers and pictures of its own.
+writes a short table between two markers of the README, a file with all of them, two
+pictures, and a compact copy of the figures from which all of it can be made again.
+`--check` writes nothing and fails where a rival is faster. What bench/gpu.py keeps has
+markers and pictures of its own.
 """
 
 import argparse
@@ -30,6 +31,10 @@ MODES = {"inplace": "in place"}
 # What is drawn: for each line the first op and mode that match.
 PANELS = ("relu fresh", "relu out", "relu inplace", "relu_backward *")
 PANELS += ("prelu*backward* *",)
+# What the README's table has.
+ROWS = ("relu fresh", "relu inplace", "relu_backward fresh", "relu_backward_mask fresh")
+ROWS += ("leaky_relu fresh", "leaky_relu_backward fresh")
+ROWS += ("prelu fresh", "prelu_backward fresh")
 # The grey and the colours have a contrast of 3 or more on white and on GitHub's dark
 # #0d1117, and stay apart for the colour-blind; the markers help.
 GREY = "#768089"
@@ -49,7 +54,11 @@ STYLES = {
     "cupy.maximum": {"color": "#00936b", "marker": "x", "linestyle": ":"},
     "triton": {"color": "#9a7d0a", "marker": "v"},
     "jax": {"color": "#c46a9c", "marker": "^"},
-    ROOF: {"color": GREY, "linestyle": "--", "zorder": 1},
+    ROOF: {
+        "color": GREY,
+        "linestyle": "--",
+        "zorder": 5,
+    },  # over ours, which it is near
 }
 OTHER = {"color": "#8f6fd0", "marker": "P"}
 LIMIT = {"color": GREY, "linewidth": 2, "zorder": 1}
@@ -63,7 +72,9 @@ class Place(NamedTuple):
 
     marker: str  # of the README's part
     prefix: str  # of the pictures' names
-    columns: tuple[int, ...]  # sizes in the README
+    rivals: tuple[str, ...]  # in the README's table
+    few: tuple[int, ...]  # sizes there
+    columns: tuple[int, ...]  # sizes in the long table
     limit: str  # what the limit is called
     about_limit: str
     names: dict[str, str]  # of peers, in pictures
@@ -72,15 +83,19 @@ class Place(NamedTuple):
 CPU = Place(
     "bench",
     "",
+    ("numpy", "torch"),
+    (1 << 10, 1 << 20, 1 << 24),
     (1, 1 << 10, 1 << 17, 1 << 20, 1 << 24, 1 << 26),
     "memory's limit",
     """The last column is for the largest size of which memory's limit
 is known; it was measured once, so that more than 100% says that memory had become faster.""",
-    {ROOF: "hand-written C"},
+    {"numpy": "NumPy", "torch": "PyTorch", ROOF: "hand-written C"},
 )
 GPU = Place(
     "gpu",
     "gpu-",
+    ("torch", "triton"),
+    (1 << 10, 1 << 20, 1 << 26),
     (1 << 10, 1 << 14, 1 << 20, 1 << 24, 1 << 26, 1 << 30),
     "a copy on the device",
     """Times are of the kernels alone. The last column is for the largest
@@ -278,29 +293,71 @@ def losses(found: list[Duel]) -> list[Duel]:
 # The README's part
 
 
-def markdown(results: Results, *, every: bool = False) -> str:
-    """Return the tables: of every way to call, or for the README of the main ones."""
+def in_short(results: Results) -> str:
+    """Return what the README has room for."""
+    results, _ = by_arguments(results)
+    about = results.about
+    rest = f"bench/results/{about['name']}.md"
+    pictures = "" if place(results) is CPU else GPU_PICTURES
+    return f"""\
+How many times as long others take, float32, the medians:
+
+{short_table(results)}
+
+**Bold: the other is faster.** {about["machine"]}, {about["date"]}.
+[All ways to call, dtypes and sizes, with times]({rest}).
+
+All of them against the fastest rival: {digest(duels(results))}{pictures}{gpu_part(about)}"""
+
+
+def short_table(results):
+    known = {cell.n for cell in results.cells if cell.dtype == "float32"}
+    sizes = [n for n in place(results).few if n in known]
+    rivals = [rival for rival in place(results).rivals if rival in peers(results)]
+    head = ["float32"]
+    for rival in rivals:
+        name = place(results).names.get(rival, rival)
+        head += [f"{name}, {size(n)}" if n == sizes[0] else size(n) for n in sizes]
+    rows = []
+    for series in all_series(results):
+        if " ".join(series) in ROWS:
+            cells = [Cell(*series, "float32", n) for n in sizes]
+            found = [ratio(results, cell, rival) for rival in rivals for cell in cells]
+            rows.append([in_words(*series).removesuffix(" fresh"), *found])
+    return table(head, *rows)
+
+
+def ratio(results, cell, rival):
+    """Return a rival's time over ours, or a dash."""
+    found = cell in results.cells and duel(cell, results.cells[cell], rival)
+    if not found:
+        return "-"
+    return f"**{times(found.ratio)}**" if found.ratio < 1 else times(found.ratio)
+
+
+def markdown(results: Results) -> str:
+    """Return all tables."""
     results, others = by_arguments(results)
     about, rivals = results.about, peers(results, but=(OURS, ROOF))
     versions = ", ".join(" ".join(pair) for pair in about["versions"].items())
     commands = ", ".join(f"`{command}`" for command in about["commands"])
     each = ", ".join(f"{mean(duels(results, rival))} {rival}" for rival in rivals)
     alone = f"\nAgainst {ALONE} alone: {digest(duels(results, ALONE))}\n"
-    rest = f"bench/results/{about['name']}.md"
-    rest = "" if every else f" Every other way to call: [{rest}]({rest})."
-    pictures = "" if every or place(results) is CPU else GPU_PICTURES
     return f"""\
-{about["machine"]}, {about["date"]}; {versions}. Made by {commands}.{rest}
+{about["machine"]}, {about["date"]}; {versions}. Made by {commands}.
 
-{float32_table(results, all_series(results) if every else chosen(results))}
+{float32_table(results, all_series(results))}
 
 A cell has our median time, and how many times as long the fastest rival takes. **Bold:
 the rival is faster.** {place(results).about_limit}
+The times of a cell were taken in turns; those of another cell at another time, when the
+machine may have been slower or faster. That is how one element can take longer than a
+thousand.
 
 All dtypes and sizes against the fastest rival: {digest(duels(results))} 
 Against each rival: {each or "-"}.
 {alone if ALONE in rivals else ""}
-{dtype_table(results, rivals)}{arguments_part(others)}{pictures}{gpu_part(about)}"""
+{dtype_table(results, rivals)}{arguments_part(others)}{gpu_part(about)}"""
 
 
 def by_arguments(results):
@@ -328,12 +385,6 @@ Against the fastest rival: {digest(duels(results))}"""
 def table(*rows: list[str]) -> str:
     head, *body = (f"| {' | '.join(row)} |" for row in rows)
     return "\n".join([head, "|---|" + "---:|" * (len(rows[0]) - 1), *body])
-
-
-def chosen(results):
-    """Say what the README has room for; the sums below its table are over all."""
-    series = [s for s in all_series(results) if s[1] == "fresh" or s[0] == "relu"]
-    return series or all_series(results)
 
 
 def gpu_part(about):
@@ -506,11 +557,12 @@ def panels(results, plot):
     known = all_series(results)
     matches = ([s for s in known if fnmatchcase(" ".join(s), p)] for p in PANELS)
     shown = [found[0] for found in matches if found]
-    rows = len(shown) // 3 + 1
-    picture = Figure(figsize=(10, 3 * rows + 0.3), layout="constrained")
+    rows = len(shown) // 2 + 1
+    # As wide as a telephone shows it, so that words stay legible there.
+    picture = Figure(figsize=(5.4, 2.4 * rows + 0.4), layout="constrained")
     grid = {"sharex": True, "sharey": True, "squeeze": False}
     grid["subplot_kw"] = {"xscale": "log", "yscale": "log"}
-    axes = list(picture.subplots(rows, 3, **grid).flat)
+    axes = list(picture.subplots(rows, 2, **grid).flat)
     legend = {}
     for ax, series in zip(axes, shown, strict=False):
         for peer in peers(results):
@@ -523,16 +575,16 @@ def panels(results, plot):
         ax.axis("off")
     axes[-1].legend(legend.values(), legend, loc="center", frameon=False)
     about = f"float32, {results.about['machine']}, {results.about['date']}"
-    picture.supxlabel(fill(about, 130), fontsize=8)
+    picture.supxlabel(fill(about, 70), fontsize=8)
     return picture
 
 
 def dress(ax, title):
-    ax.set_title(title, loc="left", fontsize=11)
+    ax.set_title(title, loc="left", fontsize=10)
     ax.set_xlabel("elements")
     ax.grid(alpha=0.25, linewidth=0.6)
     low, high = ax.get_xlim()
-    ax.set_xticks([1 << k for k in range(0, 40, 5) if low <= 1 << k <= high])
+    ax.set_xticks([1 << k for k in range(0, 40, 10) if low <= 1 << k <= high])
     ax.xaxis.set_major_formatter(lambda n, _: size(round(n)))
     ax.yaxis.set_major_formatter(lambda y, _: f"{y:,g}")
     ax.minorticks_off()
@@ -580,11 +632,11 @@ def publish(results: Results, options: argparse.Namespace) -> None:
     if options.check:
         check(results)
     results.about["name"] = options.name or results.about["name"]
-    insert(options.readme, markdown(results), place(results).marker)
+    insert(options.readme, in_short(results), place(results).marker)
     options.out.mkdir(parents=True, exist_ok=True)
     copy = options.out / f"{results.about['name']}.json"
     copy.write_text(to_copy(results), encoding="utf-8", newline="\n")
-    text = f"# {results.about['name']}\n\n{markdown(results, every=True)}\n"
+    text = f"# {results.about['name']}\n\n{markdown(results)}\n"
     copy.with_suffix(".md").write_text(text, encoding="utf-8", newline="\n")
     draw(results, options.out)
 

@@ -104,6 +104,23 @@ def test_the_table_has_times_ratios_losses_and_dashes(results):
     assert table["`prelu_last_backward` fresh"] == ["-", "3.0 µs · -", "-", "-"]
 
 
+def test_the_readme_has_a_short_table(tmp_path, measured, run):
+    _, _, text = run(measured)[0].partition("bench:begin")
+    head = "| float32 | NumPy, 1k | 1M | PyTorch, 1k | 1M |\n|---|---:|---:|---:|---:|"
+    assert head in text
+    assert rows(text)["`relu`"] == ["-", "4.0x", "-", "2.0x"]
+    assert rows(text)["`relu` in place"] == ["-"] * 4  # which were not measured
+    assert "`relu` out" not in rows(text)
+    name = "bench/results/a-machine-2-cores-2030-01-02.md"
+    assert f"({name})" in text
+    more = write(
+        tmp_path / "more.json",
+        {("prelu", "fresh", "float32", MI): {"fastrelu": 2, "torch": 1.999}},
+    )
+    text, _ = run(measured, more)
+    assert rows(text)["`prelu`"] == ["-", "-", "-", "**0.99x**"]
+
+
 def test_the_summary_has_means_losses_and_the_worst(results):
     text = report.markdown(results)
     assert "A machine, 2 cores, 2030-01-02; fastrelu 0.1, numpy 1.5, " in text
@@ -136,18 +153,21 @@ def test_another_allocator_gets_a_line_of_its_own(tmp_path, measured):
 
 
 def test_other_arguments_have_a_table_of_their_own(tmp_path, measured, run):
-    before, _ = run(measured)
+    name = "a-machine-2-cores-2030-01-02"
+    short, out = run(measured)
+    before = (out / f"{name}.md").read_text()
     times = {("relu:columns", "out", "float32", MI): {"fastrelu": 200, "numpy": 100}}
     more = write(tmp_path / "more.json", times)
-    text, out = run(measured, more)
+    assert run(measured, more)[0] == short
+    text = (out / f"{name}.md").read_text()
     plain, _, part = text.partition("\n\nArguments one step off the plainest. ")
     assert before.startswith(plain)
     assert part.startswith("`columns`: `x[:, :k]` of an array twice as wide.")
     figures = ["**200 µs · 0.50x numpy**", "41.9, 168% (1M)"]
     assert rows(part)["`relu:columns` out"] == figures
     assert "Against the fastest rival: 0.50x as the geometric mean, 1 cells, 1" in part
-    name = "a-machine-2-cores-2030-01-02"
-    assert run(out / f"{name}.json")[0] == text
+    run(out / f"{name}.json")
+    assert (out / f"{name}.md").read_text() == text
     with pytest.raises(SystemExit):
         run(more, "--check")
 
@@ -178,8 +198,8 @@ def test_durations_have_two_digits(seconds, text):
 
 def test_text_outside_the_markers_stays(run, measured):
     text, _ = run(measured)
-    assert text.startswith(f"{BEFORE}\n\nA machine")
-    assert text.endswith(f"|\n\n{AFTER}")
+    assert text.startswith(f"{BEFORE}\n\nHow many times as long")
+    assert text.endswith(f" torch.\n\n{AFTER}")
     assert "stale words" not in text
     assert run(measured)[0] == text
 
@@ -210,7 +230,7 @@ def test_the_pictures_name_who_and_what(run, measured):
     assert (out / "mine.json").exists()
     for name, unit in (("time", "ns per element"), ("bandwidth", "GB/s")):
         svg = (out / f"{name}.svg").read_text(encoding="utf-8")
-        words = {unit, "elements", "relu in place", "torch", "hand-written C"}
+        words = {unit, "elements", "relu in place", "PyTorch", "hand-written C"}
         assert not [word for word in words if f"<!-- {word} -->" not in svg]
 
 
@@ -240,7 +260,8 @@ def test_a_gpu_has_a_place_of_its_own(tmp_path, measured, results, run):
     text, out = run(measured, path)
     assert "stale words" not in text
     _, _, part = text.partition("<!-- gpu:begin -->")
-    assert rows(part)["`relu` fresh"][-1] == "21.0, 84% (1M)"
+    assert "| float32 | PyTorch, 1k | 1M |" in part
+    assert rows(part)["`relu`"] == ["-", "2.0x"]
     assert "| a call on the host | fastrelu | torch |" in part
     assert "| `relu` fresh | 3.0 µs | 4.0 µs |" in part
     for line in (
