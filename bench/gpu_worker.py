@@ -147,11 +147,13 @@ def serve(worker, lines=sys.stdin):
             print(json.dumps(answer), file=answers)
 
 
-def configure(settings):
+def configure(arguments):
     """Give the engine other constants, such as THREADS=256, before it makes kernels."""
+    if arguments[:1] != ["--set"]:
+        return
     from fastrelu.cuda import config, kernels
 
-    for name, _, value in (setting.partition("=") for setting in settings):
+    for name, _, value in (setting.partition("=") for setting in arguments[1:]):
         for of, module in list(sys.modules.items()):
             if of.startswith("fastrelu.cuda") and hasattr(module, name):
                 setattr(module, name, int(value))
@@ -159,8 +161,7 @@ def configure(settings):
 
 
 def main():
-    if "--set" in sys.argv:
-        configure(sys.argv[sys.argv.index("--set") + 1 :])
+    configure(sys.argv[1:])
     found = libraries()
     serve(Worker(gpu_device.Device(), *found))
 
