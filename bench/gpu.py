@@ -48,9 +48,9 @@ TUNED = ["relu-out-float32", "relu-fresh-float32", "relu-out-float16"]
 TUNED += ["relu_backward-fresh-float32", "leaky_relu_backward-fresh-float16"]
 TUNED += ["relu_mask-fresh-float32", "prelu-fresh-float32"]
 TUNED += ["prelu_backward-fresh-float32", "prelu_backward_rows-fresh-float32"]
-# What else the engine's constants might be; the first one says what they are.
-VARIANTS = ["", "VECTORS=2", "THREADS=256", "THREADS=256,VECTORS=2"]
-VARIANTS += ["BLOCKS=528", "BLOCKS=2112"]
+# What else the engine's constants might be, and whose times that may change.
+VARIANTS = {"": "*", "VECTORS=2": "*", "THREADS=256": "*"}
+VARIANTS |= {"BLOCKS=528": "prelu_backward*", "BLOCKS=2112": "prelu_backward*"}
 RIVALS = ["torch", "triton"]
 
 
@@ -247,11 +247,14 @@ def tune(options, command):
     """Print the microseconds of each case with other constants, and those of rivals."""
     names = [f"{name}-{size}" for size in options.size for name in TUNED]
     reached = collections.defaultdict(dict)
-    for variant in VARIANTS:
+    deadline = time.monotonic() + 60 * options.minutes
+    for variant, pattern in VARIANTS.items():
         settings = ["--set", *variant.split(",")] if variant else []
         worker = Worker(Gpu([*command, *settings]))
-        peers = [report.OURS, *(RIVALS if variant == VARIANTS[0] else ())]
+        peers = [report.OURS] if variant else [report.OURS, *RIVALS]
         for name in names:
+            if not fnmatchcase(name, pattern) or time.monotonic() > deadline:
+                continue
             with contextlib.suppress(WorkerError):
                 answer = worker.ask("measure", name, peers, TURNS)
                 for peer, result in answer.get("results", {}).items():
@@ -287,10 +290,14 @@ def parse(arguments):
     add("--out", type=Path, default=BENCH / "results")
     options = parser.parse_args(arguments)
     options.given = sys.argv[1:] if arguments is None else []
-    for name in ("--out", "--readme"):  # where figures go is not what they depend on
+    for name in ("--out", "--readme", "--checked"):  # places change no figures
         if name in options.given:
             at = options.given.index(name)
-            del options.given[at : at + 2]
+            more = options.given[at + 1 :]
+            end = next(
+                (k for k, word in enumerate(more) if word[:2] == "--"), len(more)
+            )
+            options.given[at:] = more[end:]
     return options
 
 

@@ -267,7 +267,8 @@ def test_texts_that_are_too_long_keep_both_ends():
 
 
 def test_other_constants(run, monkeypatch):
-    monkeypatch.setattr(bench, "VARIANTS", ["", "THREADS=256,VECTORS=2"])
+    variants = {"": "*", "THREADS=256,VECTORS=2": "*", "BLOCKS=7": "prelu*"}
+    monkeypatch.setattr(bench, "VARIANTS", variants)
     monkeypatch.setattr(bench, "RIVALS", ["cupy"])
     monkeypatch.setattr(
         bench, "TUNED", ["relu-out-float32", "prelu_last-fresh-float32"]
@@ -275,9 +276,11 @@ def test_other_constants(run, monkeypatch):
     status, _, kept, printed = run("--tune", "--size", "16k", "1k")
     assert (status, kept) == (0, None)
     head, *rows = printed.out.splitlines()
-    assert head.split()[1:] == ["as", "it", "is", "cupy", "THREADS=256,VECTORS=2"]
+    columns = ["as", "it", "is", "cupy", "THREADS=256,VECTORS=2", "BLOCKS=7"]
+    assert head.split()[1:] == columns
     assert [row.split()[0][-3:] for row in rows] == ["16k", "16k", "-1k", "-1k"]
-    assert all(float(time) > 0 for row in rows for time in row.split()[1:])
+    assert all(float(time) > 0 for row in rows for time in row.split()[1:4])
+    assert [row.split()[4] == "-" for row in rows] == [True, False, True, False]
     assert (run.out / "tune.json").exists()
 
 

@@ -179,7 +179,7 @@ def both(
         vectors = (single or inner % width == 0) and inner >= width
         in_row = inner // width if vectors else inner
         most = -(-outer * in_row // (_LEAST * THREADS))
-        splits = max(1, min(most, -(-BLOCKS // channels)))
+        splits = max(1, min(most, BLOCKS // channels))
         template, threads = "prelu_rows", splits * channels * THREADS
         sums = Sums(pairs(work, lane, splits * channels), splits, channels, 1)
         sizes = outer, channels, inner, splits
@@ -187,7 +187,7 @@ def both(
         columns = channels * inner
         vectors = columns % width == 0
         strips = -(-columns // (THREADS // DOWN * (width if vectors else 1)))
-        splits = max(1, min(-(-outer // (_LEAST * DOWN)), -(-BLOCKS // strips)))
+        splits = max(1, min(-(-outer // (_LEAST * DOWN)), BLOCKS // strips))
         template, threads = "prelu_columns", strips * splits * THREADS
         sums = Sums(pairs(work, lane, splits * columns), splits, channels, inner)
         sizes = outer, columns, inner, splits
@@ -204,7 +204,7 @@ def pairs(work: Work, dtype: str, number: int) -> int:
 
 def splits_of(size: int, channels: int) -> int:
     """Return in how many parts to sum so many elements of each channel."""
-    return max(1, min(-(-size // THREADS), -(-BLOCKS // max(1, channels))))
+    return max(1, min(-(-size // THREADS), BLOCKS // max(1, channels)))
 
 
 def finish(work: Work, dtype: str, pointer: int, size: int, sums: Sums) -> None:
