@@ -314,6 +314,10 @@ def test_orders_of_one_piece_go_the_short_way(gpu, put, monkeypatch):
         assert_same(y.host, reference.forward("relu", x))
         assert y.host.strides == dense.strides
     short_way(monkeypatch)
+    monkeypatch.delattr(machines.ndarray, "_c_contiguous")  # which is CuPy's own affair
+    for order in "CF":
+        y = F.relu(put(np.asarray(x, order=order)))
+        assert_same(y.host, reference.forward("relu", x))
     with pytest.raises(AssertionError):
         F.relu(put(dense), out=put(x))  # in another order
 
