@@ -28,17 +28,17 @@ from fastrelu.cuda.work import (
     finish,
     head_of,
     kernel,
-    run_flat,
     run_mask,
     split_flat,
     weight_layout,
 )
 from fastrelu.mask import ANSWERS, Mask
 
+_View = tuple[int, int, int]  # (outer, channels, inner)
 _Plan = tuple[launch.Kernel, Any, int]  # with numbers' type and an element's bytes
 _Ready = tuple[launch.Kernel, Any, int, int, int, int]  # and elements, vectors, blocks
+_ReadyWeight = tuple[launch.Kernel, int, int, int, int, int, _View]
 _MANY = 4096  # shapes that are kept
-_View = tuple[int, int, int]  # (outer, channels, inner)
 
 
 class Calls:
@@ -50,6 +50,7 @@ class Calls:
         self.spec = spec
         self.plans: dict[Any, _Plan | None] = {}
         self.ready: dict[Any, _Ready] = {}  # by dtype and shape
+        self.ready_weight: dict[Any, _ReadyWeight] = {}
 
     def forward(
         self, x: Any, inplace: Any, out: Any, return_mask: Any, *numbers: Any
@@ -132,27 +133,35 @@ class Calls:
     def by_channel(self, x: Any, inplace: Any, out: Any, weight: Any, axis: Any) -> Any:
         """Return y, with the weight of an element's channel for the number."""
         place = self.library.look(x)
-        seen = place and self._weight(weight, x, place, axis)
-        if not place or not seen:
+        if place is None or type(weight) is not self.kind or type(axis) is not int:
             return None
-        start, device, _ = place
-        other, length, (_, channels, inner) = seen
-        size, itemsize = math.prod(x.shape), x.dtype.itemsize
-        if size >= INT32:
+        lies = self.library.look(weight)
+        if lies is None or lies[1] != place[1] or lies[2]:
             return None
+        start, device, order = place
+        key = x.dtype, x.shape, order, weight.dtype, weight.shape, axis
+        ready = self.ready_weight.get(key) or self._make_ready_weight(key)
+        if ready is None:
+            return None
+        code, itemsize, size, vectors, blocks, length, (_, channels, inner) = ready
         y, target = self._target(x, place, size * itemsize, inplace, out)
-        head = head_of(size, itemsize, start, target)
-        if not target or head is None or _meet(target, size * itemsize, other, length):
+        other, head = lies[0], 0
+        if not target or _meet(target, size * itemsize, other, length):
             return None
-        vector = other if weight.dtype == x.dtype else None
-        layout = weight_layout(channels, inner, itemsize, head, vector)
-        plan = layout and self._plan(layout, x.dtype, weight.dtype)
-        if not plan:
-            return None
-        code = plan[0]
-        where = device, self.library.stream(x, device)
-        pointers = start, other, target
-        run_flat(code, *where, itemsize, size, head, pointers, inner, channels)
+        if (start | target | other) % BYTES:
+            found = head_of(size, itemsize, start, target)
+            if found is None or other % weight.dtype.itemsize:
+                return None
+            head, vector = found, other if weight.dtype == x.dtype else None
+            layout = weight_layout(channels, inner, itemsize, head, vector)
+            plan = layout and self._plan(layout, x.dtype, weight.dtype)
+            if not plan:
+                return None
+            code = plan[0]
+            vectors, blocks = split_flat(size - head, itemsize)
+        stream = self.library.stream(x, device)
+        given = start, other, target, head, vectors, size, inner, channels
+        launch.launch(code, device, stream, blocks, *given)
         return y
 
     def by_channel_backward(
@@ -213,6 +222,25 @@ class Calls:
             self.ready.clear()
         size = math.prod(shape)
         ready = self.ready[key] = *plan, size, *split_flat(size, plan[2])
+        return ready
+
+    def _make_ready_weight(self, key: Any) -> _ReadyWeight | None:
+        """Return the same for an array and a weight, both at multiples of 16 bytes."""
+        dtype, shape, order, of_weight, sizes, axis = key
+        view, size = _view(shape, order, sizes, axis), math.prod(shape)
+        if not view or not size or size >= INT32 or not self._dtypes(dtype, of_weight):
+            return None
+        itemsize, length = dtype.itemsize, view[1] * of_weight.itemsize
+        vector = 0 if of_weight == dtype else None
+        layout = weight_layout(*view[1:], itemsize, 0, vector)
+        plan = layout and self._plan(layout, dtype, of_weight)
+        if not plan:
+            return None
+        if len(self.ready_weight) >= _MANY:
+            self.ready_weight.clear()
+        cut = split_flat(size, itemsize)
+        ready = plan[0], itemsize, size, *cut, length, view
+        self.ready_weight[key] = ready
         return ready
 
     def _make_plan(self, what: str, dtype: Any, weight: Any) -> _Plan | None:

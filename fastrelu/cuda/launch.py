@@ -226,10 +226,10 @@ def is_current(device: int) -> bool:
     if SIMULATED:
         return True
     error, now = _driver().cuCtxGetCurrent()
+    if not error and now == _primary.get(device):
+        return True
     if error or not int(now):  # to ask on would be an error that tools report
         return False
-    if now == _primary.get(device):
-        return True
     error, number = _driver().cuCtxGetDevice()
     if error or int(number) != device:
         return False
