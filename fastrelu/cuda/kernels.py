@@ -613,7 +613,8 @@ def finish(lane: Lane) -> Kernel:
         losses = cuda.shared.array(THREADS, compute)
         thread = np.int64(cuda.threadIdx.x)
         seat = np.int64(np.uint32(thread) // np.uint32(team))
-        channel = cuda.blockIdx.x * np.int64(THREADS // np.uint32(team)) + seat
+        seats = np.int64(np.uint32(THREADS) // np.uint32(team))
+        channel = cuda.blockIdx.x * seats + seat
         member = thread - seat * team
         total, loss = zero, zero
         if channel < channels:
