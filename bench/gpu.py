@@ -12,11 +12,12 @@ import argparse
 import collections
 import contextlib
 import datetime
+import json
+import math
 import os
 import signal
 import statistics
 import sys
-import tempfile
 import threading
 import time
 from fnmatch import fnmatchcase
@@ -43,19 +44,24 @@ LAYOUTS = [
     for passes in ("", "_backward")
 ]
 HOST = ["relu-inplace", "relu-out", "relu-fresh", "relu_backward-fresh", "prelu-fresh"]
-TUNED = ["relu-out-float32", "relu-out-float16", "relu_backward-out-float32"]
-TUNED += ["relu_mask-fresh-float32", "prelu_backward-fresh-float32"]
-TUNED += ["prelu_backward_rows-fresh-float32"]
-THREADS = [128, 256, 512, 1024]
+TUNED = ["relu-out-float32", "relu-fresh-float32", "relu-out-float16"]
+TUNED += ["relu_backward-fresh-float32", "leaky_relu_backward-fresh-float16"]
+TUNED += ["relu_mask-fresh-float32", "prelu-fresh-float32"]
+TUNED += ["prelu_backward-fresh-float32", "prelu_backward_rows-fresh-float32"]
+# What else the engine's constants might be, and whose times that may change.
+VARIANTS = {"": "*", "VECTORS=2": "*", "THREADS=256": "*"}
+VARIANTS |= {"BLOCKS=528": "prelu_backward*", "BLOCKS=2112": "prelu_backward*"}
+RIVALS = ["torch", "triton"]
 
 
 def cases():
     """Return the names of all that is timed, the most important first."""
     rows = [
-        *product(COMMON, ["float32"], ["64M", "1k", "1M", "1G"]),
-        *product(COMMON, ["float16", "bfloat16", "float64"], ["64M"]),
+        *product(COMMON, ["float32"], ["64M", "1M"]),
         *product(LAYOUTS, ["float32"], ["64M", "1M"]),
-        *product(COMMON, ["float32"], ["16M", "16k"]),
+        *product(COMMON, ["float32"], ["1k", "16M"]),
+        *product(COMMON, ["float16", "bfloat16", "float64"], ["64M"]),
+        *product(COMMON, ["float32"], ["16k", "1G"]),
         *product(BACKWARD, ["float32"], ["64M", "1M"]),
         *product(COMMON, ["float16", "bfloat16"], ["1M", "1G"]),
     ]
@@ -79,6 +85,9 @@ class Run:
         self.worker = Worker(Gpu(command))
         self.options, self.path = options, None
         self.gpu = {"checks": [], "absent": {}, "dropped": [], "errors": [], "host": {}}
+        self.gpu[
+            "unchecked"
+        ] = []  # what was timed, though no time was left to check it
         self.results = report.Results({"gpu": self.gpu}, {})
         self.failed = []  # names of checks, and of what of ours could not be timed
         self.strikes = collections.Counter()  # of peers
@@ -119,12 +128,17 @@ class Run:
             versions=about["versions"],
             commands=[command],
         )
-        self.gpu["absent"], self.peers = about["absent"], about["peers"]
+        self.gpu["absent"] = about["absent"]
+        wanted = [report.OURS, *(self.options.peers or about["peers"])]
+        self.peers = [peer for peer in about["peers"] if peer in wanted]
+        self.checked = dict(
+            known for file in self.options.checked for known in of(file)
+        )
         self.path = self.options.out / f"{self.results.about['name']}.json"
         steps = [(self.check, name) for name in about["checks"]]
-        steps += [(self.first, "first call")]
         steps += [(self.host, f"host {name}-float32-1k") for name in HOST]
         steps += [(self.measure, name) for name in self.options.cases]
+        steps += [(self.first, "first call")]
         wanted = self.options.only
         return [step for step in steps if any(fnmatchcase(step[1], w) for w in wanted)]
 
@@ -133,6 +147,7 @@ class Run:
         with countdown(len(steps)) as show:
             for function, name in steps:
                 last = self.last_check if function == self.check else self.deadline
+                last = math.inf if name in self.checked else last
                 if time.monotonic() > last:
                     self.gpu["dropped"].append(name)
                     continue
@@ -151,7 +166,7 @@ class Run:
         print(f"\nbench/gpu.py: {name}: {why}", file=sys.stderr)
 
     def check(self, name):
-        answer = self.ask("check", name)
+        answer = self.checked.get(name) or self.ask("check", name)
         verdict = answer.get("verdict", "failed")
         why = answer.get("why") or answer.get("error", "")
         self.gpu["checks"].append([name, verdict, why.strip()])
@@ -184,6 +199,7 @@ class Run:
 
     def measure(self, name):
         case = Case.parse(name)
+        wrong = speak_for(case, self.failed)
         answer = self.ask("measure", name, self.peers, TURNS)
         if "error" in answer:
             self.error(name, answer["error"], ours=True)
@@ -193,7 +209,7 @@ class Run:
             if result["error"]:
                 self.error(f"{name} {peer}", result["error"], ours=peer == report.OURS)
                 self.strikes[peer] += 1
-            elif result["seconds"] and not (peer == report.OURS and self.wrong(case)):
+            elif result["seconds"] and not (peer == report.OURS and wrong):
                 seconds[peer] = summary(result["seconds"])
         for peer in set(self.peers) - {report.OURS}:
             if self.strikes[peer] == STRIKES:  # each costs a new process
@@ -203,14 +219,16 @@ class Run:
             cell = report.Cell(case.op, case.mode, case.dtype, case.n)
             outcome = report.Outcome(case.bytes, answer["limit"], seconds)
             self.results.cells[cell] = outcome
+            if report.OURS in seconds and speak_for(case, self.gpu["dropped"]):
+                self.gpu["unchecked"].append(name)
 
-    def wrong(self, case):
-        """Say whether a check that this case depends on failed, or was dropped."""
-        own = [f"{case.row.activation} {case.dtype} "]
-        if case.row.activation == "prelu" and case.row.passes != "forward":
-            own.append("weight gradient ")
-        names = [*self.failed, *self.gpu["dropped"]]
-        return any(name.startswith(tuple(own)) for name in names)
+
+def speak_for(case, checks):
+    """Say whether one of these checks is of what a case times."""
+    own = [f"{case.row.activation} {case.dtype} "]
+    if case.row.activation == "prelu" and case.row.passes != "forward":
+        own.append("weight gradient ")
+    return any(name.startswith(tuple(own)) for name in checks)
 
 
 def summary(seconds):
@@ -219,29 +237,40 @@ def summary(seconds):
     return [float(f"{value:.4g}") for value in (median, q1, q3)]
 
 
+def of(file):
+    """Yield each check that an earlier run made, and what came of it."""
+    for name, verdict, why in json.loads(file.read_text())["about"]["gpu"]["checks"]:
+        yield name, {"verdict": verdict, "why": why}
+
+
 def tune(options, command):
-    """Print what blocks of other sizes reach, in 10^9 bytes a second."""
-    names = [f"{name}-{options.size}" for name in TUNED]
-    print("threads a block".ljust(44), *(f"{n:>7}" for n in THREADS))
-    reached = {}
-    for threads in THREADS:
-        with tempfile.TemporaryDirectory() as folder:
-            gpu = Gpu([*command, "--threads", str(threads)], FASTRELU_CACHE_DIR=folder)
-            worker = Worker(gpu)
-            for name in names:
-                with contextlib.suppress(WorkerError):
-                    answer = worker.ask("measure", name, [report.OURS], TURNS)
-                    result = answer.get("results", {}).get(report.OURS, {})
+    """Print the microseconds of each case with other constants, and those of rivals."""
+    names = [f"{name}-{size}" for size in options.size for name in TUNED]
+    reached = collections.defaultdict(dict)
+    deadline = time.monotonic() + 60 * options.minutes
+    for variant, pattern in VARIANTS.items():
+        settings = ["--set", *variant.split(",")] if variant else []
+        worker = Worker(Gpu([*command, *settings]))
+        peers = [report.OURS] if variant else [report.OURS, *RIVALS]
+        for name in names:
+            if not fnmatchcase(name, pattern) or time.monotonic() > deadline:
+                continue
+            with contextlib.suppress(WorkerError):
+                answer = worker.ask("measure", name, peers, TURNS)
+                for peer, result in answer.get("results", {}).items():
                     if seconds := result.get("seconds"):
-                        median = statistics.median(seconds)
-                        rate = Case.parse(name).bytes / median / 1e9
-                        reached[name, threads] = rate
-                worker.revive()
-            worker.end()
+                        of_variant = variant or "as it is"
+                        column = of_variant if peer == report.OURS else peer
+                        reached[column][name] = 1e6 * statistics.median(seconds)
+            worker.revive()
+        worker.end()
+    print("microseconds".ljust(40), *(f"{column:>22}" for column in reached))
     for name in names:
-        rates = [reached.get((name, n)) for n in THREADS]
-        shown = ("      -" if rate is None else f"{rate:7.1f}" for rate in rates)
-        print(name.ljust(44), *shown)
+        found = (times.get(name) for times in reached.values())
+        shown = ("-" if time is None else f"{time:.2f}" for time in found)
+        print(name.ljust(40), *(f"{time:>22}" for time in shown))
+    options.out.mkdir(parents=True, exist_ok=True)
+    (options.out / "tune.json").write_text(json.dumps(reached))
 
 
 def parse(arguments):
@@ -250,17 +279,25 @@ def parse(arguments):
     add("--minutes", type=float, default=7.5, help="of the whole run (%(default)s)")
     add("--only", nargs="+", default=["*"], metavar="PATTERN", help="of steps' names")
     add("--cases", nargs="+", default=cases(), metavar="CASE", help="what is timed")
-    add("--tune", action="store_true", help="only try other sizes of blocks")
-    add("--size", default="64M", help="of what --tune times (%(default)s)")
+    add("--tune", action="store_true", help="only try other constants of the engine")
+    add("--size", nargs="+", default=["64M"], help="of what --tune times")
+    add("--set", nargs="+", metavar="NAME=VALUE", help="constants of the engine")
+    add("--peers", nargs="+", metavar="PEER", help="the rivals (default: all)")
+    earlier = "results of runs on this machine, whose checks are not made again"
+    add("--checked", nargs="+", default=[], type=Path, metavar="JSON", help=earlier)
     add("--name", help="of the results (default: from the GPU and the date)")
     add("--readme", type=Path, default=BENCH.parent / "README.md")
     add("--out", type=Path, default=BENCH / "results")
     options = parser.parse_args(arguments)
     options.given = sys.argv[1:] if arguments is None else []
-    for name in ("--out", "--readme"):  # where figures go is not what they depend on
+    for name in ("--out", "--readme", "--checked"):  # places change no figures
         if name in options.given:
             at = options.given.index(name)
-            del options.given[at : at + 2]
+            more = options.given[at + 1 :]
+            end = next(
+                (k for k, word in enumerate(more) if word[:2] == "--"), len(more)
+            )
+            options.given[at:] = more[end:]
     return options
 
 
@@ -269,7 +306,8 @@ def main(arguments=None, command=WORKER):
     if options.tune:
         tune(options, command)
         return 0
-    run, status = Run(options, command), 0
+    settings = ["--set", *options.set] if options.set else []
+    run, status = Run(options, [*command, *settings]), 0
     with raised_interrupt():
         try:
             run.go()

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import traceback
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -57,6 +58,21 @@ BEYOND = 2**31 + 2**20 + 5
 
 class Skip(Exception):
     """A check cannot be made here; the message says what it needs."""
+
+
+def told(error):
+    """Return an error's words, and where it came from on the lines below."""
+    last = traceback.extract_tb(error.__traceback__)[-1].line
+    first = str(error) or last
+    if not isinstance(error, AssertionError):
+        first = f"{type(error).__name__}: {error}"
+    return clip(f"{first}\n{''.join(traceback.format_tb(error.__traceback__))}")
+
+
+def clip(text, length=3000):
+    """Return a text, or the beginning and the end of one that is too long."""
+    half = length // 2
+    return text if len(text) <= length else f"{text[:half]}\n[...]\n{text[-half:]}"
 
 
 # Values -------------------------------------------------------------------------------
@@ -311,7 +327,8 @@ START = 'device = "cuda"\n'  # what a process does first; tests have their own
 
 def seconds_of(process):
     output, errors = process.communicate(timeout=120)
-    assert process.returncode == 0, errors.strip().rpartition("\n")[2]
+    last = errors.strip().rpartition("\n")[2]
+    assert process.returncode == 0, f"{last}\n{errors}"
     return float(output)
 
 
@@ -336,7 +353,10 @@ def check_sanitizer(device, library):
         plain = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
         process = first_call(library.name, folder, ODD, tool, **plain)
         output, errors = process.communicate(timeout=120)
-    assert process.returncode == 0, (output + errors)[-2000:]
+    words = "Invalid", "Error", "ERROR", "fault"
+    lines = (output + errors).splitlines()
+    found = [line for line in lines if any(word in line for word in words)][:3]
+    assert process.returncode == 0, "\n".join(["; ".join(found), *lines])
 
 
 ODD = """

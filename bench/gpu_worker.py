@@ -8,7 +8,6 @@ import dataclasses
 import json
 import os
 import sys
-import traceback
 
 import gpu_checks
 import gpu_device
@@ -69,8 +68,7 @@ class Worker:
         except gpu_checks.Skip as reason:
             return {"verdict": "skipped", "why": str(reason)}
         except AssertionError as error:
-            line = traceback.extract_tb(error.__traceback__)[-1].line
-            return {"verdict": "failed", "why": str(error) or line}
+            return {"verdict": "failed", "why": gpu_checks.told(error)}
         return {"verdict": "ok", "why": ""}
 
     def measure(self, name, names, turns):
@@ -145,23 +143,25 @@ def serve(worker, lines=sys.stdin):
             try:
                 answer = getattr(worker, request)(*arguments)
             except Exception as error:  # noqa: BLE001 - whatever it is, it is told
-                answer = {"error": f"{type(error).__name__}: {error}"[:500]}
+                answer = {"error": gpu_checks.told(error)}
             print(json.dumps(answer), file=answers)
 
 
-def set_threads(number):
-    """Make blocks of another size; the folder of compiled code must be a new one."""
-    from fastrelu.cuda import kernels
+def configure(arguments):
+    """Give the engine other constants, such as THREADS=256, before it makes kernels."""
+    if arguments[:1] != ["--set"]:
+        return
+    from fastrelu.cuda import config, kernels
 
-    for name, module in list(sys.modules.items()):
-        if name.startswith("fastrelu.cuda") and hasattr(module, "THREADS"):
-            module.THREADS = number
-    kernels.ACROSS = number // kernels.DOWN
+    for name, _, value in (setting.partition("=") for setting in arguments[1:]):
+        for of, module in list(sys.modules.items()):
+            if of.startswith("fastrelu.cuda") and hasattr(module, name):
+                setattr(module, name, int(value))
+    kernels.ACROSS = config.THREADS // config.DOWN
 
 
 def main():
-    if "--threads" in sys.argv:
-        set_threads(int(sys.argv[-1]))
+    configure(sys.argv[1:])
     found = libraries()
     serve(Worker(gpu_device.Device(), *found))
 

@@ -421,7 +421,9 @@ def gpu_lines(gpu):
             yield f"- {name}: {verdict}, {why.splitlines()[0] if why else ''}"
     for peer, why in gpu["absent"].items():
         yield f"- without {peer}: {why}"
-    yield from (f"- {error}" for error in gpu["errors"])
+    yield from (f"- {error.splitlines()[0]}" for error in gpu["errors"])
+    if unchecked := gpu.get("unchecked"):
+        yield f"- timed, but not checked: {', '.join(unchecked)}"
     if gpu["dropped"]:
         yield f"- no time was left for {', '.join(gpu['dropped'])}"
 

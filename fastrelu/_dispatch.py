@@ -215,8 +215,11 @@ def _prelu_backward(
 class _Function:
     """A public function's quick call for NumPy arrays, and what takes the rest.
 
-    `call` is ``call(x, inplace, out, *operands)``.
+    `call` is ``call(x, inplace, out, *operands)``, and `way` names the quick call for
+    arrays on a GPU.
     """
+
+    way = ""
 
     def __init__(self, spec: Spec, operation: Operation, **options: Any) -> None:
         self.spec = spec
@@ -230,7 +233,7 @@ class _Function:
             y = self._again(x, *others)
         else:
             calls = self.on_gpu.get(type(x)) or self._elsewhere(x)
-            y = calls and self.gpu(calls, x, *others)
+            y = calls and getattr(calls, self.way)(x, *others)
         return self.long(x, *others) if y is None else y
 
     def _again(self, x: Any, *others: Any) -> Any:
@@ -248,12 +251,9 @@ class _Function:
 
     def _elsewhere(self, x: Any) -> Any:
         """Return the calls for a type of arrays on a GPU, from its second array on."""
-        if type(x) not in _ON_GPU:
+        if type(x) not in _ON_GPU or not self.way:
             return None
         return self.on_gpu.setdefault(type(x), _cuda().Calls(type(x), self.spec))
-
-    def gpu(self, calls: Any, *arguments: Any) -> Any:
-        """Take a call with an array on a GPU, if it is plain otherwise, or None."""
 
     def long(self, *arguments: Any) -> Any:
         """Take any call."""
@@ -287,6 +287,8 @@ def _stands_for_all(grad: Any, inplace: Any, saved: Any) -> bool:
 class _Forward(_Function):
     """``call(x, inplace, out, return_mask, *numbers)``."""
 
+    way = "forward"
+
     def __init__(self, spec: Spec) -> None:
         kinds = ARRAY, *(NUMBER for _ in spec.numbers)
         super().__init__(
@@ -295,17 +297,6 @@ class _Forward(_Function):
             flag=True,
             **_masked(spec, spec.formula, kinds, spec.active, len(spec.numbers_kept)),
         )
-
-    def gpu(
-        self,
-        calls: Any,
-        x: Any,
-        inplace: Any,
-        out: Any,
-        return_mask: Any,
-        *numbers: Any,
-    ) -> Any:
-        return calls.forward(x, numbers, inplace, out, return_mask)
 
     def long(
         self, x: Any, inplace: Any, out: Any, return_mask: Any, *numbers: Any
@@ -325,6 +316,8 @@ class _Forward(_Function):
 class _Backward(_Function):
     """``call(grad_output, inplace, out, saved, *numbers)``."""
 
+    way = "backward"
+
     def __init__(self, spec: Spec) -> None:
         numbers = tuple(NUMBER for _ in spec.numbers_kept)
         super().__init__(
@@ -332,11 +325,6 @@ class _Backward(_Function):
             Operation(spec.of_saved, (ARRAY, ARRAY, *numbers)),
             **_masked(spec, spec.gradient, (ARRAY, BITS, *numbers)),
         )
-
-    def gpu(
-        self, calls: Any, grad: Any, inplace: Any, out: Any, saved: Any, *numbers: Any
-    ) -> Any:
-        return calls.backward(grad, saved, numbers, inplace, out)
 
     def long(self, grad: Any, inplace: Any, out: Any, saved: Any, *numbers: Any) -> Any:
         spec, mask, function, name = self.spec, None, self.spec.of_saved, "saved"
@@ -372,13 +360,10 @@ def _masked(spec: Spec, *operation: Any) -> dict[str, Any]:
 class _ByChannel(_Function):
     """``call(x, inplace, out, weight, axis)``."""
 
+    way = "by_channel"
+
     def __init__(self, spec: Spec) -> None:
         super().__init__(spec, Operation(spec.formula, (ARRAY, WEIGHT)))
-
-    def gpu(
-        self, calls: Any, x: Any, inplace: Any, out: Any, weight: Any, axis: Any
-    ) -> Any:
-        return calls.by_channel(x, weight, axis, inplace, out)
 
     def long(self, x: Any, *others: Any) -> Any:
         return _prelu(self.spec, x, *others)
@@ -387,22 +372,12 @@ class _ByChannel(_Function):
 class _ByChannelBackward(_Function):
     """``call(grad_output, inplace, out, x, weight, axis)``."""
 
+    way = "by_channel_backward"
+
     def __init__(self, spec: Spec) -> None:
         super().__init__(
             spec, Operation(spec.of_saved, (ARRAY, ARRAY, WEIGHT)), sums=True
         )
-
-    def gpu(
-        self,
-        calls: Any,
-        grad: Any,
-        inplace: Any,
-        out: Any,
-        x: Any,
-        weight: Any,
-        axis: Any,
-    ) -> Any:
-        return calls.by_channel_backward(grad, x, weight, axis, inplace, out)
 
     def long(self, grad: Any, *others: Any) -> Any:
         if _stands_for_all(grad, others[0], others[2]):

@@ -198,7 +198,7 @@ class Stream:
         return types.SimpleNamespace(launch=launch)
 
 
-def now():
+def now(device=0):
     default = Stream(gpu.Machine.stream)
     return getattr(Stream.current, "stream", default)
 

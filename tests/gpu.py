@@ -35,6 +35,10 @@ class ndarray:
         return 2, self.data.device_id
 
     @property
+    def _c_contiguous(self):
+        return self.flags.c_contiguous
+
+    @property
     def __cuda_array_interface__(self):
         return {**self.host.__array_interface__, "stream": 1}
 
@@ -88,7 +92,7 @@ def module(machine):
     cupy.random = types.SimpleNamespace(Generator=np.random.Generator)
     cupy.random.random = functools.partial(draw, machine)
     stream = types.SimpleNamespace(ptr=machine.stream)
-    cupy.cuda = types.SimpleNamespace(get_current_stream=lambda: stream)
+    cupy.cuda = types.SimpleNamespace(get_current_stream=lambda device: stream)
     return cupy
 
 

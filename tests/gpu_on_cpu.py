@@ -154,6 +154,7 @@ def main():
     import gpu_peers
     import gpu_worker
 
+    gpu_worker.configure(sys.argv[1:])
     gpu_device.PyTorch.device = "cpu"
     gpu_peers.Jax.backend, gpu_peers.Jax.smallest = "cpu", 0
     gpu_peers.is_there = is_there

@@ -4,7 +4,6 @@ import importlib.util
 import json
 import subprocess
 import sys
-import types
 from pathlib import Path
 
 import pytest
@@ -173,10 +172,8 @@ def test_what_is_wrong_is_not_timed(run):
 )
 def test_what_a_check_speaks_for(name, wrong, right):
     parse = bench.Case.parse
-    for failed, dropped in (([name], []), ([], [name])):
-        run = types.SimpleNamespace(failed=failed, gpu={"dropped": dropped})
-        assert not bench.Run.wrong(run, parse(right))
-        assert wrong is None or bench.Run.wrong(run, parse(wrong))
+    assert not bench.speak_for(parse(right), [name])
+    assert wrong is None or bench.speak_for(parse(wrong), ["graphs cupy", name])
 
 
 DEADLY = """
@@ -193,6 +190,7 @@ def test_a_worker_may_die(run):
     assert list(verdicts(kept).values()) == ["failed", "failed", "ok"]
     assert "streams cupy: its process ended with status 3" in printed.err
     assert "graphs cupy: ZeroDivisionError" in printed.err
+    assert "function(self.device" in printed.err  # and where it came from
 
 
 def test_what_has_no_time_is_named(run, monkeypatch):
@@ -236,14 +234,68 @@ def test_interrupted(run, monkeypatch):
     assert "interrupted" in printed.err
 
 
-def test_blocks_of_other_sizes(run, monkeypatch):
-    monkeypatch.setattr(bench, "THREADS", [256, 512])
-    monkeypatch.setattr(bench, "TUNED", ["relu-out-float32"])
-    status, _, kept, printed = run("--tune", "--size", "16k")
+def test_what_no_time_was_left_to_check_is_timed_and_marked(run, monkeypatch):
+    monkeypatch.setattr(bench, "REST", 1)
+    case = "relu-fresh-float32-1k"
+    status, _, kept, printed = run("--only", "relu float32 *", case, "--peers", "cupy")
+    assert status == 0
+    assert [cell[0] for cell in kept["cells"]] == ["relu"]
+    assert kept["peers"] == ["fastrelu", "cupy"]
+    assert kept["about"]["gpu"]["unchecked"] == [case]
+    assert f"timed, but not checked: {case}" in printed.out
+
+
+def test_checks_of_an_earlier_run_count(run):
+    run("--only", "streams cupy", "graphs cupy", before=DEADLY)
+    before = run.out / "before.json"
+    (run.out / "it.json").rename(before)
+    given = "--only", "streams cupy", "graphs cupy", "threads cupy"
+    status, _, kept, printed = run(*given, "--checked", str(before))
+    assert status == 1
+    assert list(verdicts(kept).values()) == ["failed", "failed", "ok"]
+    assert "graphs cupy: ZeroDivisionError" in printed.err
+
+
+def test_texts_that_are_too_long_keep_both_ends():
+    sys.path.insert(0, HERE)
+    import gpu_checks
+
+    text = "first" + 4000 * "x" + "last"
+    short = gpu_checks.clip(text)
+    assert (short[:5], short[-4:], len(short)) == ("first", "last", 3007)
+    assert gpu_checks.clip("text") == "text"
+
+
+def test_other_constants(run, monkeypatch):
+    variants = {"": "*", "THREADS=256,VECTORS=2": "*", "BLOCKS=7": "prelu*"}
+    monkeypatch.setattr(bench, "VARIANTS", variants)
+    monkeypatch.setattr(bench, "RIVALS", ["cupy"])
+    monkeypatch.setattr(
+        bench, "TUNED", ["relu-out-float32", "prelu_last-fresh-float32"]
+    )
+    status, _, kept, printed = run("--tune", "--size", "16k", "1k")
     assert (status, kept) == (0, None)
-    head, row = printed.out.splitlines()
-    assert head.split()[-2:] == ["256", "512"]
-    assert all(float(rate) >= 0 for rate in row.split()[-2:])  # and no dash
+    head, *rows = printed.out.splitlines()
+    columns = ["as", "it", "is", "cupy", "THREADS=256,VECTORS=2", "BLOCKS=7"]
+    assert head.split()[1:] == columns
+    assert [row.split()[0][-3:] for row in rows] == ["16k", "16k", "-1k", "-1k"]
+    assert all(float(time) > 0 for row in rows for time in row.split()[1:4])
+    assert [row.split()[4] == "-" for row in rows] == [True, False, True, False]
+    assert (run.out / "tune.json").exists()
+
+
+def test_a_run_with_other_constants(run):
+    before = """
+import gpu_checks
+def show(*_):
+    from fastrelu.cuda import kernels, launch, work
+    raise AssertionError(f"now {launch.THREADS} {work.VECTORS} {kernels.ACROSS}")
+gpu_checks.check_streams = show
+"""
+    given = "--only", "streams cupy", "--set", "THREADS=64", "VECTORS=2"
+    status, _, _, printed = run(*given, before=before)
+    assert status == 1
+    assert "streams cupy: now 64 2 8" in printed.err
 
 
 def test_no_gpu_is_one_line(run):

@@ -314,6 +314,10 @@ def test_orders_of_one_piece_go_the_short_way(gpu, put, monkeypatch):
         assert_same(y.host, reference.forward("relu", x))
         assert y.host.strides == dense.strides
     short_way(monkeypatch)
+    monkeypatch.delattr(machines.ndarray, "_c_contiguous")  # which is CuPy's own affair
+    for order in "CF":
+        y = F.relu(put(np.asarray(x, order=order)))
+        assert_same(y.host, reference.forward("relu", x))
     with pytest.raises(AssertionError):
         F.relu(put(dense), out=put(x))  # in another order
 
@@ -822,7 +826,8 @@ def test_whatever_a_kernel_is_made_of_is_in_its_digest(monkeypatch):
     names += [digest(below(limit)) for limit in (5, 6)]
     names += [digest(capability=(8, 0)), digest(wide=True), digest(lane="float64")]
     for module, name, value in (
-        (launch, "THREADS", 128),
+        (launch, "THREADS", 64),
+        (launch, "VECTORS", 4),
         (launch, "SIMULATED", not launch.SIMULATED),
         (launch, "SOURCES", "others"),
         (launch, "_versions", lambda: "others"),
@@ -880,12 +885,18 @@ class Driver:
 
     def __init__(self, current=None):
         self.calls, self.now, self.error = [], current, 0
+        self.other, self.asked = 0, 0  # a context that is nobody's first
+
+    def cuCtxGetCurrent(self):
+        return 0, 0 if self.now is None else self.other or 100 + self.now
 
     def cuCtxGetDevice(self):
-        return (201, None) if self.now is None else (0, self.now)
+        assert self.now is not None, "an error that a sanitizer reports"
+        self.asked += 1
+        return 0, self.now
 
     def cuDevicePrimaryCtxRetain(self, device):
-        return self.error, f"context {device}"
+        return self.error, 100 + device
 
     class CUpointer_attribute:
         CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL = 9
@@ -930,6 +941,7 @@ def driver(monkeypatch):
     monkeypatch.setattr(launch, "machine_code", lambda kernel, cc: ("entry", b""))
     caches = [launch._core, launch._capability, launch._blocks, launch.stream_of]
     caches.append(launch._context)
+    monkeypatch.setattr(launch, "_primary", {})
     for cache in caches:
         cache.cache_clear()
     yield made
@@ -952,8 +964,24 @@ def test_the_device_of_the_array_is_current(driver, now):
     driver.now = now
     with launch.current(1):
         driver.calls.append("work")
-    around = ["work"] if now == 1 else ["context 1", "work", "pop"]
+    around = ["work"] if now == 1 else [101, "work", "pop"]
     assert driver.calls == around
+
+
+@emulated
+def test_whether_a_device_is_current_is_one_question_to_the_driver(driver):
+    driver.now = 1
+    for _ in "123":
+        assert launch.is_current(1)
+    assert driver.asked == 1
+    assert not launch.is_current(0)
+    driver.other = 55  # another context of the device, which a program made itself
+    assert launch.is_current(1)
+    assert not launch.is_current(0)
+    driver.now = 0
+    assert not launch.is_current(1)
+    driver.now = None
+    assert not launch.is_current(1)
 
 
 @pytest.mark.skipif(not launch.SIMULATED, reason="needs NUMBA_ENABLE_CUDASIM=1")

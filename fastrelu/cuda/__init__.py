@@ -284,7 +284,8 @@ def _flat(
                 return None
         elif kind == WEIGHT:
             seen = channels_of(order, y.shape, value.shape, _steps(value))
-            layout = seen and weight_layout(*seen[1:], y.itemsize)
+            vector = value.pointer if value.dtype == y.dtype else None
+            layout = seen and weight_layout(*seen[1:], y.itemsize, head, vector)
             if not seen or not layout:
                 return None
             options, view = {"layout": layout, "wide": y.size >= INT32}, seen[:0:-1]

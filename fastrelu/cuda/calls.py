@@ -28,14 +28,17 @@ from fastrelu.cuda.work import (
     finish,
     head_of,
     kernel,
-    run_flat,
     run_mask,
+    split_flat,
     weight_layout,
 )
 from fastrelu.mask import ANSWERS, Mask
 
-_Plan = tuple[launch.Kernel, Any, int]  # with numbers' type and an element's bytes
 _View = tuple[int, int, int]  # (outer, channels, inner)
+_Plan = tuple[launch.Kernel, Any, int]  # with numbers' type and an element's bytes
+_Ready = tuple[launch.Kernel, Any, int, int, int, int]  # and elements, vectors, blocks
+_ReadyWeight = tuple[launch.Kernel, int, int, int, int, int, _View]
+_MANY = 4096  # shapes that are kept
 
 
 class Calls:
@@ -46,9 +49,11 @@ class Calls:
         self.library = library_of(kind)
         self.spec = spec
         self.plans: dict[Any, _Plan | None] = {}
+        self.ready: dict[Any, _Ready] = {}  # by dtype and shape
+        self.ready_weight: dict[Any, _ReadyWeight] = {}
 
     def forward(
-        self, x: Any, numbers: Any, inplace: Any, out: Any, return_mask: Any
+        self, x: Any, inplace: Any, out: Any, return_mask: Any, *numbers: Any
     ) -> Any:
         """Return y, or (y, mask)."""
         if return_mask is False:
@@ -74,7 +79,7 @@ class Calls:
         return y, Mask._make(bits, tuple(x.shape), axes, self.spec.predicate)
 
     def backward(
-        self, grad: Any, saved: Any, numbers: Any, inplace: Any, out: Any
+        self, grad: Any, inplace: Any, out: Any, saved: Any, *numbers: Any
     ) -> Any:
         """Return the gradient towards x."""
         what = "bits" if type(saved) is Mask else "saved"
@@ -84,15 +89,17 @@ class Calls:
         self, what: str, a: Any, b: Any, numbers: Any, inplace: Any, out: Any
     ) -> Any:
         place = self.library.look(a)
-        plan = place and self._plan(what, a.dtype)
-        if not place or not plan:
+        if place is None:
             return None
-        start, device, _ = place
-        code, compute, itemsize = plan
+        key = what, a.dtype, a.shape
+        ready = self.ready.get(key) or self._make_ready(key)
+        if ready is None:
+            return None
+        code, compute, itemsize, size, vectors, blocks = ready
         scalars = numbers and _scalars(numbers, compute)
         if scalars is None:
             return None
-        size = math.prod(a.shape)
+        start, device, _ = place
         nbytes = length = size * itemsize
         other = beside = start
         if what == "saved":  # the result may go where the saved array is
@@ -103,41 +110,62 @@ class Calls:
         if not other:
             return None
         y, target = self._target(a, place, nbytes, inplace, out)
-        head = head_of(size, itemsize, start, target, beside)
-        if not target or head is None:
+        if not target:
             return None
-        if target != beside and _meet(target, nbytes, other, length):
-            return None
-        pointers = (start, target) if what == "forward" else (start, other, target)
+        if what == "forward":
+            pointers: tuple[int, ...] = start, target
+        else:
+            pointers = start, other, target
+            if target != beside and _meet(target, nbytes, other, length):
+                return None
+        if (start | target | beside) % BYTES:
+            head = head_of(size, itemsize, start, target, beside)
+            if head is None:
+                return None
+            vectors, blocks = split_flat(size - head, itemsize)
+        else:
+            head = 0
         stream = self.library.stream(a, device)
-        run_flat(code, device, stream, itemsize, size, head, pointers, *scalars)
+        sizes = head, vectors, size
+        launch.launch(code, device, stream, blocks, *pointers, *sizes, *scalars)
         return y
 
-    def by_channel(self, x: Any, weight: Any, axis: Any, inplace: Any, out: Any) -> Any:
+    def by_channel(self, x: Any, inplace: Any, out: Any, weight: Any, axis: Any) -> Any:
         """Return y, with the weight of an element's channel for the number."""
         place = self.library.look(x)
-        seen = place and self._weight(weight, x, place, axis)
-        if not place or not seen:
+        if place is None or type(weight) is not self.kind or type(axis) is not int:
             return None
-        start, device, _ = place
-        other, length, (_, channels, inner) = seen
-        layout = weight_layout(channels, inner, x.dtype.itemsize)
-        plan = layout and self._plan(layout, x.dtype, weight.dtype)
-        size = math.prod(x.shape)
-        if not plan or size >= INT32:
+        lies = self.library.look(weight)
+        if lies is None or lies[1] != place[1] or lies[2]:
             return None
-        code, _, itemsize = plan
+        start, device, order = place
+        key = x.dtype, x.shape, order, weight.dtype, weight.shape, axis
+        ready = self.ready_weight.get(key) or self._make_ready_weight(key)
+        if ready is None:
+            return None
+        code, itemsize, size, vectors, blocks, length, (_, channels, inner) = ready
         y, target = self._target(x, place, size * itemsize, inplace, out)
-        head = head_of(size, itemsize, start, target)
-        if not target or head is None or _meet(target, size * itemsize, other, length):
+        other, head = lies[0], 0
+        if not target or _meet(target, size * itemsize, other, length):
             return None
-        where = device, self.library.stream(x, device)
-        pointers = start, other, target
-        run_flat(code, *where, itemsize, size, head, pointers, inner, channels)
+        if (start | target | other) % BYTES:
+            found = head_of(size, itemsize, start, target)
+            if found is None or other % weight.dtype.itemsize:
+                return None
+            head, vector = found, other if weight.dtype == x.dtype else None
+            layout = weight_layout(channels, inner, itemsize, head, vector)
+            plan = layout and self._plan(layout, x.dtype, weight.dtype)
+            if not plan:
+                return None
+            code = plan[0]
+            vectors, blocks = split_flat(size - head, itemsize)
+        stream = self.library.stream(x, device)
+        given = start, other, target, head, vectors, size, inner, channels
+        launch.launch(code, device, stream, blocks, *given)
         return y
 
     def by_channel_backward(
-        self, grad: Any, x: Any, weight: Any, axis: Any, inplace: Any, out: Any
+        self, grad: Any, inplace: Any, out: Any, x: Any, weight: Any, axis: Any
     ) -> Any:
         """Return the gradients towards x and the weight."""
         place = self.library.look(grad)
@@ -184,6 +212,37 @@ class Calls:
             plan = self.plans[key] = self._make_plan(*key)
         return plan
 
+    def _make_ready(self, key: Any) -> _Ready | None:
+        """Return the plan for a dtype and a shape, with how it is cut up."""
+        what, dtype, shape = key
+        plan = self._plan(what, dtype)
+        if plan is None:
+            return None
+        if len(self.ready) >= _MANY:
+            self.ready.clear()
+        size = math.prod(shape)
+        ready = self.ready[key] = *plan, size, *split_flat(size, plan[2])
+        return ready
+
+    def _make_ready_weight(self, key: Any) -> _ReadyWeight | None:
+        """Return the same for an array and a weight, both at multiples of 16 bytes."""
+        dtype, shape, order, of_weight, sizes, axis = key
+        view, size = _view(shape, order, sizes, axis), math.prod(shape)
+        if not view or not size or size >= INT32 or not self._dtypes(dtype, of_weight):
+            return None
+        itemsize, length = dtype.itemsize, view[1] * of_weight.itemsize
+        vector = 0 if of_weight == dtype else None
+        layout = weight_layout(*view[1:], itemsize, 0, vector)
+        plan = layout and self._plan(layout, dtype, of_weight)
+        if not plan:
+            return None
+        if len(self.ready_weight) >= _MANY:
+            self.ready_weight.clear()
+        cut = split_flat(size, itemsize)
+        ready = plan[0], itemsize, size, *cut, length, view
+        self.ready_weight[key] = ready
+        return ready
+
     def _make_plan(self, what: str, dtype: Any, weight: Any) -> _Plan | None:
         names = self._dtypes(dtype, dtype if weight is None else weight)
         spec = self.spec
@@ -218,7 +277,8 @@ class Calls:
         if type(b) is not self.kind or b.dtype != a.dtype or b.shape != a.shape:
             return 0
         other = self.library.look(b)
-        return other[0] if other and other[1:] == place[1:] else 0
+        alike = other and other[1] == place[1] and other[2] == place[2]
+        return other[0] if other and alike else 0
 
     def _bits(self, mask: Any, length: int, a: Any, place: Place) -> int:
         """Return the address of a mask's bits if they lie in an array's order."""
@@ -256,6 +316,8 @@ class Calls:
             return None, 0
         if out is None and inplace is False:
             out = self.library.empty_like(a)
+            if not place[2] and type(out) is self.kind:  # new memory, in C order too
+                return out, self.library.address(out)
         elif out is None and inplace is True:
             out = a
         elif inplace is not False:

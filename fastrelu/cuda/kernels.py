@@ -16,7 +16,7 @@ import numpy as np
 from numba import cuda, types
 
 from fastrelu._spec import ARRAY, BITS, NUMBER, WEIGHT
-from fastrelu.cuda.config import DOWN, THREADS
+from fastrelu.cuda.config import DOWN, THREADS, VECTORS
 from fastrelu.cuda.lanes import (
     Function,
     Lane,
@@ -78,8 +78,40 @@ def _readers(kinds, lane, width, *, part=False, weight=None):
 # channels).
 
 
+def _of_one(weight, lane, width, *, wide):
+    """Return `slopes(p, i, view)` where all channels share one."""
+    get = load(weight, 1)
+
+    def slopes(p, i, view):
+        return get(p, 0, 0)[0]
+
+    return inlined(slopes)
+
+
+def _of_whole_rows(weight, lane, width, *, wide):
+    """The same where rows are whole vectors: one channel is all that a vector meets."""
+    index, get = np.int64 if wide else np.uint32, load(weight, 1)
+
+    def slopes(p, i, view):
+        inner, channels = view
+        row = index(i) // index(inner)
+        return get(p, np.int64(index(row) % index(channels)), 0)[0]
+
+    return inlined(slopes)
+
+
+def _of_whole_columns(weight, lane, width, *, wide):
+    """The same where inner is 1 and the channels are whole vectors, as x's are."""
+    index, get = np.int64 if wide else np.uint32, load(weight, width)
+
+    def slopes(p, i, view):
+        return get(p, np.int64(index(i) % index(view[1])), 0)
+
+    return inlined(slopes)
+
+
 def _of_rows(weight, lane, width, *, wide):
-    """Return `slopes(p, i, view)` where rows are no shorter than a vector."""
+    """The same where rows are no shorter than a vector."""
     index = np.int64 if wide else np.uint32
     get, lanes = load(weight, 1), tuple(range(width))
 
@@ -117,7 +149,13 @@ def _of_columns(weight, lane, width, *, wide):
     return inlined(slopes)
 
 
-_LAYOUTS = {"rows": _of_rows, "columns": _of_columns}
+_LAYOUTS = {
+    "one": _of_one,
+    "rows": _of_rows,
+    "columns": _of_columns,
+    "whole rows": _of_whole_rows,
+    "whole columns": _of_whole_columns,
+}
 
 
 def _value(function, lane, kinds, width, *, slopes=None, part=False):
@@ -150,8 +188,8 @@ def flat(
 ) -> Kernel:
     """Arrays that lie in one piece, with equal places in their 16 bytes.
 
-    A thread does two vectors.  What lies before the first whole one and after the last
-    is done in parts.
+    A thread does one vector, or two.  What lies before the first whole one and after
+    the last is done in parts.
     """
     width = lane.width
     slopes = layout and _LAYOUTS[layout](weight, lane, width, wide=wide)
@@ -163,10 +201,10 @@ def flat(
 
     def flat(pointers, y, head, vectors, size, numbers, view):
         thread = np.int64(cuda.blockIdx.x) * THREADS + cuda.threadIdx.x
-        i = np.int64(cuda.blockIdx.x) * (2 * THREADS) + cuda.threadIdx.x
+        i = np.int64(cuda.blockIdx.x) * (VECTORS * THREADS) + cuda.threadIdx.x
         first = head + i * width
         second = first + THREADS * width
-        if i + THREADS < vectors:
+        if VECTORS == 2 and i + THREADS < vectors:
             y0 = of_vector(pointers, first, numbers, view, size)
             y1 = of_vector(pointers, second, numbers, view, size)
             put(y, first, size, y0)
@@ -327,6 +365,21 @@ def _adder(lane: Lane, width: int) -> Any:
     return inlined(add)
 
 
+def _folder(lane: Lane, width: int) -> Any:
+    """Return `fold(pair)`: the pair of a vector's lanes, added up in a tree."""
+    if width == 1:
+        return inlined(lambda pair: (pair[0][0], pair[1][0]))
+    half, rest = width // 2, _folder(lane, width // 2)
+    plus, lost = (each(of, lane.compute, half) for of in (_add, _lost))
+
+    def fold(pair):
+        a, b = pair[0][:half], pair[0][half:]
+        total, losses = plus((a, b)), plus((pair[1][:half], pair[1][half:]))
+        return rest((total, plus((losses, lost((a, b, total))))))
+
+    return inlined(fold)
+
+
 def _reducer(lane: Lane, length: int) -> Any:
     """Return a tree over so many pairs of a block, until `remain` are left."""
     lost = each(_lost, lane.compute, 1)
@@ -382,35 +435,51 @@ def prelu_rows(
     put, put_part = store(lane, width, aligned=aligned), store(lane, width, part=True)
     get_weight = load(weight, 1)
     apply = each(function, lane.compute, width)
-    add, reduce = _adder(lane, width), _reducer(lane, THREADS * width)
-    put_vector, put_pair = spill(lane, width), _store_pair(_sum_lane(lane))
-    compute, length = lane.compute, THREADS * width
+    add, fold, reduce = (
+        _adder(lane, width),
+        _folder(lane, width),
+        _reducer(lane, THREADS),
+    )
+    put_pair, compute = _store_pair(_sum_lane(lane)), lane.compute
     zeros = (lane.scalar(0),) * width
 
+    def place(q, channel, channels, inner):
+        in_row = inner // width
+        row = np.int64(index(q) // index(in_row))
+        return (row * channels + channel) * inner + (q - row * in_row) * width
+
+    place = inlined(place)
+
     def prelu_rows(grad, x, weight, y, sums, outer, channels, inner, splits):
-        totals = cuda.shared.array(length, compute)
-        losses = cuda.shared.array(length, compute)
+        totals = cuda.shared.array(THREADS, compute)
+        losses = cuda.shared.array(THREADS, compute)
         thread, block = cuda.threadIdx.x, np.int64(cuda.blockIdx.x)
         split = np.int64(index(block) // index(channels))
         channel = block - split * channels
         slope = get_weight(weight, channel, 0)[0]
         pair = zeros, zeros
         in_row = inner // width
-        q = split * THREADS + thread
-        while q < outer * in_row:
-            row = np.int64(index(q) // index(in_row))
-            i = (row * channels + channel) * inner + (q - row * in_row) * width
+        q, step, end = split * THREADS + thread, splits * THREADS, outer * in_row
+        while q + step < end:  # two vectors at a time, for more loads on their way
+            i = place(q, channel, channels, inner)
+            j = place(q + step, channel, channels, inner)
+            g, v = get(grad, i, 0), get(x, i, 0)
+            h, w = get(grad, j, 0), get(x, j, 0)
+            put(y, i, 0, apply((g, v, slope)))
+            put(y, j, 0, apply((h, w, slope)))
+            pair = add(add(pair, g, v), h, w)
+            q += 2 * step
+        if q < end:
+            i = place(q, channel, channels, inner)
             g, v = get(grad, i, 0), get(x, i, 0)
             put(y, i, 0, apply((g, v, slope)))
             pair = add(pair, g, v)
-            q += splits * THREADS
         if split == 0 and thread == 0 and in_row * width < inner:
             i = in_row * width
             g, v = get_part(grad, i, inner), get_part(x, i, inner)
             put_part(y, i, inner, apply((g, v, slope)))
             pair = add(pair, g, v)
-        put_vector(totals, thread * width, pair[0])
-        put_vector(losses, thread * width, pair[1])
+        totals[thread], losses[thread] = fold(pair)
         reduce(totals, losses, 1)
         if thread == 0:
             put_pair(sums, block, totals[0], losses[0])
@@ -454,19 +523,29 @@ def prelu_columns(
         totals = cuda.shared.array(length, compute)
         losses = cuda.shared.array(length, compute)
         thread, block = cuda.threadIdx.x, np.int64(cuda.blockIdx.x)
-        split = np.int64(index(block) % index(splits))
-        start = np.int64(index(block) // index(splits)) * strip
+        # Blocks one after another do strips side by side: they share the memory's pages.
+        strips = (columns + (strip - 1)) // strip
+        split = np.int64(index(block) // index(strips))
+        start = (block - split * strips) * strip
         column = start + thread % ACROSS * width
         pair = zeros, zeros
         if column < columns:
             slopes = gather((lanes, column, inner, weight))
-            row = split * DOWN + thread // ACROSS
-            while row < outer:
+            row, step = split * DOWN + thread // ACROSS, splits * DOWN
+            while row + step < outer:
+                i = row * columns + column
+                j = i + step * columns
+                g, v = get(grad, i, 0), get(x, i, 0)
+                h, w = get(grad, j, 0), get(x, j, 0)
+                put(y, i, 0, apply((g, v, slopes)))
+                put(y, j, 0, apply((h, w, slopes)))
+                pair = add(add(pair, g, v), h, w)
+                row += 2 * step
+            if row < outer:
                 i = row * columns + column
                 g, v = get(grad, i, 0), get(x, i, 0)
                 put(y, i, 0, apply((g, v, slopes)))
                 pair = add(pair, g, v)
-                row += splits * DOWN
         put_vector(totals, thread * width, pair[0])
         put_vector(losses, thread * width, pair[1])
         reduce(totals, losses, strip)
@@ -533,13 +612,15 @@ def finish(lane: Lane) -> Kernel:
         totals = cuda.shared.array(THREADS, compute)
         losses = cuda.shared.array(THREADS, compute)
         thread = np.int64(cuda.threadIdx.x)
-        channel = (np.int64(cuda.blockIdx.x) * THREADS + thread) // team
-        member = thread % team
+        seat = np.int64(np.uint32(thread) // np.uint32(team))
+        seats = np.int64(np.uint32(THREADS) // np.uint32(team))
+        channel = cuda.blockIdx.x * seats + seat
+        member = thread - seat * team
         total, loss = zero, zero
         if channel < channels:
             q = member
             while q < splits * inner:
-                split = q // inner
+                split = np.int64(np.uint32(q) // np.uint32(inner))
                 at = 2 * ((split * channels + channel) * inner + (q - split * inner))
                 term = get(sums, at, 0)[0]
                 following = total + term

@@ -21,7 +21,7 @@ from fastrelu._digest import digest, sources
 from fastrelu._functions import bound  # with it kernels take in what a formula calls
 from fastrelu.cpu.jit import settings, user_folder
 from fastrelu.cpu.shield import shielded
-from fastrelu.cuda.config import SIMULATED, THREADS
+from fastrelu.cuda.config import SIMULATED, THREADS, VECTORS
 
 HINT = 'pip install "fastrelu[cuda13]", or "fastrelu[cuda12]" for a driver of CUDA 12'
 
@@ -54,7 +54,7 @@ class Kernel:
         are made of the sources and the options alone.
         """
         made_of = self.template, tuple(sorted(self.options.items())), capability
-        around = THREADS, SIMULATED, settings(), _versions(), SOURCES, bound
+        around = THREADS, VECTORS, SIMULATED, settings(), _versions(), SOURCES, bound
         return digest(*made_of, *around) if SOURCES else None
 
 
@@ -210,7 +210,7 @@ def _driver() -> Any:
 
 @functools.cache
 def _context(device: int) -> Any:
-    """Return the context that all libraries share."""
+    """Return the context that all libraries share, and keep it as they do."""
     error, context = _driver().cuDevicePrimaryCtxRetain(device)
     if error:
         msg = f"the CUDA driver gives no access to device {device}: {error}"
@@ -218,12 +218,24 @@ def _context(device: int) -> Any:
     return context
 
 
+_primary: dict[int, Any] = {}  # each device's context that all libraries share
+
+
 def is_current(device: int) -> bool:
     """Say whether the device is the current one of this thread."""
     if SIMULATED:
         return True
-    error, now = _driver().cuCtxGetDevice()  # an error where no context is current
-    return not error and int(now) == device
+    error, now = _driver().cuCtxGetCurrent()
+    if not error and now == _primary.get(device):
+        return True
+    if error or not int(now):  # to ask on would be an error that tools report
+        return False
+    error, number = _driver().cuCtxGetDevice()
+    if error or int(number) != device:
+        return False
+    if now == _context(device):
+        _primary[device] = now
+    return True
 
 
 @contextlib.contextmanager

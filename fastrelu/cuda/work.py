@@ -6,12 +6,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fastrelu.cuda import launch
-from fastrelu.cuda.config import BYTES, DOWN, THREADS
+from fastrelu.cuda.config import BLOCKS, BYTES, DOWN, THREADS, VECTORS
 
 Function = Callable[..., Any]
 
 INT32 = 2**31  # sizes from here on need wide indices
-_BLOCKS = 1056  # enough for any GPU, where a sum is split
+_LEAST = 4  # vectors that a thread adds up before its block's sum is worth its cost
 _SHORT = 64  # rows of a weight up to here are better treated as columns
 
 
@@ -80,6 +80,12 @@ def head_of(size: int, itemsize: int, first: int, *others: int) -> int | None:
     return None if offset % itemsize else min(size, (BYTES - offset) // itemsize)
 
 
+def split_flat(size: int, itemsize: int) -> tuple[int, int]:
+    """Return the whole vectors of so many elements, and the blocks that do them."""
+    vectors = size // (BYTES // itemsize)
+    return vectors, -(-vectors // (VECTORS * THREADS)) or 1
+
+
 def run_flat(
     kernel: launch.Kernel,
     device: int,
@@ -90,12 +96,11 @@ def run_flat(
     pointers: Sequence[int],
     *last: Any,
 ) -> None:
-    """Queue a kernel `flat`: a thread does two vectors.
+    """Queue a kernel `flat`.
 
     Last come the numbers, and for a weight the inner size and the number of channels.
     """
-    vectors = (size - head) // (BYTES // itemsize)
-    blocks = -(-vectors // (2 * THREADS)) or 1
+    vectors, blocks = split_flat(size - head, itemsize)
     sizes = head, vectors, size
     launch.launch(kernel, device, stream, blocks, *pointers, *sizes, *last)
 
@@ -115,12 +120,22 @@ def run_mask(
     launch.launch(kernel, device, stream, blocks, *pointers, vectors, size, *numbers)
 
 
-def weight_layout(channels: int, inner: int, itemsize: int) -> str | None:
-    """Return the element of `flat` that meets such a weight; None: rows too short."""
+def weight_layout(
+    channels: int, inner: int, itemsize: int, head: int, weight: int | None
+) -> str | None:
+    """Return the element of `flat` that meets such a weight; None: rows too short.
+
+    The weight is an address if it is of x's dtype, else None.
+    """
     width = BYTES // itemsize
+    if channels == 1:
+        return "one"
     if inner == 1 and channels >= width:
-        return "columns"
-    return "rows" if inner >= width else None
+        whole = weight is not None and (weight % BYTES, channels % width) == (0, 0)
+        return "columns" if head or not whole else "whole columns"
+    if inner < width:
+        return None
+    return "rows" if head or inner % width else "whole rows"
 
 
 # Both gradients for the view (outer, channels, inner) ---------------------------------
@@ -163,8 +178,8 @@ def both(
         single = outer * channels == 1
         vectors = (single or inner % width == 0) and inner >= width
         in_row = inner // width if vectors else inner
-        most = -(-outer * in_row // THREADS)
-        splits = max(1, min(most, -(-_BLOCKS // channels)))
+        most = -(-outer * in_row // (_LEAST * THREADS))
+        splits = max(1, min(most, BLOCKS // channels))
         template, threads = "prelu_rows", splits * channels * THREADS
         sums = Sums(pairs(work, lane, splits * channels), splits, channels, 1)
         sizes = outer, channels, inner, splits
@@ -172,7 +187,7 @@ def both(
         columns = channels * inner
         vectors = columns % width == 0
         strips = -(-columns // (THREADS // DOWN * (width if vectors else 1)))
-        splits = max(1, min(-(-outer // DOWN), -(-_BLOCKS // strips)))
+        splits = max(1, min(-(-outer // (_LEAST * DOWN)), BLOCKS // strips))
         template, threads = "prelu_columns", strips * splits * THREADS
         sums = Sums(pairs(work, lane, splits * columns), splits, channels, inner)
         sizes = outer, columns, inner, splits
@@ -189,7 +204,7 @@ def pairs(work: Work, dtype: str, number: int) -> int:
 
 def splits_of(size: int, channels: int) -> int:
     """Return in how many parts to sum so many elements of each channel."""
-    return max(1, min(-(-size // THREADS), -(-_BLOCKS // max(1, channels))))
+    return max(1, min(-(-size // THREADS), BLOCKS // max(1, channels)))
 
 
 def finish(work: Work, dtype: str, pointer: int, size: int, sums: Sums) -> None:
@@ -197,7 +212,7 @@ def finish(work: Work, dtype: str, pointer: int, size: int, sums: Sums) -> None:
     if not size:
         return
     team = 1
-    while team < min(sums.splits * sums.inner, THREADS // 2):
+    while team < min(sums.splits * sums.inner, THREADS):
         team *= 2
     sizes = sums.splits, sums.channels, sums.inner, team
     code = kernel("finish", lane=dtype)
