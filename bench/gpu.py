@@ -49,8 +49,8 @@ TUNED += ["relu_backward-fresh-float32", "leaky_relu_backward-fresh-float16"]
 TUNED += ["relu_mask-fresh-float32", "prelu-fresh-float32"]
 TUNED += ["prelu_backward-fresh-float32", "prelu_backward_rows-fresh-float32"]
 # What else the engine's constants might be, and whose times that may change.
-VARIANTS = {"": "*", "VECTORS=2": "*", "THREADS=256": "*"}
-VARIANTS |= {"BLOCKS=528": "prelu_backward*", "BLOCKS=2112": "prelu_backward*"}
+VARIANTS = {"": "*", "THREADS=128": "*", "THREADS=512": "*"}
+VARIANTS |= {"BLOCKS=1056": "prelu_backward*", "BLOCKS=4224": "prelu_backward*"}
 RIVALS = ["torch", "triton"]
 
 

@@ -267,7 +267,7 @@ def test_texts_that_are_too_long_keep_both_ends():
 
 
 def test_other_constants(run, monkeypatch):
-    variants = {"": "*", "THREADS=256,VECTORS=2": "*", "BLOCKS=7": "prelu*"}
+    variants = {"": "*", "THREADS=128,BLOCKS=9": "*", "BLOCKS=7": "prelu*"}
     monkeypatch.setattr(bench, "VARIANTS", variants)
     monkeypatch.setattr(bench, "RIVALS", ["cupy"])
     monkeypatch.setattr(
@@ -276,7 +276,7 @@ def test_other_constants(run, monkeypatch):
     status, _, kept, printed = run("--tune", "--size", "16k", "1k")
     assert (status, kept) == (0, None)
     head, *rows = printed.out.splitlines()
-    columns = ["as", "it", "is", "cupy", "THREADS=256,VECTORS=2", "BLOCKS=7"]
+    columns = ["as", "it", "is", "cupy", "THREADS=128,BLOCKS=9", "BLOCKS=7"]
     assert head.split()[1:] == columns
     assert [row.split()[0][-3:] for row in rows] == ["16k", "16k", "-1k", "-1k"]
     assert all(float(time) > 0 for row in rows for time in row.split()[1:4])
@@ -289,13 +289,13 @@ def test_a_run_with_other_constants(run):
 import gpu_checks
 def show(*_):
     from fastrelu.cuda import kernels, launch, work
-    raise AssertionError(f"now {launch.THREADS} {work.VECTORS} {kernels.ACROSS}")
+    raise AssertionError(f"now {launch.THREADS} {work.BLOCKS} {kernels.ACROSS}")
 gpu_checks.check_streams = show
 """
-    given = "--only", "streams cupy", "--set", "THREADS=64", "VECTORS=2"
+    given = "--only", "streams cupy", "--set", "THREADS=64", "BLOCKS=9"
     status, _, _, printed = run(*given, before=before)
     assert status == 1
-    assert "streams cupy: now 64 2 8" in printed.err
+    assert "streams cupy: now 64 9 8" in printed.err
 
 
 def test_no_gpu_is_one_line(run):

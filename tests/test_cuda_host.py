@@ -827,7 +827,6 @@ def test_whatever_a_kernel_is_made_of_is_in_its_digest(monkeypatch):
     names += [digest(capability=(8, 0)), digest(wide=True), digest(lane="float64")]
     for module, name, value in (
         (launch, "THREADS", 64),
-        (launch, "VECTORS", 4),
         (launch, "SIMULATED", not launch.SIMULATED),
         (launch, "SOURCES", "others"),
         (launch, "_versions", lambda: "others"),

@@ -16,7 +16,7 @@ import numpy as np
 from numba import cuda, types
 
 from fastrelu._spec import ARRAY, BITS, NUMBER, WEIGHT
-from fastrelu.cuda.config import DOWN, THREADS, VECTORS
+from fastrelu.cuda.config import DOWN, THREADS
 from fastrelu.cuda.lanes import (
     Function,
     Lane,
@@ -188,8 +188,8 @@ def flat(
 ) -> Kernel:
     """Arrays that lie in one piece, with equal places in their 16 bytes.
 
-    A thread does one vector, or two.  What lies before the first whole one and after
-    the last is done in parts.
+    A thread does one vector.  What lies before the first whole one and after the last
+    is done in parts.
     """
     width = lane.width
     slopes = layout and _LAYOUTS[layout](weight, lane, width, wide=wide)
@@ -201,15 +201,8 @@ def flat(
 
     def flat(pointers, y, head, vectors, size, numbers, view):
         thread = np.int64(cuda.blockIdx.x) * THREADS + cuda.threadIdx.x
-        i = np.int64(cuda.blockIdx.x) * (VECTORS * THREADS) + cuda.threadIdx.x
-        first = head + i * width
-        second = first + THREADS * width
-        if VECTORS == 2 and i + THREADS < vectors:
-            y0 = of_vector(pointers, first, numbers, view, size)
-            y1 = of_vector(pointers, second, numbers, view, size)
-            put(y, first, size, y0)
-            put(y, second, size, y1)
-        elif i < vectors:
+        if thread < vectors:
+            first = head + thread * width
             put(y, first, size, of_vector(pointers, first, numbers, view, size))
         if thread < 2:
             first = 0 if thread == 0 else head + vectors * width

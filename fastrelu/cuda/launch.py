@@ -21,7 +21,7 @@ from fastrelu._digest import digest, sources
 from fastrelu._functions import bound  # with it kernels take in what a formula calls
 from fastrelu.cpu.jit import settings, user_folder
 from fastrelu.cpu.shield import shielded
-from fastrelu.cuda.config import SIMULATED, THREADS, VECTORS
+from fastrelu.cuda.config import SIMULATED, THREADS
 
 HINT = 'pip install "fastrelu[cuda13]", or "fastrelu[cuda12]" for a driver of CUDA 12'
 
@@ -54,7 +54,7 @@ class Kernel:
         are made of the sources and the options alone.
         """
         made_of = self.template, tuple(sorted(self.options.items())), capability
-        around = THREADS, VECTORS, SIMULATED, settings(), _versions(), SOURCES, bound
+        around = THREADS, SIMULATED, settings(), _versions(), SOURCES, bound
         return digest(*made_of, *around) if SOURCES else None
 
 

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fastrelu.cuda import launch
-from fastrelu.cuda.config import BLOCKS, BYTES, DOWN, THREADS, VECTORS
+from fastrelu.cuda.config import BLOCKS, BYTES, DOWN, THREADS
 
 Function = Callable[..., Any]
 
@@ -83,7 +83,7 @@ def head_of(size: int, itemsize: int, first: int, *others: int) -> int | None:
 def split_flat(size: int, itemsize: int) -> tuple[int, int]:
     """Return the whole vectors of so many elements, and the blocks that do them."""
     vectors = size // (BYTES // itemsize)
-    return vectors, -(-vectors // (VECTORS * THREADS)) or 1
+    return vectors, -(-vectors // THREADS) or 1
 
 
 def run_flat(
