@@ -128,23 +128,21 @@ def _scalar(dtype: str) -> Any:
     return np.float32 if dtype in _HALVES else getattr(np, dtype)
 
 
+@functools.cache
 def _of(dtype: str) -> dict[str, Any]:
     """Return what a dtype binds."""
-    names = {
-        "load": _made(bodies.itself),
-        "store": _made(bodies.itself),
-        "scalar": _scalar(dtype),
-    }
-    if dtype in _HALVES:
-        names["load"], names["store"] = (
-            _made(bodies.to_float32),
-            _made(bodies.to_float16),
-        )
-    if dtype == "bfloat16":
-        from numba.cuda.bf16 import bfloat16
+    itself = _made(bodies.itself)
+    load, store = _halves(dtype) if dtype in _HALVES else (itself, itself)
+    return {"load": load, "store": store, "scalar": _scalar(dtype)}
 
-        names["store"] = _made(bodies.to_bfloat16, bfloat16=bfloat16)
-    return names
+
+def _halves(dtype: str) -> Any:
+    """Return how half floats are read and made in a kernel, as in ours."""
+    from numba.cuda import types as kinds
+
+    from fastrelu.cuda import lanes
+
+    return lanes.half(lanes.lane_of(dtype, (7, 5)), getattr(kinds, dtype))
 
 
 def _rounding(count: int, dtype: str) -> Any:
@@ -396,7 +394,10 @@ def _weight_view(x: Any, weight: Any, axis: Any, order: str) -> Any:
 
 
 def _value_of(weight: Any) -> Any:
-    return _made(bodies.element_of if _is_array(weight) else bodies.itself)
+    if _is_array(weight):
+        return _made(bodies.element_of)
+    half = not isinstance(weight, (float, int)) and _dtype(weight) in _HALVES
+    return _of(_dtype(weight))["load"] if half else _made(bodies.itself)
 
 
 def _checked_weight(weight: Any, x: Any) -> None:
@@ -468,6 +469,7 @@ def _both_body(spec: Spec, given: dict[str, Any]) -> Any:
     names["share"] = _made(portable.share_of)
     if not _is_array(g) and not _is_array(x) and not _is_array(weight):
         names["passes"] = _passes(spec, False, dtype, 0)
+        names["value_of"] = _value_of(weight)
         body = _made(bodies.number_prelu_backward, **names)
         return _for_number("grad_output", g, inplace, out, body)
     if not (_is_array(g) and _is_array(x) and g.ndim == x.ndim):

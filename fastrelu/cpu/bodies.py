@@ -17,7 +17,6 @@ from fastrelu.cpu.portable import share_of
 active: Any
 apart: Any
 at: Any
-bfloat16: Any
 check: Any
 copied: Any
 copy: Any
@@ -64,8 +63,9 @@ def number_backward(g, saved, out, numbers):
 
 def number_prelu_backward(g, x, weight, axis, out):
     grad, value = load(g), load(x)
-    dw = store(scalar(share_of(grad, value)))
-    return store(gradient(grad, passes(x, ()), scalar(weight))), dw
+    total = share_of(grad, value)
+    dw = store(scalar(total if total != 0 else 0.0))  # a sum is no -0
+    return store(gradient(grad, passes(x, ()), scalar(value_of(weight)))), dw
 
 
 # What a gradient is told of the saved number.
@@ -547,19 +547,7 @@ def total(sums, places, size):
     return pairs[0]
 
 
-# Numbers of other types ---------------------------------------------------------------
-
-
-def to_float32(value):
-    return np.float32(value)
-
-
-def to_float16(value):
-    return np.float16(value)
-
-
-def to_bfloat16(value):
-    return bfloat16(value)
+# Small parts ---------------------------------------------------------------------------
 
 
 def itself(value):
