@@ -1,7 +1,7 @@
 """The public functions inside Numba: in users' @njit, @vectorize and CUDA functions.
 
-Importing fastrelu registers them, which takes a millisecond and compiles nothing.  Numba
-has an entry point for that, but it would import fastrelu into every process that compiles
+Importing fastrelu registers them, in a few milliseconds, and compiles nothing.  Numba has
+an entry point for that, but it would import fastrelu into every process that compiles
 anything; and whoever names a function of fastrelu has imported it.  Numba's CUDA target
 looks where its CPU target does, so that numba-cuda need not be imported for that either.
 
@@ -13,6 +13,8 @@ decide, while the caller is compiled, which loop it is:
   C order.
 - A mask is its bits alone, in C order whatever the layout.  A one-dimensional array of
   uint8 that is saved is taken for such bits, unless the gradient is one of uint8, too.
+- In a kernel that Numba compiles with `fma`, its default, a product of ours and a sum of
+  the caller's may become one operation, as may their own.
 - Numba's int64 and float64 stand for Python's numbers, too: as the gradient of an array,
   and as a weight, they take its dtype.
 """
@@ -142,7 +144,8 @@ def _halves(dtype: str) -> Any:
 
     from fastrelu.cuda import lanes
 
-    return lanes.half(lanes.lane_of(dtype, (7, 5)), getattr(kinds, dtype))
+    half: Any = lanes.half
+    return half(lanes.lane_of(dtype, (7, 5)), getattr(kinds, dtype))
 
 
 def _rounding(count: int, dtype: str) -> Any:
@@ -521,20 +524,21 @@ def _both_body(spec: Spec, given: dict[str, Any]) -> Any:
 
 def _register(public: Function, spec: Spec, implement: Function, passed: str) -> None:
     """Have Numba type a public function, whose arguments go on as is `passed`."""
-    signature = inspect.signature(public)
-    parameters = (
-        p.replace(kind=p.POSITIONAL_OR_KEYWORD, annotation=p.empty)
-        for p in signature.parameters.values()
-    )
-    named = str(inspect.Signature(list(parameters))).strip("()")
 
     def typed(*args: Any, **kws: Any) -> Any:
+        signature = inspect.signature(public)
         try:
             given = signature.bind(*args, **kws)
             given.apply_defaults()
             body = implement(spec, given.arguments)
         except (TypeError, ValueError) as error:
             raise TypingError(str(error)) from error
+        # Numba folds arguments by the names and defaults of what it is given.
+        parameters = [
+            p.replace(kind=p.POSITIONAL_OR_KEYWORD, annotation=p.empty)
+            for p in signature.parameters.values()
+        ]
+        named = str(inspect.Signature(parameters))[1:-1]
         return eval(f"lambda {named}: body({passed})", {"body": body})
 
     overload(public, jit_options=_OPTIONS, strict=False, prefer_literal=True)(typed)

@@ -142,6 +142,26 @@ def test_as_python_it_writes_where_it_is_told(name, layout, way, inside):
         assert_same(np.array(memory), np.array(expected))
 
 
+def test_as_python_what_lies_flat_and_overlaps(inside):
+    memory, g = sample((9, 3), np.dtype(np.float32)), normal((8, 3), np.float32)
+    x = memory[1:].copy()
+    bits = inside(F.relu)(memory[1:], out=memory[:-1], return_mask=True)[1]
+    assert (bits == bits_of("relu", x)).all()
+    assert_same(memory[:-1], F.relu(x))
+    memory[1:] = x
+    weight = normal(3, np.float32, 1)
+    got = inside(F.prelu_backward)(g, memory[1:], weight, out=memory[:-1])
+    assert got[0].base is memory
+    assert_same(memory[:-1], F.prelu_backward(g, x, weight)[0])
+    memory[1:] = x
+    assert_same(
+        inside(F.prelu)(memory[1:], weight, out=memory[:-1]), F.prelu(x, weight)
+    )
+    for cut in np.s_[:0, ::2], np.s_[:1, ::2]:  # nothing, and an axis that says nothing
+        y = memory[cut]
+        assert inside(F.relu)(np.array(y), out=y) is y
+
+
 WEIGHTS = {  # the shapes of weights for x of shape (4, 3, 5), and an axis
     "shared": ((), 1),
     "one": ((1,), 1),
