@@ -5,6 +5,7 @@ import typing
 from fastrelu import (
     _command,  # noqa: F401 - before anything that takes its time
     _interpreter,  # noqa: F401 - before NumPy is imported
+    _overloads,  # noqa: F401 - for functions that Numba compiles
     activations,
 )
 from fastrelu.activations import *

@@ -427,11 +427,16 @@ def by_element(spec: Spec) -> tuple[_Function, _Function]:
     return _ByElement(spec), _ByElementBackward(spec)
 
 
+def middle(low: Any, high: Any) -> Any:
+    """Return the mean of two bounds."""
+    return low + (high - low) / 2
+
+
 def slopes(x: Any, lower: Any, upper: Any, training: Any, rng: Any) -> Any:
     """Return a slope for each element of x in training, and their mean otherwise."""
     low, high = _arguments.bounds(lower, upper)
     if not _arguments.flag("training", training):
-        return low + (high - low) / 2
+        return middle(low, high)
     engine = engine_of(x)
     (given,) = _arguments.read(engine, ("x", x))
     drawn = engine.uniform(_arguments.accepted("x", given), low, high, rng)

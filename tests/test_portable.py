@@ -54,7 +54,8 @@ def interpreted(monkeypatch):
         plain = (portable._itself, portable._itself)
         load, store = portable._HALVES.get(row.name, plain)
         compute = getattr(np, row.compute)
-        return {"load": load, "store": store, "compute": compute}
+        share = portable.share_of
+        return {"load": load, "store": store, "compute": compute, "share": share}
 
     def compile_(function, kinds, **options):
         return function

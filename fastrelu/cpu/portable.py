@@ -42,6 +42,7 @@ load: Any
 store: Any
 body: Any
 mode: Any
+share: Any
 
 
 # Loops --------------------------------------------------------------------------------
@@ -81,6 +82,12 @@ def _rows(a, weights, y, s, inner, start, stop):
             y[i] = store(formula(*(get(a, i) + (w,) + s)))
 
 
+def share_of(grad, value):
+    """Return what an element adds to its channel's gradient."""
+    product = np.float64(value) * np.float64(grad)
+    return 0.0 if value > 0 else product
+
+
 def _prelu_backward(g, x, weights, y, sums, inner, rows, start, stop):
     """Go over parts of so many rows of all channels; each has sums of its own.
 
@@ -95,8 +102,7 @@ def _prelu_backward(g, x, weights, y, sums, inner, rows, start, stop):
             total, error = sums[0, part, channel], sums[1, part, channel]
             for i in range(row * inner, row * inner + inner):
                 grad, value = load(g[i]), load(x[i])
-                product = np.float64(value) * np.float64(grad)
-                product = 0.0 if value > 0 else product
+                product = share(grad, value)
                 before = total
                 total = before + product
                 shadow = total - before
@@ -228,7 +234,7 @@ def _names(row: Row) -> dict[str, Any]:
         _inlined(rebuild(template, template.__name__, _BY_BITS))
         for template in _HALVES.get(row.name, (_itself, _itself))
     )
-    return {"load": load, "store": store}
+    return {"load": load, "store": store, "share": _inlined(share_of)}
 
 
 @functools.cache

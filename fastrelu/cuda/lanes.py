@@ -196,6 +196,26 @@ if not SIMULATED:
 
         return Reader(lane.pointer, lane.compute, read)
 
+    def half(lane, kind):
+        """Return how a number of Numba's own type of half floats is read and made."""
+
+        @intrinsic
+        def widened(typingctx, value):
+            def codegen(context, builder, signature, args):
+                return _widen(lane, builder, builder.bitcast(args[0], _I16))
+
+            return lane.compute(kind), codegen
+
+        @intrinsic
+        def narrowed(typingctx, value):
+            def codegen(context, builder, signature, args):
+                made = context.get_value_type(kind)
+                return builder.bitcast(_narrow(lane, builder, args[0]), made)
+
+            return kind(lane.compute), codegen
+
+        return widened, narrowed
+
     def bits_reader(width, *, part=False):
         """Return how the mask bits from i on are read."""
 

@@ -1,0 +1,569 @@
+"""The public functions inside Numba: in users' @njit, @vectorize and CUDA functions.
+
+Importing fastrelu registers them, in a few milliseconds, and compiles nothing.  Numba has
+an entry point for that, but it would import fastrelu into every process that compiles
+anything; and whoever names a function of fastrelu has imported it.  Numba's CUDA target
+looks where its CPU target does, so that numba-cuda need not be imported for that either.
+
+What is compiled is a formula of the catalogue for numbers, and for arrays the loops of
+`cpu.portable`, on one thread: the caller's own, who may be within a parallel loop.  Types
+decide, while the caller is compiled, which loop it is:
+
+- A fresh result is in Fortran's order if that is the order of its models' types, else in
+  C order.
+- A mask is its bits alone, in C order whatever the layout.  A one-dimensional array of
+  uint8 that is saved is taken for such bits, unless the gradient is one of uint8, too.
+- In a kernel that Numba compiles with `fma`, its default, a product of ours and a sum of
+  the caller's may become one operation, as may their own.
+- Numba's int64 and float64 stand for Python's numbers, too: as the gradient of an array,
+  and as a weight, they take its dtype.
+"""
+
+import functools
+import inspect
+from collections.abc import Callable, Sequence
+from types import FunctionType, SimpleNamespace
+from typing import Any
+
+import numba
+import numpy as np
+from numba import types
+from numba.core.errors import TypingError
+from numba.core.target_extension import current_target
+from numba.extending import overload
+
+from fastrelu import _arguments, _dispatch
+from fastrelu._dtypes import BY_NAME
+from fastrelu._functions import rebuild
+from fastrelu._spec import Spec
+from fastrelu.activations import ACTIVATIONS, Row
+from fastrelu.cpu import bodies, portable
+
+Function = Callable[..., Any]
+
+# Said here, or Numba would take them over from a caller who has others.
+_OPTIONS: dict[str, Any] = {"error_model": "numpy", "fastmath": False}
+_INNER = {"no_cpython_wrapper": True, "no_cfunc_wrapper": True}
+
+# From types to what is compiled -------------------------------------------------------
+
+
+def _made(template: Any, **names: Any) -> Any:
+    """Return a template for Numba, with what it leaves open, and all that it calls."""
+    held = template.__globals__
+    used = {
+        name: names[name] if name in names else _made(held[name])
+        for name in template.__code__.co_names
+        if name in names or type(held.get(name)) is FunctionType
+    }
+    return _kept(template, tuple(used.items()))
+
+
+@functools.cache
+def _kept(template: Function, names: tuple[tuple[str, Any], ...]) -> Any:
+    """Return the same for the same, so that nothing is compiled twice."""
+    made = rebuild(template, template.__name__, dict(names)) if names else template
+    return numba.njit(made, **_OPTIONS, **_INNER)
+
+
+def _is_array(kind: Any) -> bool:
+    return isinstance(kind, types.Array)
+
+
+def _on_gpu() -> bool:
+    return bool(current_target() == "cuda")
+
+
+def _dtype(kind: Any) -> str:
+    """Return the name of the dtype of an array's or number's type."""
+    name = str(types.unliteral(kind.dtype if _is_array(kind) else kind))
+    return "bfloat16" if name == "__nv_bfloat16" else name
+
+
+def _stand_in(kind: Any) -> Any:
+    """Return what checks of arrays ask, of a type."""
+    return SimpleNamespace(dtype=_dtype(kind), shape=None, device=None)
+
+
+def _accepted(name: str, kind: Any, *, integers: bool = False) -> str:
+    """Return the dtype of an argument, which must be one that functions take."""
+    is_number = isinstance(kind, (types.Number, types.Boolean))
+    if not _is_array(kind) and not is_number and _dtype(kind) != "bfloat16":
+        msg = f"{name} must be an array or a number, got {kind}"
+        raise TypeError(msg)
+    _arguments.accepted(name, _stand_in(kind), integers=integers)
+    if _on_gpu() and _is_array(kind):
+        msg = f"{name} must be a number in a kernel, which calls for each, got {kind}"
+        raise TypeError(msg)
+    if not _on_gpu() and _dtype(kind) in _HALVES:
+        msg = f"{name} must not be of {_dtype(kind)}: Numba has none on the CPU"
+        raise TypeError(msg)
+    return _dtype(kind)
+
+
+_HALVES = "float16", "bfloat16"
+
+
+def _flag(name: str, kind: Any) -> bool:
+    """Return a flag, which must be known while the caller is compiled."""
+    value = getattr(kind, "literal_value", getattr(kind, "value", kind))
+    if isinstance(value, types.Boolean):
+        msg = f"{name} must be written out as True or False, got a variable"
+        raise TypeError(msg)
+    return _arguments.flag(name, value)
+
+
+def _is_none(kind: Any) -> bool:
+    return getattr(kind, "value", kind) in (None, types.none)
+
+
+def _number_type(name: str, kind: Any) -> None:
+    """Refuse what is not a real number."""
+    real = types.Integer, types.Float, float, int, types.Omitted
+    if not isinstance(kind, real) and _dtype(kind) != "bfloat16":
+        msg = f"{name} must be a real number, got {kind}"
+        raise TypeError(msg)
+
+
+def _scalar(dtype: str) -> Any:
+    """Return the type of numbers that are computed with elements of a dtype."""
+    return np.float32 if dtype in _HALVES else getattr(np, dtype)
+
+
+@functools.cache
+def _of(dtype: str) -> dict[str, Any]:
+    """Return what a dtype binds."""
+    itself = _made(bodies.itself)
+    load, store = _halves(dtype) if dtype in _HALVES else (itself, itself)
+    return {"load": load, "store": store, "scalar": _scalar(dtype)}
+
+
+def _halves(dtype: str) -> Any:
+    """Return how half floats are read and made in a kernel, as in ours."""
+    from numba.cuda import types as kinds
+
+    from fastrelu.cuda import lanes
+
+    half: Any = lanes.half
+    return half(lanes.lane_of(dtype, (7, 5)), getattr(kinds, dtype))
+
+
+def _rounding(count: int, dtype: str) -> Any:
+    """Return what rounds so many numbers to the type of products."""
+    return _made(bodies.ROUND[count], scalar=getattr(np, BY_NAME[dtype].compute))
+
+
+def _numbers(names: Sequence[str], dtype: str, *, check: bool = True) -> dict[str, Any]:
+    """Return what goes with the numbers of an activation."""
+    msg = f"{' and '.join(names)} must be finite in {BY_NAME[dtype].compute}"
+    finite = _made(bodies.FINITE[len(names) if check else 0], message=msg)
+    return {"rounded": _rounding(len(names), dtype), "finite": finite}
+
+
+def _like(order: str, dtype: str) -> dict[str, Any]:
+    template = bodies.like_fortran if order == "F" else bodies.like_c
+    return {"like": _made(template, scalar=_scalar(dtype))}
+
+
+def _order(*kinds: Any) -> str:
+    """Return the order that arrays have in common, or that of new ones beside them."""
+    layouts = {kind.layout for kind in kinds}
+    return layouts.pop() if len(layouts) == 1 else "A"
+
+
+def _target(
+    first: str, x: Any, inplace: bool, out: Any, dtype: str, name: str = "out"
+) -> Any:
+    """Return the type of a result, and what takes it from the arguments."""
+    if not inplace and _is_none(out):
+        y = _dense(x, x.layout).copy(dtype=getattr(types, dtype))
+        return y, _made(bodies.take_fresh, **_like(x.layout, dtype))
+    _arguments.in_place(inplace, None if _is_none(out) else out)
+    name, y = (first, x) if inplace else (name, out)
+    if not _is_array(y) or y.ndim != x.ndim or _dtype(y) != dtype:
+        msg = f"{name} must be an array of {x.ndim} dimensions and {dtype}, got {y}"
+        raise TypeError(msg)
+    if not y.mutable:
+        msg = f"{name} must be writeable, got a read-only array"
+        raise ValueError(msg)
+    check, template = (
+        _made(bodies.check_none),
+        bodies.take_first if inplace else bodies.take_out,
+    )
+    if y.layout == "A":
+        msg = f"{name} must not share memory between its own elements"
+        check = _made(bodies.check_any, message=msg)
+    return y, _made(
+        template, check=check, message=f"{name} must have the shape of {first}"
+    )
+
+
+def _elementwise(
+    operands: Any, kinds: Sequence[Any], y: Any, fresh: bool, **names: Any
+) -> Any:
+    """Return ``run(a, y, s)`` for arrays of any layout."""
+    lay, get, meets_any = operands
+    order = _order(*kinds, y)
+    if y.ndim == 0 or order == "C":
+        at, run = bodies.flat_c, bodies.at_once
+    elif order == "F":
+        at, run = bodies.flat_fortran, bodies.at_once
+    elif y.ndim == 1:
+        at, run = bodies.whole, bodies.at_once
+    else:
+        at, run = bodies.line, bodies.by_lines
+    names |= {"at": _made(at), "get": _made(get, **names)}
+    names |= {"plain": _made(portable._plain, **names), "lay": _made(lay, **names)}
+    made = _made(run, **names)
+    if fresh:
+        return made
+    meets_any = _made(meets_any)
+    like, z = _like(y.layout, _dtype(y)), _dense(y, y.layout)
+    return _made(
+        bodies.apart_from_result,
+        run=made,
+        meets_any=meets_any,
+        copy=_copy(z, y),
+        **like,
+    )
+
+
+def _dense(x: Any, order: str) -> Any:
+    """Return the type of an array that `_like` makes."""
+    return x.copy(layout="F" if order == "F" else "C", readonly=False)
+
+
+def _copy(x: Any, y: Any) -> Any:
+    """Return ``copy((x,), y, ())``; Numba compiles its own ten times as long."""
+    itself = _made(bodies.itself)
+    names = {"load": itself, "store": itself, "formula": itself}
+    return _elementwise(bodies.ONE, (x,), y, True, **names)
+
+
+def _with_bits(loop: Function, x: Any, y: Any, fresh: bool, **names: Any) -> Any:
+    """Return ``run(x, bits, y, s, size)``, with a loop over bits in C order."""
+    get = _made(portable._get_one, **names)
+    run = _made(bodies.bits_at_once, loop=_made(loop, get=get, **names))
+    z = _dense(x, "C")
+    copies = {"copy_in": _copy(x, z), "copy_out": _copy(z, y)}
+    copied = _made(bodies.bits_of_copy, run=run, **copies, **_like("C", _dtype(x)))
+    if x.layout != "C" or y.layout != "C":
+        return copied
+    return run if fresh else _made(bodies.bits_apart, run=run, copied=copied)
+
+
+def _forward_body(spec: Spec, given: dict[str, Any]) -> Any:
+    """Return what computes an activation of numbers, or none, for parameters."""
+    x, out = given["x"], given["out"]
+    dtype = _accepted("x", x, integers=spec.integers)
+    inplace, want_bits = (_flag(name, given.get(name, False)) for name in _FLAGS)
+    names = _of(dtype) | _numbers(spec.numbers, dtype)
+    names["formula"] = _made(spec.formula)
+    for number in spec.numbers:
+        _number_type(number, given.get(number, 0.0))
+    if not _is_array(x):
+        return _for_number(
+            "x", x, want_bits or inplace, out, _made(bodies.of_number, **names)
+        )
+    y, take = _target("x", x, inplace, out, dtype)
+    fresh = inplace or _is_none(out)  # x alone meets itself in each element
+    if not want_bits:
+        apart = _elementwise(bodies.ONE, (x,), y, fresh, **names)
+        return _made(bodies.forward, take=take, apart=apart, **names)
+    names["active"] = _made(spec.active)
+    names["kept"] = _made(portable._KEEP[len(spec.numbers_kept)])
+    run = _with_bits(portable._to_bits, x, y, fresh, **names)
+    return _made(bodies.forward_bits, take=take, run=run, **names)
+
+
+_FLAGS = "inplace", "return_mask"
+
+
+def _for_number(name: str, x: Any, asked: bool, out: Any, body: Function) -> Any:
+    """Refuse what is for arrays alone."""
+    if asked or not _is_none(out):
+        msg = f"{name} must be an array with inplace, out or return_mask, got {x}"
+        raise TypeError(msg)
+    return body
+
+
+def _backward_body(spec: Spec, given: dict[str, Any]) -> Any:
+    name = "saved" if "saved" in given else "x"
+    g, saved, out = given["grad_output"], given[name], given["out"]
+    inplace = _flag("inplace", given["inplace"])
+    spread = _is_array(saved) and not _is_array(g)
+    dtype = _accepted("grad_output", g, integers=spec.integers)
+    told = _dtype(saved) == "bool" and name == "saved" and spec.active is not None
+    told_dtype = "uint8" if told else _accepted(name, saved, integers=True)
+    if spread and _dtype(g) in ("int64", "float64") and not told:
+        row = BY_NAME[told_dtype]
+        dtype = told_dtype if row.kind == "f" or dtype == "int64" else dtype
+    if name == "x" and dtype != told_dtype:
+        _arguments.like(name, _stand_in(saved), "grad_output", _stand_in(g))
+    numbers = [number for number in (*spec.numbers_kept, "slopes") if number in given]
+    slopes = [given[number] for number in numbers if _is_array(given[number])]
+    for number in numbers if not slopes else ():
+        _number_type(number, given[number])
+    names = _of(dtype) | _numbers(numbers, dtype)
+    names["formula"] = names["gradient"] = _made(spec.gradient)
+    names["passes"] = _passes(spec, told, told_dtype, len(numbers) - len(slopes))
+    if not _is_array(g) and not _is_array(saved) and not slopes:
+        body = _made(bodies.number_backward, **names)
+        return _for_number("grad_output", g, inplace, out, body)
+    if not _is_array(saved) or (spread and (inplace or slopes)):
+        msg = f"{name} must be an array as grad_output is, got {saved} and {g}"
+        raise TypeError(msg)
+    y, take = _target("grad_output", saved if spread else g, inplace, out, dtype)
+    fresh = not inplace and _is_none(out)
+    msg = f"{name} must have the shape of grad_output"
+    if name == "saved" and not spread and _are_bits(saved, g):
+        msg = "saved must be bits, one for each element of grad_output"
+        run = _with_bits(portable._from_bits, g, y, fresh, **names)
+        return _made(bodies.backward_bits, take=take, run=run, message=msg, **names)
+    for each in () if spread else (saved, *slopes):
+        if each.ndim != g.ndim:
+            msg = f"{msg}, got {each} and {g}"
+            raise TypeError(msg)
+    for each in slopes:
+        _arguments.like("slopes", _stand_in(each), "grad_output", _stand_in(g))
+    operands = bodies.SPREAD if spread else bodies.SLOPES if slopes else bodies.SAVED
+    kinds = (saved,) if spread else (g, saved, *slopes)
+    apart = _elementwise(operands, kinds, y, fresh, **names)
+    template = (
+        bodies.backward_spread
+        if spread
+        else bodies.backward_slopes
+        if slopes
+        else bodies.backward
+    )
+    return _made(template, take=take, apart=apart, message=msg, **names)
+
+
+def _are_bits(saved: Any, g: Any) -> bool:
+    """Say whether what was saved is bits, told by its type."""
+    same = g.ndim == 1 and _dtype(g) == "uint8"
+    return _dtype(saved) == "uint8" and saved.ndim == 1 and not same
+
+
+def _passes(spec: Spec, told: bool, dtype: str, numbers: int) -> Any:
+    """Return what a gradient is told of what was saved."""
+    if told or spec.active is None:
+        return _made(bodies.is_told, **_of(dtype))
+    rounded = _rounding(numbers, dtype)
+    active = _made(spec.active)
+    return _made(
+        bodies.is_active, active=active, rounded=rounded, load=_of(dtype)["load"]
+    )
+
+
+def _mean_body(spec: Spec, given: dict[str, Any]) -> Any:
+    if _flag("training", given["training"]):
+        msg = "training must be False within Numba, where no slopes are drawn"
+        raise TypeError(msg)
+    for name in ("lower", "upper"):
+        _number_type(name, given[name])
+    run = _forward_body(spec, given)
+    middle = _made(_dispatch.middle)
+    if not _is_array(given["x"]):
+        return _made(bodies.mean_number, run=run, middle=middle)
+    finite = _made(bodies.finite_two, message="lower and upper must be finite")
+    msg = "lower must not be above upper"
+    return _made(bodies.mean, run=run, middle=middle, finite=finite, message=msg)
+
+
+def _weight_view(x: Any, weight: Any, axis: Any, order: str) -> Any:
+    """Return ``view(x, weight, axis)``, of a weight that fits x."""
+    names = {"scalar": _scalar(_dtype(x)), "reverse": order == "F"}
+    if not isinstance(axis, (int, types.Integer, types.Omitted)):
+        msg = f"axis must be an integer, got {axis}"
+        raise TypeError(msg)
+    if not _is_array(weight) or weight.ndim == 0:
+        return _made(bodies.view_number, value_of=_value_of(weight), **names)
+    itself = _made(bodies.itself)
+    names["view_number"] = _made(bodies.view_number, value_of=itself, **names)
+    if weight.ndim > max(x.ndim, 1):
+        msg = f"weight must broadcast against x without growing it, got {weight}, {x}"
+        raise TypeError(msg)
+    names["channels_of"] = _made(bodies.channels_of, **names)
+    if weight.ndim > 1:
+        msg = "weight must broadcast against x without growing it"
+        return _made(bodies.view_broadcast, message=msg, **names)
+    msg = (
+        "weight must have one element, or as many as x has along an axis of x's, which "
+        "must be named where x has fewer than two dimensions"
+    )
+    template = bodies.view_one_element if x.ndim == 0 else bodies.view_axis
+    return _made(template, message=msg, **names)
+
+
+def _value_of(weight: Any) -> Any:
+    if _is_array(weight):
+        return _made(bodies.element_of)
+    half = not isinstance(weight, (float, int)) and _dtype(weight) in _HALVES
+    return _of(_dtype(weight))["load"] if half else _made(bodies.itself)
+
+
+def _checked_weight(weight: Any, x: Any) -> None:
+    """Refuse a weight that is no number and not of x's dtype."""
+    if not _is_array(weight):
+        _number_type("weight", weight)
+    elif _accepted("weight", weight) != _dtype(x):
+        msg = (
+            f"weight must have the dtype of x, {_dtype(x)}, got {_dtype(weight)}: "
+            f"take weight.astype(x.dtype)"
+        )
+        raise TypeError(msg)
+
+
+def _weighted_body(spec: Spec, given: dict[str, Any]) -> Any:
+    x, weight, out = given["x"], given["weight"], given["out"]
+    dtype = _accepted("x", x)
+    _checked_weight(weight, x)
+    inplace = _flag("inplace", given["inplace"])
+    if not _is_array(weight) or weight.ndim == 0:
+        run = _forward_body(spec, given)
+        return _made(bodies.prelu_number, run=run, value_of=_value_of(weight))
+    if not _is_array(x):
+        msg = f"weight must be a number as x is, got {weight}"
+        raise TypeError(msg)
+    y, take = _target("x", x, inplace, out, dtype)
+    order = _order(x, y)
+    names = _of(dtype) | _like(order, dtype)
+    names["formula"] = _made(spec.formula)
+    view = _weight_view(x, weight, given["axis"], order)
+    one, two = (_made(get, **names) for get in portable._GET[:2])
+    run = _made(
+        bodies.weighted,
+        at=_made(bodies.flat_fortran if order == "F" else bodies.flat_c),
+        rows=_made(portable._rows, get=one, **names),
+        plain=_made(portable._plain, get=two, **names),
+    )
+    fresh, z = inplace or _is_none(out), _dense(x, order)
+    names |= {"copy_in": _copy(x, z), "copy_out": _copy(z, y)}
+    run = _without_overlap(
+        run, bodies.weighted_copy, bodies.weighted_apart, order, fresh, **names
+    )
+    return _made(bodies.prelu, view=view, take=take, run=run)
+
+
+def _without_overlap(
+    run: Function,
+    copy: Function,
+    apart: Function,
+    order: str,
+    fresh: bool,
+    **names: Any,
+) -> Any:
+    """Return what works on copies where arrays do not lie flat, or may overlap."""
+    copied = _made(copy, run=run, **names)
+    if order == "A":
+        return copied
+    return run if fresh else _made(apart, run=run, copied=copied)
+
+
+def _both_body(spec: Spec, given: dict[str, Any]) -> Any:
+    g, x, weight, out = (given[n] for n in ("grad_output", "x", "weight", "out"))
+    inplace = _flag("inplace", given["inplace"])
+    dtype = _accepted("grad_output", g)
+    _accepted("x", x)
+    _arguments.like("x", _stand_in(x), "grad_output", _stand_in(g))
+    _checked_weight(weight, x)
+    names = _of(dtype) | {"gradient": _made(spec.gradient)}
+    names["share"] = _made(portable.share_of)
+    if not _is_array(g) and not _is_array(x) and not _is_array(weight):
+        names["passes"] = _passes(spec, False, dtype, 0)
+        names["value_of"] = _value_of(weight)
+        body = _made(bodies.number_prelu_backward, **names)
+        return _for_number("grad_output", g, inplace, out, body)
+    if not (_is_array(g) and _is_array(x) and g.ndim == x.ndim):
+        msg = f"x must have the shape of grad_output, got {x} and {g}"
+        raise TypeError(msg)
+    outs, firsts = _arguments.pair(out), (bodies.itself, bodies.nothing)
+    if isinstance(out, types.BaseTuple):
+        outs, firsts = _arguments.pair(tuple(out)), (bodies.first_of, bodies.second_of)
+    y, take = _target("grad_output", g, inplace, outs[0], dtype)
+    fresh = not inplace and _is_none(outs[0])
+    order = _order(g, x, y)
+    names |= _like(order, dtype) | {
+        "at": _made(bodies.flat_fortran if order == "F" else bodies.flat_c)
+    }
+    names["formula"] = _made(spec.of_saved)
+    run = _made(bodies.both, loop=_made(portable._prelu_backward, **names), **names)
+    z = _dense(x, order)
+    names |= {"copy_in": _copy(g, z), "copy_too": _copy(x, z), "copy_out": _copy(z, y)}
+    run = _without_overlap(
+        run, bodies.both_copies, bodies.both_apart, order, fresh, **names
+    )
+    if _is_array(weight):
+        _, take_weight = _target("weight", weight, False, outs[1], dtype, "out[1]")
+    else:
+        take_weight = _made(bodies.one_element, scalar=_scalar(dtype))
+        if not _is_none(outs[1]):
+            msg = f"out[1] must be None where weight is a number, got {outs[1]}"
+            raise TypeError(msg)
+    check = _made(bodies.no_check)
+    if not _is_none(outs[1]) and not fresh:
+        msg = "out[0] and out[1] must not share memory"
+        check = _made(bodies.check_apart, message=msg)
+    return _made(
+        bodies.prelu_backward,
+        view=_weight_view(x, weight, given["axis"], order),
+        take=take,
+        take_weight=take_weight,
+        first_out=_made(firsts[0]),
+        second_out=_made(firsts[1]),
+        check=check,
+        run=run,
+        result=_made(bodies.itself if _is_array(weight) else bodies.first_of),
+        message="x must have the shape of grad_output",
+    )
+
+
+# Registering --------------------------------------------------------------------------
+
+
+def _register(public: Function, spec: Spec, implement: Function, passed: str) -> None:
+    """Have Numba type a public function, whose arguments go on as is `passed`."""
+
+    def typed(*args: Any, **kws: Any) -> Any:
+        signature = inspect.signature(public)
+        try:
+            given = signature.bind(*args, **kws)
+            given.apply_defaults()
+            body = implement(spec, given.arguments)
+        except (TypeError, ValueError) as error:
+            raise TypingError(str(error)) from error
+        # Numba folds arguments by the names and defaults of what it is given.
+        parameters = [
+            p.replace(kind=p.POSITIONAL_OR_KEYWORD, annotation=p.empty)
+            for p in signature.parameters.values()
+        ]
+        named = str(inspect.Signature(parameters))[1:-1]
+        return eval(f"lambda {named}: body({passed})", {"body": body})
+
+    overload(public, jit_options=_OPTIONS, strict=False, prefer_literal=True)(typed)
+
+
+def _tuple(names: Sequence[str]) -> str:
+    return f"({''.join(f'{name}, ' for name in names)})"
+
+
+def _register_row(row: Row) -> None:
+    spec = row.spec
+    numbers, kept = _tuple(spec.numbers), _tuple(spec.numbers_kept)
+    saved = "x" if spec.active is None or row.parameter else "saved"
+    forward, backward = _forward_body, _backward_body
+    if row.parameter == "weight":
+        forward, backward = _weighted_body, _both_body
+        passed = "x, weight, axis, out", "grad_output, x, weight, axis, out"
+    elif row.parameter == "slopes":
+        forward = _mean_body
+        passed = "x, out, (lower, upper)", "grad_output, x, out, (slopes,)"
+    else:
+        passed = f"x, out, {numbers}", f"grad_output, {saved}, out, {kept}"
+    _register(row.forward, spec, forward, passed[0])
+    _register(row.backward, spec, backward, passed[1])
+
+
+for _each in ACTIVATIONS.values():
+    _register_row(_each)
