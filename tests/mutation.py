@@ -1566,6 +1566,12 @@ FAULTS = {
             "test_paths.py::test_one_thread_where_one_was_asked_for",
         ),
         Fault(
+            "_own_word(team[_ALONE]) != 0:\n        members = 1",
+            "_own_word(team[_ALONE]) != 0:\n        pass",
+            "the loops of Dask's workers are shared with more threads than processors",
+            "test_paths.py::test_a_thread_that_is_alone_shares_nothing",
+        ),
+        Fault(
             '_NAME = f"{COPY}.team"',
             '_NAME = "fastrelu.team"',
             "two copies have one team, whose memory they lay out twice",
