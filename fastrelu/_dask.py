@@ -5,6 +5,20 @@ are known.  What is then added to the graph is one layer, which Dask fuses with 
 neighbours.  A task calls the same quick calls as everybody, on arrays of NumPy or on a
 GPU.  It finds out for itself where it runs: in a pool of threads, or beside processes,
 that have a task for each processor, its loops stay with its own thread.
+
+Examples
+--------
+Arrays of xarray that hold Dask's go by way of its own function for that:
+
+>>> import dask.array as da
+>>> import fastrelu
+>>> import xarray
+>>> x = xarray.DataArray(da.arange(-2.0, 3.0, chunks=2), dims="time")
+>>> y = xarray.apply_ufunc(fastrelu.relu, x, dask="parallelized")
+>>> y.chunks
+((2, 2, 1),)
+>>> y.values
+array([0., 0., 0., 1., 2.])
 """
 
 import functools
@@ -95,7 +109,7 @@ class DaskMask(DaskMethodsMixin):  # type: ignore[misc]
         raise ValueError(msg)
 
     def __repr__(self) -> str:
-        return f"DaskMask(shape={self.shape}, chunks={self.chunks})"
+        return f"DaskMask(shape={self.shape}, chunksize={self.array.chunksize})"
 
     # What Dask asks of a collection.  Optimised as arrays are, so that a mask and its
     # array are computed together.
