@@ -140,8 +140,8 @@ def _unpack(mask: Mask) -> Array:
 
 
 def _whole(blocks: Any, predicate: str) -> Mask:
-    """Return one mask of nested lists of them."""
-    masks: list[Mask] = list(flatten(blocks, container=list))
+    """Return one mask of nested lists of them, or tuples."""
+    masks: list[Mask] = list(flatten(blocks, container=(list, tuple)))
     if len(masks) == 1:
         return masks[0]
     bools = _joined(blocks)
@@ -517,15 +517,15 @@ def slopes(x: Any, lower: float, upper: float, rng: Any) -> Any:
     """Return a slope for each element: a seed and the chunks fix them."""
     model = _arguments.accepted("x", *_models(_read("x", x)))
     words = _arguments.generator(rng).integers(0, 1 << 32, 4, np.uint32).tolist()
-    draw = functools.partial(_drawn, lower, upper, words)
+    draw = functools.partial(rrelu_slopes, lower, upper, words)
     options = {"dtype": model.dtype, "meta": _meta(x, model.dtype)}
-    return da.map_blocks(draw, x, token="rrelu_slopes", **options)
+    return da.map_blocks(draw, x, **options)
 
 
-def _drawn(
+def rrelu_slopes(
     lower: float, upper: float, words: list[int], x: Array, block_id: tuple[int, ...]
 ) -> Array:
-    """Draw a block's slopes from a generator of its own."""
+    """Draw a block's slopes from a generator of its own.  The layer has this name."""
     seed = np.random.SeedSequence(words, spawn_key=block_id)
     engine = _dispatch.engine_of(x)
     random = (np if engine is cpu else sys.modules["cupy"]).random

@@ -421,6 +421,9 @@ def test_names_follow_from_what_is_computed():
     assert one.name.startswith("leaky_relu-")
     assert F.prelu(x, 0.1).name.startswith("prelu-")
     assert F.relu(x).name != F.relu6(x).name
+    names = [F.rrelu(x, training=True, rng=seed)[1].name for seed in (0, 0, 1)]
+    assert names[0] == names[1] != names[2]
+    assert names[0].startswith("rrelu_slopes-")
 
 
 # Where it runs ------------------------------------------------------------------------
