@@ -9,6 +9,7 @@ import re
 import signal
 import sys
 import threading
+import types
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +28,7 @@ from conftest import (
 from reference import assert_same, assert_weight_gradient
 
 import fastrelu as F
-from fastrelu import cpu
+from fastrelu import activations, cpu
 from fastrelu.cpu import shield
 
 dask = pytest.importorskip("dask")
@@ -424,6 +425,16 @@ def test_names_follow_from_what_is_computed():
     names = [F.rrelu(x, training=True, rng=seed)[1].name for seed in (0, 0, 1)]
     assert names[0] == names[1] != names[2]
     assert names[0].startswith("rrelu_slopes-")
+    for function in (activations._prelu_forward, activations._leaky_relu_forward):
+        assert pickle.loads(pickle.dumps(function)) is function
+
+
+def test_other_objects_of_that_name(monkeypatch):
+    """Where nobody has imported Dask's arrays, they are no reason to do so."""
+    kind = type("Theirs", (), {"__dask_graph__": None, "__array__": lambda *_: X})
+    assert_same(F.relu(kind()), F.relu(X))
+    monkeypatch.delitem(sys.modules, "dask.array")
+    assert_same(F.relu(kind()), F.relu(X))
 
 
 # Where it runs ------------------------------------------------------------------------
@@ -454,6 +465,32 @@ def test_a_thread_of_a_pool_has_its_loops_to_itself():
     assert found == [True]
 
 
+def test_a_worker_s_limit_is_heeded(monkeypatch):
+    """Once for each worker, and never made larger."""
+    pool, workers = F.get_default_memory_pool(), []
+
+    def get_worker():
+        if not workers:
+            raise ValueError
+        manager = types.SimpleNamespace(memory_limit=workers[-1])
+        return types.SimpleNamespace(address=len(workers), memory_manager=manager)
+
+    module = types.SimpleNamespace(get_worker=get_worker)
+    monkeypatch.setitem(sys.modules, "distributed.worker", module)
+    monkeypatch.setattr(_dask, "_known_workers", set())
+    before = pool.get_limit()
+    try:
+        for limit, expected in (None, 1 << 20), (1 << 22, 1 << 18), (1 << 30, 1 << 18):
+            pool.set_limit(min(pool.get_limit(), 1 << 20))
+            assert _dask._run(pool.get_limit) == min(pool.get_limit(), 1 << 20)
+            workers.append(limit)
+            assert _dask._run(pool.get_limit) == expected
+        pool.set_limit(1 << 19)  # by somebody who knows better
+        assert _dask._run(pool.get_limit) == 1 << 19
+    finally:
+        pool.set_limit(before)
+
+
 def test_a_block_may_be_shared_where_there_is_no_pool():
     threads = pytest.importorskip("fastrelu.cpu.threads")
     if not (cpu.is_fast() and len(os.sched_getaffinity(0)) > 1):
@@ -478,7 +515,7 @@ if __name__ == "__main__":
     a, w = da.from_array(x, (20, 3)), np.full(6, 0.25, "f4")
     y, mask = F.relu(a, return_mask=True)
     results = y, mask, *F.prelu_backward(a, a, w), *F.rrelu(a, training=True, rng=0)
-    one = dask.compute(*results, scheduler="processes", num_workers=2)
+    one = dask.compute(*results, scheduler="processes", num_workers=1)
     two = dask.compute(*results, scheduler="synchronous")
     for a, b in zip(one, two):
         print(np.array_equal(*(getattr(r, "bits", r) for r in (a, b))))
