@@ -284,7 +284,7 @@ def _unified(**named: Any) -> list[Any]:
 
     The blocks of a mask cannot be cut: where others' ask for that, it is unpacked.
     """
-    arrays = [getattr(value, "array", value) for value in named.values()]
+    arrays = [v.array if isinstance(v, DaskMask) else v for v in named.values()]
     lazy = [array for array in arrays if isinstance(array, da.Array)]
     is_known = not any(math.isnan(n) for array in lazy for n in array.shape)
     for i, array in enumerate(arrays):
