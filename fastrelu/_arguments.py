@@ -23,6 +23,7 @@ import numpy as np
 
 from fastrelu._dtypes import BY_NAME, FLOATS, REALS, Row, is_accepted, name_of, row_of
 from fastrelu._layout import is_simple
+from fastrelu._spec import Spec
 from fastrelu.mask import ANSWERS, Mask, is_foreign
 
 Array = Any
@@ -409,11 +410,23 @@ def unchanged(mask: Mask) -> Mask:
         raise (ValueError if _is(error, ValueError) else TypeError)(msg) from error
 
 
-def bits_of(mask: Mask, bits: Array, predicate: str, name: str, model: Array) -> Array:
-    """Return a mask's bits, which must be those of an array like model."""
+def tells_enough(name: str, spec: Spec) -> None:
+    """Refuse a mask where one bit is not enough for the gradient."""
+    if spec.active is None:
+        msg = f"{name} must be the input: of {spec.name}, a mask does not tell enough"
+        raise TypeError(msg)
+
+
+def same_predicate(mask: Any, predicate: str) -> None:
+    """Refuse the mask of another activation."""
     if mask.predicate != predicate:
         msg = f"saved must be a mask of {predicate}, got one of {mask.predicate}"
         raise ValueError(msg)
+
+
+def bits_of(mask: Mask, bits: Array, predicate: str, name: str, model: Array) -> Array:
+    """Return a mask's bits, which must be those of an array like model."""
+    same_predicate(mask, predicate)
     if mask.shape != model.shape:
         msg = (
             f"saved must be a mask of shape {model.shape}, as {name} is, "

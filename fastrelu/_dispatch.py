@@ -9,6 +9,7 @@ that needs the long way, with its checks and error messages.
 import functools
 import importlib
 import importlib.util
+import sys
 from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
@@ -46,6 +47,19 @@ def _cuda() -> ModuleType:
         )
         raise ImportError(msg)
     return importlib.import_module(f"{__package__}.cuda")
+
+
+def _lazily(*values: Any) -> ModuleType | None:
+    """Return what takes Dask's arrays, if one of the values is one.
+
+    It is imported when the first one comes.
+    """
+    if not any(hasattr(type(value), "__dask_graph__") for value in values):
+        return None
+    if "dask.array" not in sys.modules:  # another library's objects may have that name
+        return None
+    engine = importlib.import_module(f"{__package__}._dask")
+    return engine if any(map(engine.is_lazy, values)) else None
 
 
 # The long way -------------------------------------------------------------------------
@@ -176,8 +190,17 @@ def _prelu(spec: Spec, x: Any, inplace: Any, out: Any, weight: Any, axis: Any) -
 
 
 def _prelu_backward(
-    spec: Spec, grad_output: Any, inplace: Any, out: Any, x: Any, weight: Any, axis: Any
+    spec: Spec,
+    grad_output: Any,
+    inplace: Any,
+    out: Any,
+    x: Any,
+    weight: Any,
+    axis: Any,
+    *,
+    exact: bool = False,
 ) -> Any:
+    """Return both gradients; if they are to be exact, sums as they were formed."""
     engine = engine_of(grad_output)
     position = _arguments.index("axis", axis)
     out_input, out_weight = _arguments.pair(out)
@@ -201,7 +224,7 @@ def _prelu_backward(
         if written is not None:
             _arguments.distinct("out[0]", written, "out[1]", sums)
     else:
-        dw, sums = _fresh(engine, slopes)
+        dw, sums = _fresh(engine, slopes.astype(np.float64) if exact else slopes)
     dx, target = _target(engine, "grad_output", objects, views, grad, overwrite)
     engine.prelu_backward(spec.of_saved, grad, checked, broadcast, target, sums)
     if not overwrite and out_input is None:
@@ -209,23 +232,48 @@ def _prelu_backward(
     return dx, engine.as_came(dw, weight) if out_weight is None else out_weight
 
 
+def prelu_backward_exactly(
+    spec: Spec, grad_output: Array, x: Array, weight: Array, axis: int
+) -> Any:
+    """Return both gradients of arrays in the host's memory, sums as they were formed."""
+    given = grad_output, False, None, x, weight, axis
+    return _prelu_backward(spec, *given, exact=True)
+
+
 # One object for each public function --------------------------------------------------
+
+
+_made: dict[tuple[str, ...], "_Function"] = {}
+
+
+def _made_as(*names: str) -> "_Function":
+    """Return the one that has these names in another process."""
+    importlib.import_module(names[0])
+    return _made[names]
 
 
 class _Function:
     """A public function's quick call for NumPy arrays, and what takes the rest.
 
-    `call` is ``call(x, inplace, out, *operands)``, and `way` names the quick call for
-    arrays on a GPU.
+    `call` is ``call(x, inplace, out, *operands)``, and `way` names what does the same for
+    arrays of Dask's, and if it is plain for arrays on a GPU.
     """
 
-    way = ""
+    way: str
 
     def __init__(self, spec: Spec, operation: Operation, **options: Any) -> None:
         self.spec = spec
         self.quick = cpu.quick_call(operation, **options)
         self.call: Any = self.left
         self.on_gpu: dict[type, Any] = {}
+        self.names = spec.formula.__module__, spec.name, type(self).__name__
+        _made.setdefault(self.names, self)
+
+    def __reduce__(self) -> Any:
+        return _made_as, self.names
+
+    def __dask_tokenize__(self) -> Any:
+        return self.names
 
     def left(self, x: Any, *others: Any) -> Any:
         """Take what the quick call does not."""
@@ -234,7 +282,12 @@ class _Function:
         else:
             calls = self.on_gpu.get(type(x)) or self._elsewhere(x)
             y = calls and getattr(calls, self.way)(x, *others)
-        return self.long(x, *others) if y is None else y
+        if y is not None:
+            return y
+        engine = _lazily(x, *others)
+        if engine is not None:
+            return getattr(engine, self.way)(self, x, *others)
+        return self.long(x, *others)
 
     def _again(self, x: Any, *others: Any) -> Any:
         """Make the quick call again if something was missing, or return None."""
@@ -251,7 +304,7 @@ class _Function:
 
     def _elsewhere(self, x: Any) -> Any:
         """Return the calls for a type of arrays on a GPU, from its second array on."""
-        if type(x) not in _ON_GPU or not self.way:
+        if type(x) not in _ON_GPU or not hasattr(_cuda().Calls, self.way):
             return None
         return self.on_gpu.setdefault(type(x), _cuda().Calls(type(x), self.spec))
 
@@ -333,9 +386,7 @@ class _Backward(_Function):
         if _stands_for_all(grad, inplace, saved):
             return self._spread(name, grad, inplace, out, saved, *numbers)
         if issubclass(type(saved), Mask):
-            if spec.active is None:
-                msg = f"{name} must be the input: of {spec.name}, a mask does not tell enough"
-                raise TypeError(msg)
+            _arguments.tells_enough(name, spec)
             mask = _arguments.unchanged(saved)
             function, saved = spec.gradient, mask.bits
         return _elementwise(
@@ -388,6 +439,8 @@ class _ByChannelBackward(_Function):
 class _ByElement(_Function):
     """``call(x, inplace, out, slopes)``."""
 
+    way = "by_element"
+
     def __init__(self, spec: Spec) -> None:
         super().__init__(spec, Operation(spec.formula, (ARRAY, ARRAY)))
 
@@ -400,6 +453,8 @@ class _ByElement(_Function):
 
 class _ByElementBackward(_Function):
     """``call(grad_output, inplace, out, x, slopes)``; slopes may be one number."""
+
+    way = "by_element_backward"
 
     def __init__(self, spec: Spec) -> None:
         super().__init__(spec, Operation(spec.of_saved, (ARRAY, ARRAY, ARRAY)))
@@ -437,6 +492,9 @@ def slopes(x: Any, lower: Any, upper: Any, training: Any, rng: Any) -> Any:
     low, high = _arguments.bounds(lower, upper)
     if not _arguments.flag("training", training):
         return middle(low, high)
+    lazy = _lazily(x)
+    if lazy is not None:
+        return lazy.slopes(x, low, high, rng)
     engine = engine_of(x)
     (given,) = _arguments.read(engine, ("x", x))
     drawn = engine.uniform(_arguments.accepted("x", given), low, high, rng)

@@ -260,6 +260,12 @@ FAULTS = {
     ],
     "_dispatch.py": [
         Fault(
+            "slopes.astype(np.float64) if exact else slopes",
+            "slopes",
+            "sums of blocks are rounded before they are added up",
+            "test_dask.py::test_half_floats_are_rounded_once_for_all_blocks",
+        ),
+        Fault(
             "active, kept = (_is_set, 0) if is_bool else (spec.active, len(spec.numbers_kept))",
             "active, kept = (_is_set, 0)",
             "of another dtype, all that is positive is active",
@@ -1566,11 +1572,55 @@ FAULTS = {
             "test_paths.py::test_one_thread_where_one_was_asked_for",
         ),
         Fault(
+            "_own_word(team[_ALONE]) != 0:\n        members = 1",
+            "_own_word(team[_ALONE]) != 0:\n        pass",
+            "the loops of Dask's workers are shared with more threads than processors",
+            "test_paths.py::test_a_thread_that_is_alone_shares_nothing",
+        ),
+        Fault(
             '_NAME = f"{COPY}.team"',
             '_NAME = "fastrelu.team"',
             "two copies have one team, whose memory they lay out twice",
             "test_processes.py::test_a_second_copy_under",
             "crashes",
+        ),
+    ],
+    "_dask.py": [
+        Fault(
+            "    with cpu.alone():\n        return call(*arguments)",
+            "    return call(*arguments)",
+            "each of Dask's threads asks for a team",
+            "test_dask.py::test_a_thread_of_a_pool_has_its_loops_to_itself",
+        ),
+        Fault(
+            "spawn_key=block_id)",
+            "spawn_key=())",
+            "all blocks have the same random slopes",
+            "test_dask.py::test_random_slopes",
+        ),
+        Fault(
+            "and value.chunks != common:",
+            "and False:",
+            "a mask's blocks are cut as if they were arrays",
+            "test_dask.py::test_forward_and_backward",
+        ),
+        Fault(
+            "        if array.numblocks != arrays[0].numblocks:",
+            "        if False:",
+            "blocks meet others that are not theirs",
+            "test_dask.py::test_unknown_chunk_sizes",
+        ),
+        Fault(
+            "np.where(np.isfinite(total), total + errors, total)",
+            "(total + errors)",
+            "an infinite weight gradient becomes NaN",
+            "test_dask.py::test_infinities_in_blocks",
+        ),
+        Fault(
+            "pool.set_limit(min(pool.get_limit(), limit // _PART))",
+            "pass",
+            "a worker's idle memory counts against its limit",
+            "test_dask.py::test_more_than_the_workers_may_hold",
         ),
     ],
     "cpu/shield.py": [

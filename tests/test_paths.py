@@ -24,7 +24,18 @@ from reference import assert_same
 import fastrelu as F
 from fastrelu import _dispatch, activations
 from fastrelu._spec import ARRAY, BITS, NUMBER, WEIGHT, Operation
-from fastrelu.cpu import build, calls, fast, jit, loops, pool, quick, sums, threads
+from fastrelu.cpu import (
+    build,
+    calls,
+    fast,
+    jit,
+    loops,
+    pool,
+    quick,
+    shield,
+    sums,
+    threads,
+)
 from fastrelu.cpu.lanes import lane_of
 
 float32 = np.dtype(np.float32)
@@ -621,6 +632,17 @@ def test_one_thread_where_one_was_asked_for():
         F.relu_backward(x, x)
     finally:
         numba.set_num_threads(before)
+    assert shared() == loops_before
+    F.relu(x)
+    assert shared() > loops_before
+
+
+def test_a_thread_that_is_alone_shares_nothing():
+    x = normal(1 << 24, float32)
+    F.relu(x)
+    loops_before = shared()
+    with shield.alone(), shield.alone():
+        F.relu(x)
     assert shared() == loops_before
     F.relu(x)
     assert shared() > loops_before

@@ -29,7 +29,7 @@ from test_threads import needs_fork, run
 
 import fastrelu as F
 from fastrelu import cpu
-from fastrelu.cpu import halves, portable
+from fastrelu.cpu import halves, portable, shield
 
 SIZES = 0, 1, 8, 77, 1158
 
@@ -169,6 +169,12 @@ def test_parts_on_several_threads(shared, monkeypatch):
             _, mask = row.forward(x, return_mask=True, **slopes)
             assert_same(mask.bits, reference.mask_bits(x, name, **slopes))
             assert_same(row.backward(g, mask, **slopes), expected)
+
+
+def test_a_thread_that_is_alone_shares_nothing(shared):
+    with shield.alone():
+        assert not portable._is_shared()
+    assert portable._is_shared()
 
 
 def test_the_weight_gradient_has_the_same_bits_on_any_number_of_threads(

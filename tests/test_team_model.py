@@ -40,6 +40,7 @@ class Task:
         )
         self.lock = None  # what it waits for
         self.mode = 0  # of its processor's floating-point numbers
+        self.alone = 0  # 1 if its loops are to stay with it
         self.done = False
         self.thread = threading.Thread(target=self.run, daemon=True)
 
@@ -192,6 +193,7 @@ class Model:
         patch.setattr(threads, "_keep_away", lambda words, member: self.step())
         patch.setattr(threads, "_call_loop", self.call_loop)
         patch.setattr(threads, "_call_int", lambda *_: self.limit)
+        patch.setattr(threads, "_own_word", lambda key: self.running.alone)
 
     def load(self, words, i):
         self.step((i, False, True))
@@ -262,6 +264,7 @@ class Model:
         owner = Task(self, work)
         self.owners.append(owner)
         self.tasks.append(owner)
+        return owner
 
     def check_rest(self):
         """All is done, and whoever comes next finds everything in its place."""
@@ -380,6 +383,13 @@ def test_a_limit_is_kept(team):
     model.words.poke(threads._LIMIT, 1)
     model.limit = 1
     model.owner((8, 1, MUCH, 0))
+    model.run()
+    assert model.words.peek(threads._LOOPS) == 0
+
+
+def test_a_thread_whose_loops_stay_with_it(team):
+    model = team(3, lambda model, ready: ready[-1])
+    model.owner((8, 1, MUCH, 0)).alone = 1
     model.run()
     assert model.words.peek(threads._LOOPS) == 0
 

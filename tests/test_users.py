@@ -158,7 +158,7 @@ def of_package(name):
     [
         (X.view(Metres), "numpy.asarray"),
         (np.ma.masked_array(X, X > 0), "fill its gaps"),
-        (of_package("dask.array.core"), "map_blocks"),
+        (of_package("dask.dataframe"), "to_dask_array"),
         (of_package("pandas.core.series"), "to_numpy"),
         (of_package("pint.registry"), "magnitude"),
         (of_package("polars.series.series"), "to_numpy"),

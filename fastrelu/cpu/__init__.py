@@ -18,6 +18,7 @@ from fastrelu._arguments import generator, is_on_gpu, kind_of, shown
 from fastrelu._dtypes import row_of
 from fastrelu._layout import added_up, channels_of, flat, lay_flat, slopes_of
 from fastrelu.cpu import abi, libraries, portable
+from fastrelu.cpu.shield import alone as alone
 from fastrelu.mask import ANSWERS
 
 Array = Any  # numpy.ndarray of any dtype; its own generic type says nothing more here

@@ -20,7 +20,7 @@ Array = Any
 _REMEDIES = {
     "astropy": "take its .value",
     "awkward": "take awkward.to_numpy of it",
-    "dask": "use its map_blocks, as in x.map_blocks(fastrelu.relu)",
+    "dask": "take its .to_dask_array(), or dask.array.from_delayed of it",
     "pandas": "take its .to_numpy()",
     "pint": "take its .magnitude",
     "polars": "take its .to_numpy()",

@@ -23,7 +23,7 @@ from fastrelu._functions import bound, rebuild
 from fastrelu._layout import channels_of, lay_flat, slopes_of
 from fastrelu._spec import ARRAY, BITS, NUMBER, WEIGHT, Operation
 from fastrelu.cpu import halves
-from fastrelu.cpu.shield import shielded
+from fastrelu.cpu.shield import is_alone, shielded
 
 Array = Any
 Function = Callable[..., Any]
@@ -283,7 +283,8 @@ def _is_shared() -> bool:
         layer = numba.threading_layer()
     except ValueError:  # none is started
         return False
-    return layer in ("omp", "tbb") and not _forked and numba.get_num_threads() > 1
+    may = layer in ("omp", "tbb") and not _forked and not is_alone()
+    return may and numba.get_num_threads() > 1
 
 
 def _plan(

@@ -67,6 +67,35 @@ new_thread.argtypes = ctypes.c_void_p, ctypes.c_void_p
 new_thread.restype = ctypes.c_ulong
 NO_THREAD = ctypes.c_ulong(-1).value
 
+# A word that each thread has of its own, which compiled code may read without Python's
+# interpreter: 1 while the thread's loops are to stay with it.
+_new_key = _python.PyThread_tss_alloc
+_new_key.restype = ctypes.c_void_p
+_create_key = _python.PyThread_tss_create
+_create_key.argtypes = (ctypes.c_void_p,)
+_get_word = _python.PyThread_tss_get
+_get_word.argtypes, _get_word.restype = (ctypes.c_void_p,), ctypes.c_void_p
+_set_word = _python.PyThread_tss_set
+_set_word.argtypes = ctypes.c_void_p, ctypes.c_void_p
+ALONE = _new_key()
+_create_key(ALONE)
+
+
+@contextlib.contextmanager
+def alone() -> Iterator[None]:
+    """Have this thread's loops stay with it: others have work of their own."""
+    before = _get_word(ALONE)
+    _set_word(ALONE, 1)
+    try:
+        yield
+    finally:
+        _set_word(ALONE, before)
+
+
+def is_alone() -> bool:
+    """Say whether this thread's loops are to stay with it."""
+    return _get_word(ALONE) is not None
+
 
 @contextlib.contextmanager
 def signals_elsewhere() -> Iterator[None]:

@@ -11,6 +11,7 @@ Five rules keep it harmless:
   of the range, takes pieces from its front, and when it has none left, from the back of
   somebody else's.
 - Nobody waits for the team.  While it is busy, a loop runs on the thread it came from.
+  So does that of a thread whose host has others for all processors (Dask's).
 - All pieces of a loop are worked on in the floating-point mode of whoever brings it:
   rounding, and what becomes of subnormals, do not depend on who takes which piece.
 - A member never touches Python, so the interpreter may end at any time.
@@ -41,6 +42,7 @@ from fastrelu.cpu.jit import (
     smaller,
 )
 from fastrelu.cpu.shield import (
+    ALONE,
     NO_THREAD,
     new_lock,
     new_thread,
@@ -106,6 +108,7 @@ _PLACE, _GET_PLACES, _SET_PLACES, _THREAD = range(37, 41)  # see _LINUX; or 0
 _SHARE = 41  # the address of `_share`, or 0 while there is no team
 _NUMBA, _LAUNCHED, _TRUE = 42, 43, 44  # see `is_ready`
 _PROCESS = 45  # its number, which is its main thread's to Linux
+_ALONE = 46  # the key of the word that says whether a thread's loops stay with it
 _MASK, _MAIN, _PLACES = 48, 64, 16  # see `_keep_away`: 16 words of a bit a processor
 _MEMBER, _MEMBER_SIZE = 80, 32  # the first member's words; the next has the next 32
 _ASLEEP, _LOCK = 8, 9  # after its part: (first piece << 32) + the piece after the last
@@ -271,6 +274,7 @@ _call_int = calling(types.intc())
 # interpreter, and another thread may release them.
 _sleep = types.ExternalFunction("PyThread_acquire_lock", types.intc(_word, types.intc))
 _wake = types.ExternalFunction("PyThread_release_lock", types.void(_word))
+_own_word = types.ExternalFunction("PyThread_tss_get", _word(_word))
 _dict_item = types.ExternalFunction("PyDict_GetItem", _word(_word, _word))
 
 
@@ -379,6 +383,8 @@ def _share(function, arguments, size, grain, moved):
     members = smaller(team[_WORKERS] + 1, smaller(moved // SHARE, -(-size // grain)))
     if members > 1 and team[_LIMIT] != 0:
         members = smaller(members, _call_int(team[_LIMIT], ()))
+    if members > 1 and _own_word(team[_ALONE]) != 0:
+        members = 1
     mode = _mode() if members > 1 else -1
     if mode < 0 or not _swap(team, _BUSY, 0, 1):
         _call_loop(function, (arguments, 0, size))
@@ -565,6 +571,7 @@ def _start() -> None:
             _memory[_WORKERS] = me
     _memory[_NUMBA], _memory[_LAUNCHED] = id(vars(parallel)), id(_launched)
     _memory[_TRUE] = id(True)
+    _memory[_ALONE] = ALONE
     _memory[_SHARE] = share.address
 
 
