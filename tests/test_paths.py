@@ -42,6 +42,7 @@ float32 = np.dtype(np.float32)
 LARGE = pool.SMALLEST // 4 + 3
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 BLOCKS = loops.to_bits, loops.from_bits, loops.rows, loops.columns
+LONG = pytest.mark.long
 SUMS = [block.__name__ for block in sums.PARTS]
 several_threads = pytest.mark.skipif(
     numba.config.NUMBA_NUM_THREADS < 2, reason="needs two threads"
@@ -715,7 +716,10 @@ def assembly(block, operation, dtype, kind=build.PLAIN):
 
 
 @pytest.mark.skipif(not X86, reason="reads the assembly language of x86")
-@pytest.mark.parametrize("dtype", ["float32", "float64", "float16", "int8"])
+@pytest.mark.parametrize(
+    "dtype",
+    ["float32", "float16", *(pytest.param(d, marks=LONG) for d in ("float64", "int8"))],
+)
 @pytest.mark.parametrize("which", ["forward", "backward", "to_bits", *SUMS])
 def test_stores_past_the_cache(which, dtype):
     if which in SUMS and dtype == "int8":

@@ -148,7 +148,12 @@ def archive(folder, changed="", *change):
             ),
             "36.0",
         ),
-        ("XDG_CACHE_HOME", ("cpu/jit.py", "passes.add_sroa_pass()", "pass"), "9.0"),
+        pytest.param(
+            "XDG_CACHE_HOME",
+            ("cpu/jit.py", "passes.add_sroa_pass()", "pass"),
+            "9.0",
+            marks=pytest.mark.long,
+        ),
     ],
 )
 def test_from_an_archive(where, change, result, tmp_path):
@@ -218,7 +223,9 @@ SECOND = {
 }
 
 
-@pytest.mark.parametrize("under", SECOND)
+@pytest.mark.parametrize(
+    "under", ["the same name", pytest.param("another name", marks=pytest.mark.long)]
+)
 def test_a_second_copy_under(under, tmp_path):
     """Each has its own team, in turns and at once, and finds its own code on the disk."""
     name = "fastrelu"

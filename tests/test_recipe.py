@@ -104,7 +104,9 @@ def edited(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("engine", GRID)
+@pytest.mark.parametrize(
+    "engine", ["fast", pytest.param("portable", marks=pytest.mark.long)]
+)
 def test_a_new_activation(edited, engine):
     if engine == "fast" and not cpu.is_fast():
         pytest.skip("the fast loops do not run here")

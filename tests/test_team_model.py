@@ -322,7 +322,9 @@ def every_schedule(make):
 MUCH, LITTLE = threads.MUCH, 2 * threads.SHARE
 
 
-@pytest.mark.parametrize(("pieces", "moved"), [(2, MUCH), (3, LITTLE)])
+@pytest.mark.parametrize(
+    ("pieces", "moved"), [(2, MUCH), pytest.param(3, LITTLE, marks=pytest.mark.long)]
+)
 def test_every_schedule_of_two(team, pieces, moved):
     def make(choose):
         model = team(2, choose)

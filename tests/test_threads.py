@@ -447,7 +447,7 @@ SET_MODE = f"""
 
 @several_threads
 @needs_modes
-@pytest.mark.parametrize("first", ["nothing", "both", "upward"])
+@pytest.mark.parametrize("first", ["nothing", "both"])
 def test_every_piece_is_worked_on_in_the_callers_mode(first):
     """Also where the team was started in another, and the caller's stays what it is."""
     script = f"""
@@ -668,7 +668,9 @@ def test_a_member_has_a_sufficient_stack(asked, given):
     assert output == f"{{{given}}} {asked}\n"
 
 
-@pytest.mark.parametrize("size", [1 << 15, 1 << 16])
+@pytest.mark.parametrize(
+    "size", [1 << 15, pytest.param(1 << 16, marks=pytest.mark.long)]
+)
 def test_every_function_from_a_thread_with_a_small_stack(size):
     """With the loops that need most of it: columns wider than what is laid out at once."""
     script = f"""
