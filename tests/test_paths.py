@@ -638,6 +638,7 @@ def test_one_thread_where_one_was_asked_for():
     assert shared() > loops_before
 
 
+@several_threads
 def test_a_thread_that_is_alone_shares_nothing():
     x = normal(1 << 24, float32)
     F.relu(x)
