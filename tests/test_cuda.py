@@ -577,13 +577,14 @@ NEWEST = [
     *(pytest.param(each, marks=pytest.mark.long) for each in CAPABILITIES[:-1]),
     CAPABILITIES[-1],
 ]
+FEW = "float16", "float32"
 compiled = functools.cache(launch.compile_ptx)
 
 
-def kernels():
+def kernels(floats):
     """Every kind of kernel, by name"""
     array, number = ("array",), ("number",)
-    for dtype in FLOATS:
+    for dtype in floats:
         for function, kinds in (
             (CLIP.formula, array + 2 * number),
             (CLIP.of_saved, 2 * array + number),
@@ -624,9 +625,12 @@ def has_vectors(template, options):
 
 
 @emulated
+@pytest.mark.parametrize(
+    "floats", [FEW, pytest.param(FLOATS, marks=pytest.mark.long)], ids=["few", "all"]
+)
 @pytest.mark.parametrize("capability", NEWEST)
-def test_code(capability):
-    for template, options in kernels():
+def test_code(capability, floats):
+    for template, options in kernels(floats):
         text, entry = compiled(work.kernel(template, **options), capability)
         code = text[text.index(entry) :]
         assert ".local" not in code, (template, options)
@@ -647,8 +651,8 @@ def test_machine_code(capability, tmp_path):
     program = pathfinder.find_nvidia_binary_utility("nvdisasm")
     if program is None:
         pytest.skip("needs nvdisasm: pip install nvidia-cuda-nvdisasm")
-    for template, options in kernels():
-        if options["lane"] not in ("float32", "float16"):
+    for template, options in kernels(FEW):
+        if options["lane"] not in FEW:
             continue
         kernel = work.kernel(template, **options)
         text = disassemble(program, kernel, capability, tmp_path / "code")

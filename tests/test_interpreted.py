@@ -54,7 +54,10 @@ from fastrelu.cpu import (
     threads,
 )
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*encountered:RuntimeWarning")
+pytestmark = [
+    pytest.mark.model,
+    pytest.mark.filterwarnings("ignore:.*encountered:RuntimeWarning"),
+]
 SIZES = 0, 1, 8, 64, 77, 1158  # the last one is past the cache
 
 

@@ -138,7 +138,7 @@ def test_the_same_seed_gives_the_same_run(monkeypatch):
     monkeypatch.setattr(training, "WIDTHS", WIDTHS)
 
     def scores(seed):
-        options = ["train", "--seed", str(seed)]
+        options = ["train", "--seed", str(seed), "--threads", "1"]
         run = Run(parser().parse_args(options), load_digits(seed))
         return np.concatenate(list(itertools.islice(map(np.copy, run), 3)))
 
@@ -146,7 +146,69 @@ def test_the_same_seed_gives_the_same_run(monkeypatch):
     assert (scores(3) != scores(4)).any()
 
 
+class Blas:
+    """A library of matrix products, and how long steps take with its threads"""
+
+    num_threads = 4
+
+    def __init__(self, monkeypatch, **seconds):
+        self.now, self.seconds = 0.0, seconds
+        monkeypatch.setattr(training.time, "perf_counter", lambda: self.now)
+
+    def set_num_threads(self, number):
+        self.number = number
+
+    def steps(self, threads, count):
+        """The threads that each of some steps was given"""
+        given = []
+        threads.libraries = [self]
+        for _ in range(count):
+            with threads.step():
+                given.append(self.number)
+                self.now += self.seconds["one" if self.number == 1 else "all"]
+        return given
+
+
+def threads_of(monkeypatch, number=None):
+    import threadpoolctl
+
+    class Controller:
+        def select(self, user_api):
+            assert user_api == "blas"
+            return types.SimpleNamespace(lib_controllers=[Blas(monkeypatch)])
+
+    monkeypatch.setattr(threadpoolctl, "ThreadpoolController", Controller)
+    return training.Threads(number)
+
+
+@pytest.mark.parametrize(("seconds", "best"), [((2, 1), 4), ((1, 2), 1)])
+def test_products_take_the_threads_that_make_steps_quicker(seconds, best, monkeypatch):
+    threads = threads_of(monkeypatch)
+    blas = Blas(monkeypatch, one=seconds[0], all=seconds[1])
+    rest = [best] * threads.STEPS
+    assert blas.steps(threads, 2 * (4 + len(rest))) == 2 * [1, 4, 1, 4, *rest]
+
+
+def test_products_give_way_to_who_comes_later(monkeypatch):
+    threads = threads_of(monkeypatch)
+    blas = Blas(monkeypatch, one=2, all=1)
+    assert blas.steps(threads, 6) == [1, 4, 1, 4, 4, 4]
+    blas.seconds = {"one": 3, "all": 30}
+    assert blas.steps(threads, 7) == [4, 1, 4, 1, 4, 1, 1]
+
+
+def test_products_take_the_threads_that_were_asked_for(monkeypatch):
+    threads = threads_of(monkeypatch, 3)
+    assert threads.libraries[0].number == 3
+    blas = Blas(monkeypatch)
+    blas.number = None
+    threads.libraries = [blas]
+    with threads.step():
+        assert blas.number is None
+
+
 WRONG = {
+    "--threads 0": "0",
     "--activation swish": "swish",
     "--epochs 0": "--epochs",
     "--epochs ten": "--epochs",

@@ -308,7 +308,7 @@ def main(step, path, dtypes):
 
 
 @pytest.mark.skipif(os.name != "posix", reason="protects pages by mprotect")
-@pytest.mark.parametrize("step", [29, pytest.param(1, marks=pytest.mark.long)])
+@pytest.mark.parametrize("step", [59, pytest.param(1, marks=pytest.mark.long)])
 def test_beside_guarded_pages(step, tmp_path):
     note = tmp_path / "note"
     command = [sys.executable, "-X", "faulthandler", __file__, str(step), str(note)]

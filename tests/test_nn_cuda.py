@@ -164,7 +164,7 @@ def lines(capsys):
 @pytest.mark.parametrize("activation", ["relu", "leaky_relu", "prelu"])
 def test_training(activation, small, gpu, cupy, capsys):
     options = ["train", "--epochs", "3", "--activation", activation]
-    options += ["--batch-size", "256", "--learning-rate", "0.05"]
+    options += ["--batch-size", "256", "--learning-rate", "0.05", "--threads", "1"]
     assert cli.main(options) == 0
     expected = lines(capsys)
     assert not gpu.launches

@@ -70,7 +70,14 @@ def results(measured):
 
 
 @pytest.fixture
-def run(tmp_path):
+def pictures():
+    """For tests that want them: they take a second"""
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch, request):
+    if "pictures" not in request.fixturenames:
+        monkeypatch.setattr(report, "draw", lambda results, folder: None)
     readme, out = tmp_path / "README.md", tmp_path / "results"
     readme.write_bytes(f"{BEFORE}\nstale words\n{AFTER}".encode())
 
@@ -215,7 +222,7 @@ def test_without_the_markers_the_readme_stays(tmp_path, text):
     assert path.read_bytes() == text.encode()
 
 
-def test_the_compact_copy_gives_the_same_again(run, measured):
+def test_the_compact_copy_gives_the_same_again(run, measured, pictures):
     text, out = run(measured)
     first = {path.name: path.read_bytes() for path in out.iterdir()}
     name = "a-machine-2-cores-2030-01-02"
@@ -225,7 +232,7 @@ def test_the_compact_copy_gives_the_same_again(run, measured):
     assert {path.name: path.read_bytes() for path in out.iterdir()} == first
 
 
-def test_the_pictures_name_who_and_what(run, measured):
+def test_the_pictures_name_who_and_what(run, measured, pictures):
     _, out = run(measured, "--name", "mine")
     assert (out / "mine.json").exists()
     for name, unit in (("time", "ns per element"), ("bandwidth", "GB/s")):
@@ -234,7 +241,7 @@ def test_the_pictures_name_who_and_what(run, measured):
         assert not [word for word in words if f"<!-- {word} -->" not in svg]
 
 
-def test_a_gpu_has_a_place_of_its_own(tmp_path, measured, results, run):
+def test_a_gpu_has_a_place_of_its_own(tmp_path, measured, results, run, pictures):
     gpu = {
         "checks": [["relu float32 cupy", "ok", ""], ["graphs", "failed", "7 differ"]]
     }

@@ -15,6 +15,8 @@ import pytest
 
 from fastrelu.cpu import threads
 
+pytestmark = pytest.mark.model
+
 FILE = threads.__file__
 
 

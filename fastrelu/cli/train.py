@@ -78,6 +78,13 @@ def add(commands: Any) -> None:
         help="of the split, the weights and the batches (default: %(default)s)",
     )
     command.add_argument(
+        "--threads",
+        type=whole(1),
+        metavar="N",
+        help="of matrix products on the CPU (default: one or all, whichever is quicker "
+        "meanwhile); with a number, a seed's run is the same each time",
+    )
+    command.add_argument(
         "--plot",
         type=plot_file,
         metavar="FILE",
@@ -107,17 +114,12 @@ def plot_file(text: str) -> Path:
 def train(args: argparse.Namespace) -> int:
     """Train the network and report on it; return the exit status."""
     try:
-        for name in ("sklearn", "rich", "matplotlib"):
+        for name in ("sklearn", "rich", "matplotlib", "threadpoolctl"):
             importlib.import_module(name)
-        threadpoolctl = importlib.import_module("threadpoolctl")
     except ModuleNotFoundError as error:
         args.fail(f'{error}; it comes with pip install "fastrelu[demo]"')
     from rich.console import Console
 
-    # One thread for the matrix products: those of OpenBLAS spin while they wait for
-    # each other, and beside one other busy program two take ten times as long as one.
-    # It also makes a seed's run the same on every number of cores.
-    threadpoolctl.threadpool_limits(1, user_api="blas")
     # Control characters are for terminals only, whatever FORCE_COLOR says.
     console = Console(
         force_terminal=sys.stdout.isatty(),

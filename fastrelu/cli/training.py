@@ -1,8 +1,10 @@
 """A network of 14 layers, and how it learns handwritten digits."""
 
 import argparse
+import contextlib
 import importlib
 import math
+import time
 from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -125,6 +127,59 @@ class Activity:
         return [1 - mean / self.rows for mean in means], list(map(int, dead))
 
 
+class Threads:
+    """Those of the matrix products: one or all, whichever makes steps quicker meanwhile.
+
+    All are quicker where they are alone.  But OpenBLAS's spin while they wait for each
+    other: beside one other busy program, two take ten times as long as one.
+    """
+
+    STEPS = 64  # until it is measured again, at the latest
+    SLOW = 2  # times as long as it was measured: somebody else has come
+
+    def __init__(self, number: int | None = None) -> None:
+        from threadpoolctl import ThreadpoolController
+
+        self.libraries = ThreadpoolController().select(user_api="blas").lib_controllers
+        most = max((library.num_threads for library in self.libraries), default=1)
+        self.number = number or most
+        self.both = [] if number or most == 1 else [1, most, 1, most]
+        self.seconds: dict[int, float] = {}
+        self.turns = [*self.both]  # to measure
+        self.steps = 0
+        self.use(self.number)
+
+    def use(self, number: int) -> None:
+        """Have products take so many."""
+        for library in self.libraries:
+            library.set_num_threads(number)
+
+    @contextlib.contextmanager
+    def step(self) -> Iterator[None]:
+        """Give a step the threads that are best for it, or measure."""
+        if not self.both:
+            yield
+            return
+        number = self.turns[0] if self.turns else self.number
+        self.use(number)
+        start = time.perf_counter()
+        yield
+        self.note(number, time.perf_counter() - start)
+
+    def note(self, number: int, seconds: float) -> None:
+        """Learn from what a step took."""
+        if self.turns:
+            self.seconds[number] = min(seconds, self.seconds.get(number, seconds))
+            del self.turns[0]
+            self.number = min(self.seconds, key=self.seconds.__getitem__)
+            self.steps = 0
+            return
+        self.steps += 1
+        slow = number > 1 and seconds > self.SLOW * self.seconds[number]
+        if slow or self.steps >= self.STEPS:
+            self.turns, self.seconds = [*self.both], {}
+
+
 class Run:
     """A training run on arrays of `xp`, which can be left after any step.
 
@@ -134,6 +189,7 @@ class Run:
     def __init__(
         self, args: argparse.Namespace, digits: Digits, xp: ModuleType = np
     ) -> None:
+        self.threads = Threads(args.threads if xp is np else 1)
         self.xp = xp
         self.digits = Digits(*map(xp.asarray, digits))
         self.rng = np.random.default_rng(args.seed)
@@ -173,10 +229,12 @@ class Run:
             order = self.rng.permutation(len(self.digits.train_x))
             for rows in self.split(order):
                 seen += len(rows)
-                means += (self.step(rows) - means) * len(rows) / seen
+                with self.threads.step():
+                    scores = self.step(rows)
+                means += (scores - means) * len(rows) / seen
                 if seen == len(order):
-                    scores = *read(means), *read(self.test())
-                    self.history.append(Epoch(*scores, *self.activity.read()))
+                    told = *read(means), *read(self.test())
+                    self.history.append(Epoch(*told, *self.activity.read()))
                 yield means
 
     def step(self, rows: Array) -> Array:
