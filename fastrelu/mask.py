@@ -26,6 +26,12 @@ ANSWERS = (
 )
 
 
+def has_gaps(kind: type) -> bool:
+    """Say whether a type is numpy.ma's, which is not imported for that."""
+    masked = sys.modules.get("numpy.ma")
+    return masked is not None and issubclass(kind, masked.MaskedArray)
+
+
 def is_foreign(kind: type) -> bool:
     """Say whether objects of a type may be arrays of another library."""
     names = "__cuda_array_interface__", "__dlpack_device__", "__cuda_ndarray__"
@@ -91,7 +97,7 @@ class Mask:
     ) -> None:
         kind = type(bits)
         plain = bits
-        if issubclass(kind, np.ndarray) and not issubclass(kind, np.ma.MaskedArray):
+        if issubclass(kind, np.ndarray) and not has_gaps(kind):
             plain = np.asarray(bits)  # a subclass may have attributes of its own
         elif not is_foreign(kind) or not hasattr(bits, "dtype"):
             msg = f"bits must be an array of uint8, got {kind.__name__}"

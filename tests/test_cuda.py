@@ -581,7 +581,7 @@ FEW = "float16", "float32"
 compiled = functools.cache(launch.compile_ptx)
 
 
-def kernels(floats):
+def kernels(floats=FLOATS):
     """Every kind of kernel, by name"""
     array, number = ("array",), ("number",)
     for dtype in floats:

@@ -20,7 +20,7 @@ from conftest import FLOATS, PATIENCE, normal, place, run_command, sample, start
 from reference import assert_same
 
 import fastrelu as F
-from fastrelu import _arguments, _dispatch
+from fastrelu import _arguments, _dispatch, activations
 from fastrelu.activations import _leaky_relu
 from fastrelu.cpu import jit
 
@@ -672,6 +672,29 @@ def test_a_weight_within_the_gradient(put):
         expected = F.prelu_backward(g, x, x[0].copy())
         F.prelu_backward(put(g), put(saved), put(x[0].copy()), out=put(out))
         assert_same(out, expected[0])
+
+
+def test_weights_that_are_left_to_the_long_way(put):
+    x, g, weights = (normal(shape, FLOAT32, 1) for shape in ((4, 8), (4, 8), 16))
+    w = weights[::2]
+    expected, _ = F.prelu_backward(g, x, w)
+    for _ in "12":
+        dx, _ = F.prelu_backward(put(g), put(x), put(w))
+        assert_same(dx.host, expected)
+
+
+def test_shapes_do_not_pile_up(put, monkeypatch):
+    monkeypatch.setattr(calls, "_MANY", 2)
+    w = put(np.ones(8, "f4"))
+    for rows in range(1, 7):
+        x = put(np.ones((rows, 8), "f4"))
+        F.relu(x)
+        F.prelu(x, w)
+    for function, ready in (
+        (activations._relu_forward, "ready"),
+        (activations._prelu_forward, "ready_weight"),
+    ):
+        assert 0 < len(getattr(function.on_gpu[type(x)], ready)) <= 2
 
 
 def test_no_channels_at_all(put):

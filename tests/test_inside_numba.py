@@ -127,10 +127,10 @@ def test_as_python_it_writes_where_it_is_told(name, layout, way, inside):
         given = list(arrays)
         expected = first(inside(function)(*given, **more))
         memory = place(np.zeros((4, 3), dtype), layout)[0]
-        if way == "shifted":  # an input lies one column off the result
+        if way == "shifted":  # what is written next is still to be read
             which = -1 if arrays[-1].ndim > 1 else 0
             wide = place(np.zeros((4, 4), dtype), layout)[0]
-            memory, given[which] = wide[:, :3], wide[:, 1:]
+            memory, given[which] = wide[:, 1:], wide[:, :3]
             given[which][...] = arrays[which]
         if way == "inplace":
             memory[...] = arrays[0]

@@ -770,6 +770,7 @@ def test_no_load_waits_for_another(which):
     assert not re.search(masked, code)
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not X86, reason="reads the assembly language of x86")
 def test_simplest_vectors():
     """Where nothing can be loaded under a mask, as on ARM, loops are vector code too."""

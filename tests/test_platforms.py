@@ -268,9 +268,8 @@ def test_a_sufficient_stack(size):
         threading.stack_size(before)
 
 
-@pytest.mark.parametrize(
-    "size", [1 << 15, pytest.param(1 << 16, marks=pytest.mark.long)]
-)
+@pytest.mark.long
+@pytest.mark.parametrize("size", [1 << 15, 1 << 16])
 def test_first_calls_where_stacks_are_small(size, tmp_path):
     script = f"""
     import threading

@@ -93,6 +93,7 @@ def test_machine_code_alone_is_kept(tmp_path):
         assert functions[0].encode() in code
 
 
+@pytest.mark.long
 def test_a_cache_of_another_version(tmp_path):
     """Both are kept: two versions may share a folder."""
     cache = {"NUMBA_CACHE_DIR": str(tmp_path)}
@@ -107,6 +108,7 @@ def test_a_cache_of_another_version(tmp_path):
         assert run(script, **cache) == "True\n"
 
 
+@pytest.mark.long
 def test_settings_of_numba(tmp_path):
     """Not optimised, code is as right, and is kept beside the other."""
     cache = {"NUMBA_CACHE_DIR": str(tmp_path)}
@@ -136,6 +138,7 @@ def archive(folder, changed="", *change):
     return str(path)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("where", "change", "result"),
     [
@@ -148,12 +151,7 @@ def archive(folder, changed="", *change):
             ),
             "36.0",
         ),
-        pytest.param(
-            "XDG_CACHE_HOME",
-            ("cpu/jit.py", "passes.add_sroa_pass()", "pass"),
-            "9.0",
-            marks=pytest.mark.long,
-        ),
+        ("XDG_CACHE_HOME", ("cpu/jit.py", "passes.add_sroa_pass()", "pass"), "9.0"),
     ],
 )
 def test_from_an_archive(where, change, result, tmp_path):
@@ -223,9 +221,8 @@ SECOND = {
 }
 
 
-@pytest.mark.parametrize(
-    "under", ["the same name", pytest.param("another name", marks=pytest.mark.long)]
-)
+@pytest.mark.long
+@pytest.mark.parametrize("under", SECOND)
 def test_a_second_copy_under(under, tmp_path):
     """Each has its own team, in turns and at once, and finds its own code on the disk."""
     name = "fastrelu"

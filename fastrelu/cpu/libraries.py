@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from fastrelu._arguments import _is, is_number
+from fastrelu.mask import has_gaps
 
 Array = Any
 
@@ -42,7 +43,7 @@ def refuse(value: Any) -> None:
     """Refuse what carries more than numbers, which a result would not have."""
     kind = type(value)
     remedy = _REMEDIES.get(_package(value))
-    if issubclass(kind, np.ma.MaskedArray):
+    if has_gaps(kind):
         remedy = "fill its gaps first"
     elif issubclass(kind, np.ndarray) and remedy is None:
         if kind in (np.ndarray, np.memmap) or not _carries_more(kind):

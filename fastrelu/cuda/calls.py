@@ -155,8 +155,7 @@ class Calls:
             head, vector = found, other if weight.dtype == x.dtype else None
             layout = weight_layout(channels, inner, itemsize, head, vector)
             plan = layout and self._plan(layout, x.dtype, weight.dtype)
-            if not plan:
-                return None
+            assert plan  # there is one, as for arrays that begin with a whole vector
             code = plan[0]
             vectors, blocks = split_flat(size - head, itemsize)
         stream = self.library.stream(x, device)
