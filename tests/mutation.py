@@ -1628,7 +1628,7 @@ FAULTS = {
             "    return overlap(x, y) and not (same and x.strides == y.strides)",
             "    return False",
             "an input is read after it was overwritten",
-            "test_inside_numba.py::test_as_python_what_lies_flat_and_overlaps",
+            "test_inside_numba.py::test_as_python_it_writes_where_it_is_told",
         ),
         Fault(
             "        axis = x.ndim - 1 - k if reverse else k\n        lengths",
