@@ -409,6 +409,29 @@ def _sum_lane(lane: Lane) -> Lane:
     return Lane(str(lane.compute), lane.compute, lane.compute)
 
 
+def _one_and_two(get: Any, put: Any, apply: Any, add: Any) -> tuple[Any, Any]:
+    """Return what writes the gradient at one place, or two, and adds to a pair of sums.
+
+    Two are read before either is written, for more loads on their way.
+    """
+
+    def one(arrays, i, slopes, pair):
+        grad, x, y = arrays
+        g, v = get(grad, i, 0), get(x, i, 0)
+        put(y, i, 0, apply((g, v, slopes)))
+        return add(pair, g, v)
+
+    def two(arrays, i, j, slopes, pair):
+        grad, x, y = arrays
+        g, v = get(grad, i, 0), get(x, i, 0)
+        h, w = get(grad, j, 0), get(x, j, 0)
+        put(y, i, 0, apply((g, v, slopes)))
+        put(y, j, 0, apply((h, w, slopes)))
+        return add(add(pair, g, v), h, w)
+
+    return inlined(one), inlined(two)
+
+
 def prelu_rows(
     function: Function,
     lane: Lane,
@@ -433,6 +456,7 @@ def prelu_rows(
         _folder(lane, width),
         _reducer(lane, THREADS),
     )
+    one, two = _one_and_two(get, put, apply, add)
     put_pair, compute = _store_pair(_sum_lane(lane)), lane.compute
     zeros = (lane.scalar(0),) * width
 
@@ -453,20 +477,14 @@ def prelu_rows(
         pair = zeros, zeros
         in_row = inner // width
         q, step, end = split * THREADS + thread, splits * THREADS, outer * in_row
-        while q + step < end:  # two vectors at a time, for more loads on their way
+        while q + step < end:
             i = place(q, channel, channels, inner)
             j = place(q + step, channel, channels, inner)
-            g, v = get(grad, i, 0), get(x, i, 0)
-            h, w = get(grad, j, 0), get(x, j, 0)
-            put(y, i, 0, apply((g, v, slope)))
-            put(y, j, 0, apply((h, w, slope)))
-            pair = add(add(pair, g, v), h, w)
+            pair = two((grad, x, y), i, j, slope, pair)
             q += 2 * step
         if q < end:
             i = place(q, channel, channels, inner)
-            g, v = get(grad, i, 0), get(x, i, 0)
-            put(y, i, 0, apply((g, v, slope)))
-            pair = add(pair, g, v)
+            pair = one((grad, x, y), i, slope, pair)
         if split == 0 and thread == 0 and in_row * width < inner:
             i = in_row * width
             g, v = get_part(grad, i, inner), get_part(x, i, inner)
@@ -501,6 +519,7 @@ def prelu_columns(
     get_weight = load(weight, 1)
     apply = each(function, lane.compute, width)
     add, reduce = _adder(lane, width), _reducer(lane, THREADS * width)
+    one, two = _one_and_two(get, put, apply, add)
     put_vector, put_pair = spill(lane, width), _store_pair(_sum_lane(lane))
     compute, length = lane.compute, THREADS * width
     zeros, lanes = (lane.scalar(0),) * width, tuple(range(width))
@@ -527,18 +546,11 @@ def prelu_columns(
             row, step = split * DOWN + thread // ACROSS, splits * DOWN
             while row + step < outer:
                 i = row * columns + column
-                j = i + step * columns
-                g, v = get(grad, i, 0), get(x, i, 0)
-                h, w = get(grad, j, 0), get(x, j, 0)
-                put(y, i, 0, apply((g, v, slopes)))
-                put(y, j, 0, apply((h, w, slopes)))
-                pair = add(add(pair, g, v), h, w)
+                pair = two((grad, x, y), i, i + step * columns, slopes, pair)
                 row += 2 * step
             if row < outer:
                 i = row * columns + column
-                g, v = get(grad, i, 0), get(x, i, 0)
-                put(y, i, 0, apply((g, v, slopes)))
-                pair = add(pair, g, v)
+                pair = one((grad, x, y), i, slopes, pair)
         put_vector(totals, thread * width, pair[0])
         put_vector(losses, thread * width, pair[1])
         reduce(totals, losses, strip)
