@@ -246,6 +246,11 @@ WRONG = {
     "far bits": (lambda p: F.relu_backward(p.g, far_bits(p)), ValueError, "saved"),
     "axis": (lambda p: F.prelu(p.x, p.w, axis=2), ValueError, "axis"),
     "a bool": (lambda p: F.prelu(p.x, p.short, axis=False), TypeError, "axis"),
+    "a bool, backward": (
+        lambda p: F.prelu_backward(p.g, p.x, p.short, axis=False),
+        TypeError,
+        "axis",
+    ),
     "weight": (lambda p: F.prelu(p.x, p.w, axis=0), ValueError, "weight"),
     "changed": (lambda p: F.relu_backward(p.g, other_shape(p)), TypeError, "saved"),
     "integers": (lambda p: F.prelu(p.x, p.mask.bits), TypeError, "weight"),
