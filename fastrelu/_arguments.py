@@ -29,9 +29,9 @@ from fastrelu.mask import ANSWERS, Mask, is_foreign
 Array = Any
 
 
-def _is(value: object, kind: type | tuple[type, ...]) -> bool:
+def _is(value: object, types: type | tuple[type, ...]) -> bool:
     """Ask the type alone: an object may claim another class, or fail when asked."""
-    return issubclass(type(value), kind)
+    return issubclass(type(value), types)
 
 
 def kind_of(value: object) -> str:
@@ -55,14 +55,14 @@ _may_be_on_gpu = functools.lru_cache(256)(is_foreign)
 
 def is_on_gpu(value: Any) -> bool:
     """Say whether a value is an array in a GPU's memory, of whichever library."""
-    kind: Any = type(value)
-    if not _may_be_on_gpu(kind):
+    type_: Any = type(value)
+    if not _may_be_on_gpu(type_):
         return False
     with contextlib.suppress(*ANSWERS):  # of a broken method: NumPy will complain
-        if hasattr(kind, "__dlpack_device__"):
+        if hasattr(type_, "__dlpack_device__"):
             return int(value.__dlpack_device__()[0]) in _CUDA
         # Numba's own arrays are told by a mark: its simulator's have no interface.
-        mark = hasattr(kind, "__cuda_ndarray__")
+        mark = hasattr(type_, "__cuda_ndarray__")
         return mark or value.__cuda_array_interface__ is not None
     return False
 

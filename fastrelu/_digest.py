@@ -136,18 +136,18 @@ class _Walk:
 
         Lists stand for tuples, so that no tuple passes for what is made here.
         """
-        kind = type(value)
-        if kind in _PLAIN or value is None or value is Ellipsis:
+        type_ = type(value)
+        if type_ in _PLAIN or value is None or value is Ellipsis:
             return value
-        if kind is tuple:
+        if type_ is tuple:
             return [self.known(each) for each in value]
-        if kind is CodeType:
+        if type_ is CodeType:
             return self._code(value)
-        if kind is FunctionType and not _is_of_a_library(value):
+        if type_ is FunctionType and not _is_of_a_library(value):
             found = self.function(value)
             self.inner.append((value, found))
             return "function", found
-        return getattr(self, _sort(kind))(value)  # type: ignore[arg-type]
+        return getattr(self, _sort(type_))(value)  # type: ignore[arg-type]
 
     def _code(self, code: CodeType) -> Any:
         return (
@@ -239,12 +239,12 @@ _KINDS_OF: list[tuple[Any, str]] = [
 
 
 @functools.cache
-def _sort(kind: type) -> str:
+def _sort(type_: type) -> str:
     """Return the method of a walk for objects of a class."""
-    if kind in _EXACTLY:
-        return _EXACTLY[kind]
+    if type_ in _EXACTLY:
+        return _EXACTLY[type_]
     for base, name in _KINDS_OF:
-        if base in kind.__mro__:  # which asks no abstract class for all it has
+        if base in type_.__mro__:  # which asks no abstract class for all it has
             return name
     return "_other"
 

@@ -1,4 +1,8 @@
-"""How arrays lie in memory: flat views, overlap, and the channels of a weight."""
+"""How arrays lie in memory: orders of axes, overlap, and the channels of a weight.
+
+An order names the axes from the one with the largest stride to the smallest.  Strides
+are in elements, or, where all of a function's are, in bytes.
+"""
 
 import functools
 import math
@@ -10,18 +14,78 @@ import numpy as np
 from fastrelu._dtypes import row_of
 
 Array = Any  # numpy.ndarray of any dtype; its own generic type says nothing more here
+Axes = tuple[int, ...]
 
 
-def memory_order(x: Array) -> list[int]:
+# Shapes and strides -------------------------------------------------------------------
+
+
+def c_strides(shape: Sequence[int], itemsize: int = 1) -> list[int]:
+    """Return the strides of an array in C order."""
+    strides, step = [], itemsize
+    for length in reversed(shape):
+        strides.append(step)
+        step *= length
+    return strides[::-1]
+
+
+@functools.lru_cache(1024)
+def memory_order(shape: Axes, strides: Axes) -> Axes:
     """Return the axes from the one with the largest stride to the smallest.
 
     Those of length 1, whose strides say nothing, come first.
     """
     steps = [
         math.inf if length == 1 else abs(stride)
-        for length, stride in zip(x.shape, x.strides, strict=True)
+        for length, stride in zip(shape, strides, strict=True)
     ]
-    return sorted(range(len(steps)), key=lambda axis: -steps[axis])
+    return tuple(sorted(range(len(steps)), key=lambda axis: -steps[axis]))
+
+
+def is_flat(order: Sequence[int], shape: Sequence[int], strides: Sequence[int]) -> bool:
+    """Say whether the elements follow one another in this order of the axes."""
+    steps = c_strides([shape[axis] for axis in order])
+    pairs = zip(order, steps, strict=True)
+    flat = all(shape[axis] == 1 or strides[axis] == step for axis, step in pairs)
+    return flat or 0 in shape
+
+
+def strides_of(order: Sequence[int], shape: Sequence[int]) -> list[int]:
+    """Return the strides of what is flat in this order of the axes."""
+    strides = [0] * len(shape)
+    steps = c_strides([shape[axis] for axis in order])
+    for axis, step in zip(order, steps, strict=True):
+        strides[axis] = step
+    return strides
+
+
+def collapse(
+    order: Sequence[int], shape: Sequence[int], strides: Sequence[Sequence[int]]
+) -> tuple[int, list[int]]:
+    """Merge axes that lie behind one another in every array; there is at least one.
+
+    Return how many are left, and their lengths and each array's strides in one list.
+    """
+    merged: list[list[int]] = []  # [length, stride, stride, ...]
+    for axis in order:
+        length = shape[axis]
+        if length == 1:
+            continue
+        steps = [stride[axis] for stride in strides]
+        if merged and all(
+            before == step * length
+            for before, step in zip(merged[-1][1:], steps, strict=True)
+        ):
+            merged[-1] = [merged[-1][0] * length, *steps]
+        else:
+            merged.append([length, *steps])
+    if not merged:
+        merged = [[1] + [0] * len(strides)]
+    columns = zip(*merged, strict=True)
+    return len(merged), [number for column in columns for number in column]
+
+
+# NumPy's arrays ----------------------------------------------------------------------
 
 
 def flat(x: Array, order: Sequence[int]) -> Array | None:
@@ -40,7 +104,7 @@ def lay_flat(
     order: Sequence[int] | None = None,
     *,
     may_wait: bool = True,
-) -> tuple[Array, list[int], list[Array], list[tuple[Array, Array]]]:
+) -> tuple[Array, Axes, list[Array], list[tuple[Array, Array]]]:
     """Return where to write, its order of axes, and y and the inputs flat along it.
 
     The order is that of y's memory, if none is given.
@@ -49,7 +113,7 @@ def lay_flat(
     first input may wait where its result will be: the last value has what to copy,
     (to, from), when nothing can fail any more, for until then y must not change.
     """
-    given, order = order, list(memory_order(y) if order is None else order)
+    given, order = order, tuple(order or memory_order(y.shape, y.strides))
     flat_y = flat(y, order)
     on_y = [x is y or lies_on(x, y) for x in inputs]
     if flat_y is None or any(
@@ -59,7 +123,7 @@ def lay_flat(
     ):
         if given is None:
             y = empty_like(y)
-            order = memory_order(y)
+            order = memory_order(y.shape, y.strides)
         else:
             back = sorted(range(y.ndim), key=order.__getitem__)
             y = empty_like(y.transpose(order), "C").transpose(back)
@@ -92,7 +156,7 @@ def lies_on(x: Array, y: Array) -> bool:
 def is_simple(x: Array) -> bool:
     """Say whether each axis steps over all that the finer ones reach."""
     reach = x.itemsize
-    for axis in reversed(memory_order(x)):
+    for axis in reversed(memory_order(x.shape, x.strides)):
         if x.shape[axis] != 1:
             if abs(x.strides[axis]) < reach:
                 return False
@@ -130,6 +194,20 @@ def channels_of(shape: tuple[int, ...], weight: tuple[int, ...]) -> Channels:
     )
     channels, inner = math.prod(span), math.prod(shape[last:])
     return Channels(slice(first, last), span, spread, channels, inner)
+
+
+def parts_of(
+    order: Axes, shape: Axes, weight: Axes, strides: Axes
+) -> tuple[int, int, int] | None:
+    """Return (outer, channels, inner) of what is flat in this order, or None.
+
+    The axes along which the weight varies must be one run, and it flat along them.
+    """
+    lengths = tuple(shape[axis] for axis in order)
+    view = channels_of(lengths, tuple(weight[axis] for axis in order))
+    if view.spread or not is_flat(order[view.axes], weight, strides):
+        return None
+    return math.prod(lengths[: view.axes.start]), view.channels, view.inner
 
 
 def slopes_of(weight: Array, view: Channels, x: Array) -> Array:

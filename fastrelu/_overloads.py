@@ -37,7 +37,7 @@ from fastrelu._dtypes import BY_NAME
 from fastrelu._functions import rebuild
 from fastrelu._spec import Spec
 from fastrelu.activations import ACTIVATIONS, Row
-from fastrelu.cpu import bodies, portable
+from fastrelu.cpu import portable, templates
 
 Function = Callable[..., Any]
 
@@ -66,62 +66,62 @@ def _kept(template: Function, names: tuple[tuple[str, Any], ...]) -> Any:
     return numba.njit(made, **_OPTIONS, **_INNER)
 
 
-def _is_array(kind: Any) -> bool:
-    return isinstance(kind, types.Array)
+def _is_array(type_: Any) -> bool:
+    return isinstance(type_, types.Array)
 
 
 def _on_gpu() -> bool:
     return bool(current_target() == "cuda")
 
 
-def _dtype(kind: Any) -> str:
+def _dtype(type_: Any) -> str:
     """Return the name of the dtype of an array's or number's type."""
-    name = str(types.unliteral(kind.dtype if _is_array(kind) else kind))
+    name = str(types.unliteral(type_.dtype if _is_array(type_) else type_))
     return "bfloat16" if name == "__nv_bfloat16" else name
 
 
-def _stand_in(kind: Any) -> Any:
+def _stand_in(type_: Any) -> Any:
     """Return what checks of arrays ask, of a type."""
-    return SimpleNamespace(dtype=_dtype(kind), shape=None, device=None)
+    return SimpleNamespace(dtype=_dtype(type_), shape=None, device=None)
 
 
-def _accepted(name: str, kind: Any, *, integers: bool = False) -> str:
+def _accepted(name: str, type_: Any, *, integers: bool = False) -> str:
     """Return the dtype of an argument, which must be one that functions take."""
-    is_number = isinstance(kind, (types.Number, types.Boolean))
-    if not _is_array(kind) and not is_number and _dtype(kind) != "bfloat16":
-        msg = f"{name} must be an array or a number, got {kind}"
+    is_number = isinstance(type_, (types.Number, types.Boolean))
+    if not _is_array(type_) and not is_number and _dtype(type_) != "bfloat16":
+        msg = f"{name} must be an array or a number, got {type_}"
         raise TypeError(msg)
-    _arguments.accepted(name, _stand_in(kind), integers=integers)
-    if _on_gpu() and _is_array(kind):
-        msg = f"{name} must be a number in a kernel, which calls for each, got {kind}"
+    _arguments.accepted(name, _stand_in(type_), integers=integers)
+    if _on_gpu() and _is_array(type_):
+        msg = f"{name} must be a number in a kernel, which calls for each, got {type_}"
         raise TypeError(msg)
-    if not _on_gpu() and _dtype(kind) in _HALVES:
-        msg = f"{name} must not be of {_dtype(kind)}: Numba has none on the CPU"
+    if not _on_gpu() and _dtype(type_) in _HALVES:
+        msg = f"{name} must not be of {_dtype(type_)}: Numba has none on the CPU"
         raise TypeError(msg)
-    return _dtype(kind)
+    return _dtype(type_)
 
 
 _HALVES = "float16", "bfloat16"
 
 
-def _flag(name: str, kind: Any) -> bool:
+def _flag(name: str, type_: Any) -> bool:
     """Return a flag, which must be known while the caller is compiled."""
-    value = getattr(kind, "literal_value", getattr(kind, "value", kind))
+    value = getattr(type_, "literal_value", getattr(type_, "value", type_))
     if isinstance(value, types.Boolean):
         msg = f"{name} must be written out as True or False, got a variable"
         raise TypeError(msg)
     return _arguments.flag(name, value)
 
 
-def _is_none(kind: Any) -> bool:
-    return getattr(kind, "value", kind) in (None, types.none)
+def _is_none(type_: Any) -> bool:
+    return getattr(type_, "value", type_) in (None, types.none)
 
 
-def _number_type(name: str, kind: Any) -> None:
+def _number_type(name: str, type_: Any) -> None:
     """Refuse what is not a real number."""
     real = types.Integer, types.Float, float, int, types.Omitted
-    if not isinstance(kind, real) and _dtype(kind) != "bfloat16":
-        msg = f"{name} must be a real number, got {kind}"
+    if not isinstance(type_, real) and _dtype(type_) != "bfloat16":
+        msg = f"{name} must be a real number, got {type_}"
         raise TypeError(msg)
 
 
@@ -133,7 +133,7 @@ def _scalar(dtype: str) -> Any:
 @functools.cache
 def _of(dtype: str) -> dict[str, Any]:
     """Return what a dtype binds."""
-    itself = _made(bodies.itself)
+    itself = _made(templates.itself)
     load, store = _halves(dtype) if dtype in _HALVES else (itself, itself)
     return {"load": load, "store": store, "scalar": _scalar(dtype)}
 
@@ -142,32 +142,32 @@ def _halves(dtype: str) -> Any:
     """Return how half floats are read and made in a kernel, as in ours."""
     from numba.cuda import types as kinds
 
-    from fastrelu.cuda import lanes
+    from fastrelu.cuda import vector
 
-    half: Any = lanes.half
-    return half(lanes.lane_of(dtype, (7, 5)), getattr(kinds, dtype))
+    half: Any = vector.half
+    return half(vector.format_of(dtype, (7, 5)), getattr(kinds, dtype))
 
 
 def _rounding(count: int, dtype: str) -> Any:
     """Return what rounds so many numbers to the type of products."""
-    return _made(bodies.ROUND[count], scalar=getattr(np, BY_NAME[dtype].compute))
+    return _made(templates.ROUND[count], scalar=getattr(np, BY_NAME[dtype].compute))
 
 
 def _numbers(names: Sequence[str], dtype: str, *, check: bool = True) -> dict[str, Any]:
     """Return what goes with the numbers of an activation."""
     msg = f"{' and '.join(names)} must be finite in {BY_NAME[dtype].compute}"
-    finite = _made(bodies.FINITE[len(names) if check else 0], message=msg)
+    finite = _made(templates.FINITE[len(names) if check else 0], message=msg)
     return {"rounded": _rounding(len(names), dtype), "finite": finite}
 
 
 def _like(order: str, dtype: str) -> dict[str, Any]:
-    template = bodies.like_fortran if order == "F" else bodies.like_c
+    template = templates.like_fortran if order == "F" else templates.like_c
     return {"like": _made(template, scalar=_scalar(dtype))}
 
 
 def _order(*kinds: Any) -> str:
     """Return the order that arrays have in common, or that of new ones beside them."""
-    layouts = {kind.layout for kind in kinds}
+    layouts = {type_.layout for type_ in kinds}
     return layouts.pop() if len(layouts) == 1 else "A"
 
 
@@ -177,7 +177,7 @@ def _target(
     """Return the type of a result, and what takes it from the arguments."""
     if not inplace and _is_none(out):
         y = _dense(x, x.layout).copy(dtype=getattr(types, dtype))
-        return y, _made(bodies.take_fresh, **_like(x.layout, dtype))
+        return y, _made(templates.take_fresh, **_like(x.layout, dtype))
     _arguments.in_place(inplace, None if _is_none(out) else out)
     name, y = (first, x) if inplace else (name, out)
     if not _is_array(y) or y.ndim != x.ndim or _dtype(y) != dtype:
@@ -187,12 +187,12 @@ def _target(
         msg = f"{name} must be writeable, got a read-only array"
         raise ValueError(msg)
     check, template = (
-        _made(bodies.check_none),
-        bodies.take_first if inplace else bodies.take_out,
+        _made(templates.check_none),
+        templates.take_first if inplace else templates.take_out,
     )
     if y.layout == "A":
         msg = f"{name} must not share memory between its own elements"
-        check = _made(bodies.check_any, message=msg)
+        check = _made(templates.check_any, message=msg)
     return y, _made(
         template, check=check, message=f"{name} must have the shape of {first}"
     )
@@ -205,13 +205,13 @@ def _elementwise(
     lay, get, meets_any = operands
     order = _order(*kinds, y)
     if y.ndim == 0 or order == "C":
-        at, run = bodies.flat_c, bodies.at_once
+        at, run = templates.flat_c, templates.at_once
     elif order == "F":
-        at, run = bodies.flat_fortran, bodies.at_once
+        at, run = templates.flat_fortran, templates.at_once
     elif y.ndim == 1:
-        at, run = bodies.whole, bodies.at_once
+        at, run = templates.whole, templates.at_once
     else:
-        at, run = bodies.line, bodies.by_lines
+        at, run = templates.line, templates.by_lines
     names |= {"at": _made(at), "get": _made(get, **names)}
     names |= {"plain": _made(portable._plain, **names), "lay": _made(lay, **names)}
     made = _made(run, **names)
@@ -220,7 +220,7 @@ def _elementwise(
     meets_any = _made(meets_any)
     like, z = _like(y.layout, _dtype(y)), _dense(y, y.layout)
     return _made(
-        bodies.apart_from_result,
+        templates.apart_from_result,
         run=made,
         meets_any=meets_any,
         copy=_copy(z, y),
@@ -235,21 +235,21 @@ def _dense(x: Any, order: str) -> Any:
 
 def _copy(x: Any, y: Any) -> Any:
     """Return ``copy((x,), y, ())``; Numba compiles its own ten times as long."""
-    itself = _made(bodies.itself)
+    itself = _made(templates.itself)
     names = {"load": itself, "store": itself, "formula": itself}
-    return _elementwise(bodies.ONE, (x,), y, True, **names)
+    return _elementwise(templates.ONE, (x,), y, True, **names)
 
 
 def _with_bits(loop: Function, x: Any, y: Any, fresh: bool, **names: Any) -> Any:
     """Return ``run(x, bits, y, s, size)``, with a loop over bits in C order."""
     get = _made(portable._get_one, **names)
-    run = _made(bodies.bits_at_once, loop=_made(loop, get=get, **names))
+    run = _made(templates.bits_at_once, loop=_made(loop, get=get, **names))
     z = _dense(x, "C")
     copies = {"copy_in": _copy(x, z), "copy_out": _copy(z, y)}
-    copied = _made(bodies.bits_of_copy, run=run, **copies, **_like("C", _dtype(x)))
+    copied = _made(templates.bits_of_copy, run=run, **copies, **_like("C", _dtype(x)))
     if x.layout != "C" or y.layout != "C":
         return copied
-    return run if fresh else _made(bodies.bits_apart, run=run, copied=copied)
+    return run if fresh else _made(templates.bits_apart, run=run, copied=copied)
 
 
 def _forward_body(spec: Spec, given: dict[str, Any]) -> Any:
@@ -263,17 +263,17 @@ def _forward_body(spec: Spec, given: dict[str, Any]) -> Any:
         _number_type(number, given.get(number, 0.0))
     if not _is_array(x):
         return _for_number(
-            "x", x, want_bits or inplace, out, _made(bodies.of_number, **names)
+            "x", x, want_bits or inplace, out, _made(templates.of_number, **names)
         )
     y, take = _target("x", x, inplace, out, dtype)
     fresh = inplace or _is_none(out)  # x alone meets itself in each element
     if not want_bits:
-        apart = _elementwise(bodies.ONE, (x,), y, fresh, **names)
-        return _made(bodies.forward, take=take, apart=apart, **names)
+        apart = _elementwise(templates.ONE, (x,), y, fresh, **names)
+        return _made(templates.forward, take=take, apart=apart, **names)
     names["active"] = _made(spec.active)
     names["kept"] = _made(portable._KEEP[len(spec.numbers_kept)])
     run = _with_bits(portable._to_bits, x, y, fresh, **names)
-    return _made(bodies.forward_bits, take=take, run=run, **names)
+    return _made(templates.forward_bits, take=take, run=run, **names)
 
 
 _FLAGS = "inplace", "return_mask"
@@ -308,7 +308,7 @@ def _backward_body(spec: Spec, given: dict[str, Any]) -> Any:
     names["formula"] = names["gradient"] = _made(spec.gradient)
     names["passes"] = _passes(spec, told, told_dtype, len(numbers) - len(slopes))
     if not _is_array(g) and not _is_array(saved) and not slopes:
-        body = _made(bodies.number_backward, **names)
+        body = _made(templates.number_backward, **names)
         return _for_number("grad_output", g, inplace, out, body)
     if not _is_array(saved) or (spread and (inplace or slopes)):
         msg = f"{name} must be an array as grad_output is, got {saved} and {g}"
@@ -319,22 +319,24 @@ def _backward_body(spec: Spec, given: dict[str, Any]) -> Any:
     if name == "saved" and not spread and _are_bits(saved, g):
         msg = "saved must be bits, one for each element of grad_output"
         run = _with_bits(portable._from_bits, g, y, fresh, **names)
-        return _made(bodies.backward_bits, take=take, run=run, message=msg, **names)
+        return _made(templates.backward_bits, take=take, run=run, message=msg, **names)
     for each in () if spread else (saved, *slopes):
         if each.ndim != g.ndim:
             msg = f"{msg}, got {each} and {g}"
             raise TypeError(msg)
     for each in slopes:
         _arguments.like("slopes", _stand_in(each), "grad_output", _stand_in(g))
-    operands = bodies.SPREAD if spread else bodies.SLOPES if slopes else bodies.SAVED
+    operands = (
+        templates.SPREAD if spread else templates.SLOPES if slopes else templates.SAVED
+    )
     kinds = (saved,) if spread else (g, saved, *slopes)
     apart = _elementwise(operands, kinds, y, fresh, **names)
     template = (
-        bodies.backward_spread
+        templates.backward_spread
         if spread
-        else bodies.backward_slopes
+        else templates.backward_slopes
         if slopes
-        else bodies.backward
+        else templates.backward
     )
     return _made(template, take=take, apart=apart, message=msg, **names)
 
@@ -348,11 +350,11 @@ def _are_bits(saved: Any, g: Any) -> bool:
 def _passes(spec: Spec, told: bool, dtype: str, numbers: int) -> Any:
     """Return what a gradient is told of what was saved."""
     if told or spec.active is None:
-        return _made(bodies.is_told, **_of(dtype))
+        return _made(templates.is_told, **_of(dtype))
     rounded = _rounding(numbers, dtype)
     active = _made(spec.active)
     return _made(
-        bodies.is_active, active=active, rounded=rounded, load=_of(dtype)["load"]
+        templates.is_active, active=active, rounded=rounded, load=_of(dtype)["load"]
     )
 
 
@@ -365,10 +367,10 @@ def _mean_body(spec: Spec, given: dict[str, Any]) -> Any:
     run = _forward_body(spec, given)
     middle = _made(_dispatch.middle)
     if not _is_array(given["x"]):
-        return _made(bodies.mean_number, run=run, middle=middle)
-    finite = _made(bodies.finite_two, message="lower and upper must be finite")
+        return _made(templates.mean_number, run=run, middle=middle)
+    finite = _made(templates.finite_two, message="lower and upper must be finite")
     msg = "lower must not be above upper"
-    return _made(bodies.mean, run=run, middle=middle, finite=finite, message=msg)
+    return _made(templates.mean, run=run, middle=middle, finite=finite, message=msg)
 
 
 def _weight_view(x: Any, weight: Any, axis: Any, order: str) -> Any:
@@ -378,29 +380,29 @@ def _weight_view(x: Any, weight: Any, axis: Any, order: str) -> Any:
         msg = f"axis must be an integer, got {axis}"
         raise TypeError(msg)
     if not _is_array(weight) or weight.ndim == 0:
-        return _made(bodies.view_number, value_of=_value_of(weight), **names)
-    itself = _made(bodies.itself)
-    names["view_number"] = _made(bodies.view_number, value_of=itself, **names)
+        return _made(templates.view_number, value_of=_value_of(weight), **names)
+    itself = _made(templates.itself)
+    names["view_number"] = _made(templates.view_number, value_of=itself, **names)
     if weight.ndim > max(x.ndim, 1):
         msg = f"weight must broadcast against x without growing it, got {weight}, {x}"
         raise TypeError(msg)
-    names["channels_of"] = _made(bodies.channels_of, **names)
+    names["channels_of"] = _made(templates.channels_of, **names)
     if weight.ndim > 1:
         msg = "weight must broadcast against x without growing it"
-        return _made(bodies.view_broadcast, message=msg, **names)
+        return _made(templates.view_broadcast, message=msg, **names)
     msg = (
         "weight must have one element, or as many as x has along an axis of x's, which "
         "must be named where x has fewer than two dimensions"
     )
-    template = bodies.view_one_element if x.ndim == 0 else bodies.view_axis
+    template = templates.view_one_element if x.ndim == 0 else templates.view_axis
     return _made(template, message=msg, **names)
 
 
 def _value_of(weight: Any) -> Any:
     if _is_array(weight):
-        return _made(bodies.element_of)
+        return _made(templates.element_of)
     half = not isinstance(weight, (float, int)) and _dtype(weight) in _HALVES
-    return _of(_dtype(weight))["load"] if half else _made(bodies.itself)
+    return _of(_dtype(weight))["load"] if half else _made(templates.itself)
 
 
 def _checked_weight(weight: Any, x: Any) -> None:
@@ -422,7 +424,7 @@ def _weighted_body(spec: Spec, given: dict[str, Any]) -> Any:
     inplace = _flag("inplace", given["inplace"])
     if not _is_array(weight) or weight.ndim == 0:
         run = _forward_body(spec, given)
-        return _made(bodies.prelu_number, run=run, value_of=_value_of(weight))
+        return _made(templates.prelu_number, run=run, value_of=_value_of(weight))
     if not _is_array(x):
         msg = f"weight must be a number as x is, got {weight}"
         raise TypeError(msg)
@@ -433,17 +435,17 @@ def _weighted_body(spec: Spec, given: dict[str, Any]) -> Any:
     view = _weight_view(x, weight, given["axis"], order)
     one, two = (_made(get, **names) for get in portable._GET[:2])
     run = _made(
-        bodies.weighted,
-        at=_made(bodies.flat_fortran if order == "F" else bodies.flat_c),
+        templates.weighted,
+        at=_made(templates.flat_fortran if order == "F" else templates.flat_c),
         rows=_made(portable._rows, get=one, **names),
         plain=_made(portable._plain, get=two, **names),
     )
     fresh, z = inplace or _is_none(out), _dense(x, order)
     names |= {"copy_in": _copy(x, z), "copy_out": _copy(z, y)}
     run = _without_overlap(
-        run, bodies.weighted_copy, bodies.weighted_apart, order, fresh, **names
+        run, templates.weighted_copy, templates.weighted_apart, order, fresh, **names
     )
-    return _made(bodies.prelu, view=view, take=take, run=run)
+    return _made(templates.prelu, view=view, take=take, run=run)
 
 
 def _without_overlap(
@@ -473,40 +475,43 @@ def _both_body(spec: Spec, given: dict[str, Any]) -> Any:
     if not _is_array(g) and not _is_array(x) and not _is_array(weight):
         names["passes"] = _passes(spec, False, dtype, 0)
         names["value_of"] = _value_of(weight)
-        body = _made(bodies.number_prelu_backward, **names)
+        body = _made(templates.number_prelu_backward, **names)
         return _for_number("grad_output", g, inplace, out, body)
     if not (_is_array(g) and _is_array(x) and g.ndim == x.ndim):
         msg = f"x must have the shape of grad_output, got {x} and {g}"
         raise TypeError(msg)
-    outs, firsts = _arguments.pair(out), (bodies.itself, bodies.nothing)
+    outs, firsts = _arguments.pair(out), (templates.itself, templates.nothing)
     if isinstance(out, types.BaseTuple):
-        outs, firsts = _arguments.pair(tuple(out)), (bodies.first_of, bodies.second_of)
+        outs, firsts = (
+            _arguments.pair(tuple(out)),
+            (templates.first_of, templates.second_of),
+        )
     y, take = _target("grad_output", g, inplace, outs[0], dtype)
     fresh = not inplace and _is_none(outs[0])
     order = _order(g, x, y)
     names |= _like(order, dtype) | {
-        "at": _made(bodies.flat_fortran if order == "F" else bodies.flat_c)
+        "at": _made(templates.flat_fortran if order == "F" else templates.flat_c)
     }
     names["formula"] = _made(spec.of_saved)
-    run = _made(bodies.both, loop=_made(portable._prelu_backward, **names), **names)
+    run = _made(templates.both, loop=_made(portable._prelu_backward, **names), **names)
     z = _dense(x, order)
     names |= {"copy_in": _copy(g, z), "copy_too": _copy(x, z), "copy_out": _copy(z, y)}
     run = _without_overlap(
-        run, bodies.both_copies, bodies.both_apart, order, fresh, **names
+        run, templates.both_copies, templates.both_apart, order, fresh, **names
     )
     if _is_array(weight):
         _, take_weight = _target("weight", weight, False, outs[1], dtype, "out[1]")
     else:
-        take_weight = _made(bodies.one_element, scalar=_scalar(dtype))
+        take_weight = _made(templates.one_element, scalar=_scalar(dtype))
         if not _is_none(outs[1]):
             msg = f"out[1] must be None where weight is a number, got {outs[1]}"
             raise TypeError(msg)
-    check = _made(bodies.no_check)
+    check = _made(templates.no_check)
     if not _is_none(outs[1]) and not fresh:
         msg = "out[0] and out[1] must not share memory"
-        check = _made(bodies.check_apart, message=msg)
+        check = _made(templates.check_apart, message=msg)
     return _made(
-        bodies.prelu_backward,
+        templates.prelu_backward,
         view=_weight_view(x, weight, given["axis"], order),
         take=take,
         take_weight=take_weight,
@@ -514,7 +519,7 @@ def _both_body(spec: Spec, given: dict[str, Any]) -> Any:
         second_out=_made(firsts[1]),
         check=check,
         run=run,
-        result=_made(bodies.itself if _is_array(weight) else bodies.first_of),
+        result=_made(templates.itself if _is_array(weight) else templates.first_of),
         message="x must have the shape of grad_output",
     )
 

@@ -26,16 +26,16 @@ ANSWERS = (
 )
 
 
-def has_gaps(kind: type) -> bool:
+def has_gaps(type_: type) -> bool:
     """Say whether a type is numpy.ma's, which is not imported for that."""
     masked = sys.modules.get("numpy.ma")
-    return masked is not None and issubclass(kind, masked.MaskedArray)
+    return masked is not None and issubclass(type_, masked.MaskedArray)
 
 
-def is_foreign(kind: type) -> bool:
+def is_foreign(type_: type) -> bool:
     """Say whether objects of a type may be arrays of another library."""
     names = "__cuda_array_interface__", "__dlpack_device__", "__cuda_ndarray__"
-    return kind is not np.ndarray and any(hasattr(kind, name) for name in names)
+    return type_ is not np.ndarray and any(hasattr(type_, name) for name in names)
 
 
 class Mask:
@@ -95,12 +95,12 @@ class Mask:
     def __init__(
         self, bits: Any, shape: Any, axes: Any = None, predicate: str = "x > 0"
     ) -> None:
-        kind = type(bits)
+        type_ = type(bits)
         plain = bits
-        if issubclass(kind, np.ndarray) and not has_gaps(kind):
+        if issubclass(type_, np.ndarray) and not has_gaps(type_):
             plain = np.asarray(bits)  # a subclass may have attributes of its own
-        elif not is_foreign(kind) or not hasattr(bits, "dtype"):
-            msg = f"bits must be an array of uint8, got {kind.__name__}"
+        elif not is_foreign(type_) or not hasattr(bits, "dtype"):
+            msg = f"bits must be an array of uint8, got {type_.__name__}"
             raise TypeError(msg)
         if name_of(plain.dtype) != "uint8":
             msg = f"bits must be an array of uint8, got {plain.dtype}"
@@ -165,9 +165,9 @@ class Mask:
         if array.dtype != np.bool_:
             msg = f"bools must be an array of bool, got {array.dtype}"
             raise TypeError(msg)
-        order = memory_order(array)
+        order = memory_order(array.shape, array.strides)
         bits = np.packbits(array.transpose(order), None, "little")
-        return cls(bits, array.shape, tuple(order), predicate)
+        return cls(bits, array.shape, order, predicate)
 
     @classmethod
     def _make(

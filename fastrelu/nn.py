@@ -73,21 +73,21 @@ Array = Any  # an array of any namespace that follows NumPy's
 
 def get_array_module(x: Array) -> Any:
     """Return the module of an array's library: numpy or cupy, imported already."""
-    kind: Any = type(x)
-    return sys.modules[_library(kind)]
+    type_: Any = type(x)
+    return sys.modules[_library(type_)]
 
 
 @functools.cache
-def _library(kind: type) -> str:
-    names = [base.__module__.partition(".")[0] for base in kind.__mro__]
+def _library(type_: type) -> str:
+    names = [base.__module__.partition(".")[0] for base in type_.__mro__]
     known = (name for name in names if name in ("numpy", "cupy"))
     return next(known, names[0])
 
 
 def _check_array(name: str, x: Array) -> None:
     """Refuse what is no array of NumPy or CuPy."""
-    kind: Any = type(x)
-    if _library(kind) not in ("numpy", "cupy") or not hasattr(kind, "__setitem__"):
+    type_: Any = type(x)
+    if _library(type_) not in ("numpy", "cupy") or not hasattr(type_, "__setitem__"):
         msg = f"{name} must be an array of NumPy or CuPy, got {kind_of(x)}"
         raise TypeError(msg)
 

@@ -362,8 +362,8 @@ FAULTS = {
             "test_users.py::test_a_number_in_a_number_out",
         ),
         Fault(
-            "return any(theirs) and not kind.__module__",
-            "return not kind.__module__",
+            "return any(theirs) and not type_.__module__",
+            "return not type_.__module__",
             "plain subclasses are refused",
             "test_users.py::test_a_subclass_that_says_nothing_is_an_array",
         ),
@@ -376,7 +376,7 @@ FAULTS = {
             "test_threads.py::test_bits_that_are_dropped_while_they_are_used",
         ),
         Fault(
-            "                kind, w[_BLOCK] = SOME_BITS, WITH_BITS\n",
+            "                kind, w[_BODY] = SOME_BITS, WITH_BITS\n",
             "                kind = SOME_BITS\n",
             "bits are taken by the loop for inputs",
             "test_interpreted.py::test_masks",
@@ -469,7 +469,7 @@ FAULTS = {
             "test_interpreted.py::test_what_is_left_to_python",
         ),
         Fault(
-            "return kind == table[row] or kind == table[row + WEIGHT]",
+            "return dtype == table[row] or dtype == table[row + WEIGHT]",
             "return True",
             "a weight of another dtype is read as if it were x's",
             "test_interpreted.py::test_what_is_left_to_python",
@@ -1134,7 +1134,7 @@ FAULTS = {
             "test_interpreted.py::test_every_way_to_round_to_half",
         ),
     ],
-    "cpu/lanes.py": [
+    "cpu/vector.py": [
         Fault(
             "builder.store(args[2], builder.gep(target, [args[1]]), align=1)",
             "builder.store(args[2], target, align=1)",
@@ -1150,13 +1150,13 @@ FAULTS = {
     ],
     "cpu/loops.py": [
         Fault(
-            "    for i in range(lead + whole * WORD, y.size):\n",
-            "    for i in range(lead + whole * WORD, y.size - 1):\n",
+            "    for i in range(lead + whole * STRIP, y.size):\n",
+            "    for i in range(lead + whole * STRIP, y.size - 1):\n",
             "past the cache, the last element is not written",
             "test_interpreted.py::test_forward_and_backward",
         ),
         Fault(
-            "(lead + whole * np.uintp(WORD), size)):",
+            "(lead + whole * np.uintp(STRIP), size)):",
             "(size, size)):",
             "in place, the last elements are not written",
             "test_interpreted.py::test_forward_and_backward",
@@ -1168,8 +1168,8 @@ FAULTS = {
             "test_interpreted.py::test_parts",
         ),
         Fault(
-            "        write_word(y, first, buffer)\n    for i in",
-            "        write_word(y, first - lead, buffer)\n    for i in",
+            "        write_strip(y, first, buffer)\n    for i in",
+            "        write_strip(y, first - lead, buffer)\n    for i in",
             "past the cache, words are written where no line starts",
             "test_interpreted.py::test_forward_and_backward",
             "crashes",
@@ -1197,14 +1197,14 @@ FAULTS = {
             "test_interpreted.py::test_masks",
         ),
         Fault(
-            "        for j in range(np.uintp(WORD)):\n"
+            "        for j in range(np.uintp(STRIP)):\n"
             "            bytes_[j] = np.uint8(bit(a, s, first + j))\n"
-            "        for j in range(np.uintp(WORD)):\n"
+            "        for j in range(np.uintp(STRIP)):\n"
             "            buffer[j] = element(a, b, s, first + j)\n",
-            "        for j in range(np.uintp(WORD)):\n"
+            "        for j in range(np.uintp(STRIP)):\n"
             "            buffer[j] = element(a, b, s, first + j)\n"
-            "        write_word(y, first, buffer)\n"
-            "        for j in range(np.uintp(WORD)):\n"
+            "        write_strip(y, first, buffer)\n"
+            "        for j in range(np.uintp(STRIP)):\n"
             "            bytes_[j] = np.uint8(bit(a, s, first + j))\n",
             "in place, the bits are those of the results",
             "test_interpreted.py::test_masks",
@@ -1228,8 +1228,8 @@ FAULTS = {
             "test_interpreted.py::test_masks",
         ),
         Fault(
-            "whole = smaller(-(-(stop - base) // WORD), (y.size - base) // WORD)",
-            "whole = -(-(stop - base) // WORD)",
+            "whole = smaller(-(-(stop - base) // STRIP), (y.size - base) // STRIP)",
+            "whole = -(-(stop - base) // STRIP)",
             "bits are read past the last",
             "test_memory_bounds.py::test_beside_guarded_pages",
         ),
@@ -1623,7 +1623,7 @@ FAULTS = {
             "test_dask.py::test_more_than_the_workers_may_hold",
         ),
     ],
-    "cpu/bodies.py": [
+    "cpu/templates.py": [
         Fault(
             "    return overlap(x, y) and not (same and x.strides == y.strides)",
             "    return False",
@@ -1752,7 +1752,7 @@ FAULTS = {
             "test_processes.py::test_from_an_archive",
         ),
         Fault(
-            'isinstance(getattr(kind, "dispatcher", None), _Inlined)',
+            'isinstance(getattr(type_, "dispatcher", None), _Inlined)',
             "False",
             "nothing is kept with NUMBA_OPT=0",
             "test_processes.py::test_settings_of_numba",

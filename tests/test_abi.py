@@ -13,7 +13,7 @@ from test_threads import run
 
 import fastrelu as F
 from fastrelu import _arguments, _dispatch, _dtypes, activations, cpu
-from fastrelu.cpu import abi, jit, lanes, portable
+from fastrelu.cpu import abi, jit, portable, vector
 
 pytestmark = pytest.mark.skipif(
     cpu.engine()[0] != "fast", reason="nothing is taken for proven"
@@ -288,7 +288,7 @@ def test_what_is_no_change_of_numbas(error):
 
 def test_loops_of_a_dtype_that_is_not_accepted():
     with pytest.raises(TypeError, match="no loops are known for dtype"):
-        lanes.lane_of(np.dtype("S4"))
+        vector.format_of(np.dtype("S4"))
     assert _dtypes.name_of(np.dtype("S4")) == "bytes32"
 
 

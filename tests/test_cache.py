@@ -20,7 +20,7 @@ from test_threads import run
 
 from fastrelu import _digest
 from fastrelu._digest import digest, sources
-from fastrelu.cpu import build, calls, jit, lanes, threads
+from fastrelu.cpu import build, calls, jit, threads, vector
 
 # What each makes of a limit is called as formula(x).
 FORMULAS = {
@@ -64,13 +64,13 @@ def test_a_limit_that_was_changed(tmp_path):
     script = f"""
     import os, numba, numpy as np
     from fastrelu._spec import ARRAY, Operation
-    from fastrelu.cpu import build, lanes, loops
+    from fastrelu.cpu import build, vector, loops
     x = np.arange(9, dtype=np.float32)
     def limit_of(source):
         names, y = {{"numba": numba, "np": np}}, np.empty_like(x)
         exec(source, names)
         operation = Operation(names["formula"], (ARRAY,))
-        loop = build.compiled(loops.plain, operation, lanes.lane_of(x.dtype))
+        loop = build.compiled(loops.plain, operation, vector.format_of(x.dtype))
         words = np.zeros(loops.LENGTH, np.int64)
         words[[loops.ARRAYS, loops.Y, loops.SIZE]] = x.ctypes.data, y.ctypes.data, 9
         loop.ctypes(words.ctypes.data)
@@ -346,11 +346,11 @@ def test_a_library_goes_by_its_version(monkeypatch):
 
 def test_all_that_is_compiled_is_known(monkeypatch):
     """Or each process would compile it again; the machine's caches are a part of it."""
-    for lane in (lanes.lane_of(np.dtype(code)) for code in "efdbHQ"):
-        for block, operation in LOOPS.values():
-            for kind in build.KINDS:
-                bound = build.bound(block, operation, lane, kind)
-                assert digest(bound) is not None, (block, lane.name, kind)
+    for fmt in (vector.format_of(np.dtype(code)) for code in "efdbHQ"):
+        for body, operation in LOOPS.values():
+            for target in build.TARGETS:
+                bound = build.bound(body, operation, fmt, target)
+                assert digest(bound) is not None, (body, fmt.name, target)
     for function in (calls.call, calls.call_sums):
         before = digest(function)
         with monkeypatch.context() as patch:

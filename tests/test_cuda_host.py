@@ -21,13 +21,14 @@ from reference import assert_same
 
 import fastrelu as F
 from fastrelu import _arguments, _dispatch, activations
+from fastrelu._layout import parts_of
 from fastrelu.activations import _leaky_relu
 from fastrelu.cpu import jit
 
 pytest.importorskip("numba_cuda", reason="needs numba-cuda: see the extra cuda13")
 import gpu as machines
 
-from fastrelu.cuda import arrays, calls, launch, layout, work
+from fastrelu.cuda import arrays, calls, launch, work
 
 pytestmark = pytest.mark.filterwarnings("ignore::numba.NumbaPerformanceWarning")
 emulated = pytest.mark.skipif(
@@ -375,7 +376,7 @@ def test_elements_that_no_gpu_can_read(argument, gpu, put):
         call(plain)
     touched = [k for k, *rest in gpu.launches if odd.ctypes.data in rest]
     assert touched
-    assert {kernel.options["lane"] for kernel in touched} == {"uint8"}
+    assert {kernel.options["fmt"] for kernel in touched} == {"uint8"}
 
 
 def test_outputs(gpu, put):
@@ -783,8 +784,8 @@ def cache(monkeypatch, tmp_path):
     return tmp_path / "cache"
 
 
-def fresh(function=_leaky_relu, lane="float32", wide=False):
-    options = {"function": function, "lane": lane, "wide": wide}
+def fresh(function=_leaky_relu, fmt="float32", wide=False):
+    options = {"function": function, "fmt": fmt, "wide": wide}
     return launch.Kernel(work.build, "flat", {**options, "kinds": ("array", "number")})
 
 
@@ -852,7 +853,7 @@ def test_whatever_a_kernel_is_made_of_is_in_its_digest(monkeypatch):
 
     names = [digest()]
     names += [digest(below(limit)) for limit in (5, 6)]
-    names += [digest(capability=(8, 0)), digest(wide=True), digest(lane="float64")]
+    names += [digest(capability=(8, 0)), digest(wide=True), digest(fmt="float64")]
     for module, name, value in (
         (launch, "THREADS", 64),
         (launch, "SIMULATED", not launch.SIMULATED),
@@ -874,7 +875,7 @@ COLD = """
     from fastrelu.activations import _leaky_relu
     from fastrelu.cuda import launch, work
     options = {"function": _leaky_relu, "kinds": ("array", "number")}
-    kernel = work.kernel("flat", lane="float32", wide=False, **options)
+    kernel = work.kernel("flat", fmt="float32", wide=False, **options)
     print("ready", flush=True)
     sys.stdin.readline()
     entry, code = launch.machine_code(kernel, (9, 0))
@@ -1083,5 +1084,5 @@ def test_handles_of_the_legacy_stream():
 def test_weights_that_do_not_lie_one_behind_another():
     """Though they vary along two axes that do"""
     order, shape, weight = (0, 1, 2), (2, 3, 4), (1, 3, 4)
-    assert layout.channels_of(order, shape, weight, (0, 4, 1)) == (2, 12, 1)
-    assert layout.channels_of(order, shape, weight, (0, 1, 3)) is None
+    assert parts_of(order, shape, weight, (0, 4, 1)) == (2, 12, 1)
+    assert parts_of(order, shape, weight, (0, 1, 3)) is None

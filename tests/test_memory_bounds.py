@@ -25,7 +25,7 @@ from test_paths import LOOPS, run_loop, without_numbers
 
 from fastrelu import activations
 from fastrelu.cpu import build, loops, sums, threads
-from fastrelu.cpu.lanes import lane_of
+from fastrelu.cpu.vector import format_of
 
 CANARY = 0xA5
 PAGE = mmap.PAGESIZE
@@ -84,31 +84,31 @@ def places(step, dtype, aligned):
 
 def walk_loops(dtype, step, note):
     """Loops as they are, in every way that they run, with the values that one gave"""
-    lane = lane_of(dtype)
+    fmt = format_of(dtype)
     x, other = sample((MOST,), dtype), sample((MOST,), dtype, seed=1)
     random = np.random.default_rng(0).integers(0, 256, -(-MOST // 8), np.uint8)
     fences = [Fenced(MOST * max(8, dtype.itemsize)) for _ in range(4)]
-    for name, (block, operation) in LOOPS.items():
-        if block in sums.PARTS:
+    for name, (body, operation) in LOOPS.items():
+        if body in sums.PARTS:
             continue
-        if dtype.kind == "i":
+        if dtype.target == "i":
             if name in ("rows", "columns"):
                 continue
             operation = without_numbers(operation)
         more = {"numbers": [0.37] * operation.numbers}
-        arrays = [x.view(lane.storage), other.view(lane.storage)][: operation.arrays]
+        arrays = [x.view(fmt.storage), other.view(fmt.storage)][: operation.arrays]
         beside = random.copy()
         if name in ("rows", "columns"):
             weights, more["inner"] = (7, ROW) if name == "rows" else (ROW, 1)
-            beside = np.linspace(-1, 2, weights).astype(lane.product)
+            beside = np.linspace(-1, 2, weights).astype(fmt.product)
         whole = np.zeros_like(arrays[0])
-        run_loop(build.compiled(block, operation, lane), arrays, whole, beside, **more)
+        run_loop(build.compiled(body, operation, fmt), arrays, whole, beside, **more)
         check(name, dtype, x, other, beside, whole.view(dtype))
-        for kind, moved in itertools.product(build.KINDS, BELIEVED):
-            loop = build.compiled(block, operation, lane, kind)
+        for target, moved in itertools.product(build.TARGETS, BELIEVED):
+            loop = build.compiled(body, operation, fmt, target)
             for tail, alignment, at_end in places(step, dtype, True):
                 n = tail + (loops.TILE if moved else 0)
-                note(dtype.name, name, kind, moved, n)
+                note(dtype.name, name, target, moved, n)
                 note.place(alignment, at_end)
                 kept = beside[: -(-n // 8) if "bits" in name else beside.size].copy()
                 if name == "to_bits" and n % 8:
@@ -118,7 +118,7 @@ def walk_loops(dtype, step, note):
                     for fence, a in zip(fences, arrays, strict=False)
                 ]
                 second = fences[3].put(kept, alignment, at_end)
-                if kind == build.IN_PLACE:
+                if target == build.IN_PLACE:
                     run_loop(loop, given, given[0], second, moved=moved, **more)
                     assert fences[0].holds(whole[:n])
                 else:
@@ -130,26 +130,26 @@ def walk_loops(dtype, step, note):
                 assert fences[3].holds(kept)
 
 
-COLUMNS = 2, sums.BLOCK_ROWS + 1  # rows: of one block, and of more than one
+COLUMNS = 2, sums.BLOCK_ROWS + 1  # rows: of one body, and of more than one
 
 
 def walk_gradients(dtype, step, note):
     """PReLU's backward loops; their totals must have the bits that one thread gave"""
-    lane = lane_of(dtype)
+    fmt = format_of(dtype)
     most = max(6 * MOST, COLUMNS[1] * 2 * TAILS)
     x, g = normal((most,), dtype), normal((most,), dtype, seed=1)
-    weights = np.linspace(-1, 2, TAILS).astype(lane.product)
+    weights = np.linspace(-1, 2, TAILS).astype(fmt.product)
     fences = [Fenced(most * dtype.itemsize) for _ in range(5)]
 
-    def run(kind, grad, saved, w, y, totals, inner, moved):
-        loop = build.compiled(*LOOPS[driver.__name__], lane, kind)
+    def run(target, grad, saved, w, y, totals, inner, moved):
+        loop = build.compiled(*LOOPS[driver.__name__], fmt, target)
         places = [a.ctypes.data for a in (grad, saved, w, y, totals)]
         assert loop.ctypes(*places, grad.size, w.size, inner, moved) == 0
 
     for driver in sums.PARTS:
         right = {}  # by shape
-        for kind, moved in itertools.product(build.KINDS, BELIEVED):
-            in_place = kind == build.IN_PLACE
+        for target, moved in itertools.product(build.TARGETS, BELIEVED):
+            in_place = target == build.IN_PLACE
             for tail, alignment, at_end in places(step, dtype, True):
                 if driver is sums.prelu_backward_rows:
                     shape = 2, 3, tail + (loops.TILE if moved else 0)
@@ -158,7 +158,7 @@ def walk_gradients(dtype, step, note):
                 size, (_, channels, inner) = math.prod(shape), shape
                 if size == 0:
                     continue
-                grad, saved = (a[:size].view(lane.storage) for a in (g, x))
+                grad, saved = (a[:size].view(fmt.storage) for a in (g, x))
                 w = weights[:channels]
                 if shape not in right:
                     y, totals = np.zeros_like(grad), np.zeros((2, channels))
@@ -166,7 +166,7 @@ def walk_gradients(dtype, step, note):
                     check_gradient(shape, y.view(dtype), totals, x, g, w)
                     right[shape] = y, totals
                 y, totals = right[shape]
-                note(dtype.name, driver.__name__, kind, moved, *shape)
+                note(dtype.name, driver.__name__, target, moved, *shape)
                 note.place(alignment, at_end)
                 put = [
                     fence.put(a, start, at_end)
@@ -180,7 +180,7 @@ def walk_gradients(dtype, step, note):
                 ]
                 if in_place:
                     put[3] = put[0]
-                run(kind, *put, inner, moved)
+                run(target, *put, inner, moved)
                 assert fences[0 if in_place else 3].holds(y)
                 assert in_place or fences[0].holds(grad)
                 assert fences[1].holds(saved)
@@ -201,10 +201,10 @@ def check(name, dtype, x, other, b, got):
     """Against the definition, once for all the prefixes that follow"""
     if name == "to_bits":
         assert b.tobytes() == reference.mask_bits(x).tobytes()
-    kind = {} if dtype.kind == "i" else {"negative_slope": 0.37}
-    activation = "relu" if dtype.kind == "i" else "leaky_relu"
+    target = {} if dtype.target == "i" else {"negative_slope": 0.37}
+    activation = "relu" if dtype.target == "i" else "leaky_relu"
     if name in ("forward", "to_bits"):
-        expected = reference.forward(activation, x, **kind)
+        expected = reference.forward(activation, x, **target)
     elif name in ("rows", "columns"):
         places = np.arange(MOST)
         places = places // ROW % b.size if name == "rows" else places % b.size
@@ -213,7 +213,7 @@ def check(name, dtype, x, other, b, got):
         if name == "from_bits":
             flags = np.unpackbits(b, count=MOST, bitorder="little")
             other = flags.astype(dtype)
-        expected = reference.backward(activation, x, other, **kind)
+        expected = reference.backward(activation, x, other, **target)
     assert_same(got, expected)
 
 
@@ -225,7 +225,7 @@ def walk_functions(dtype, step, note):
     for aligned in (True, False):
         for n, alignment, at_end in places(step, dtype, aligned):
             for name in ("relu", "prelu"):
-                if name == "prelu" and dtype.kind == "i":
+                if name == "prelu" and dtype.target == "i":
                     continue
                 note(dtype.name, name, "aligned" if aligned else "misaligned", n)
                 note.place(alignment, at_end)
@@ -302,7 +302,7 @@ def main(step, path, dtypes):
     threads.ready()
     for dtype in map(dtype_of, dtypes or [*floats_here(), "int8"]):
         walk_loops(dtype, step, note)
-        if dtype.kind != "i":
+        if dtype.target != "i":
             walk_gradients(dtype, step, note)
         walk_functions(dtype, step, note)
 

@@ -36,14 +36,14 @@ from fastrelu.cpu import (
     sums,
     threads,
 )
-from fastrelu.cpu.lanes import lane_of
+from fastrelu.cpu.vector import format_of
 
 float32 = np.dtype(np.float32)
 LARGE = pool.SMALLEST // 4 + 3
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 BLOCKS = loops.to_bits, loops.from_bits, loops.rows, loops.columns
 LONG = pytest.mark.long
-SUMS = [block.__name__ for block in sums.PARTS]
+SUMS = [body.__name__ for body in sums.PARTS]
 several_threads = pytest.mark.skipif(
     numba.config.NUMBA_NUM_THREADS < 2, reason="needs two threads"
 )
@@ -57,17 +57,17 @@ SUMMING_LOOP = ctypes.CFUNCTYPE(
 
 @pytest.fixture
 def taken(monkeypatch):
-    """The loops that were run: block and kind"""
+    """The loops that were run: body and target"""
     runs, kept, compiled = [], [], build.compiled
 
-    def record(block, operation, lane, kind=build.PLAIN):
-        loop = compiled(block, operation, lane, kind)
+    def record(body, operation, fmt, target=build.PLAIN):
+        loop = compiled(body, operation, fmt, target)
 
         def run(*arguments):
-            runs.append((block.__name__, kind))
+            runs.append((body.__name__, target))
             return loop.ctypes(*arguments)
 
-        kept.append((SUMMING_LOOP if block in sums.PARTS else LOOP)(run))
+        kept.append((SUMMING_LOOP if body in sums.PARTS else LOOP)(run))
         address = ctypes.cast(kept[-1], ctypes.c_void_p).value
         return types.SimpleNamespace(address=address, ctypes=run)
 
@@ -660,16 +660,16 @@ def test_other_layouts_of_dense_arrays_are_not_copied(order, taken, fresh_pool):
     assert len(taken) == 1
 
 
-def operation_of(block):
-    """A formula of leaky_relu with the operands that a block takes"""
+def operation_of(body):
+    """A formula of leaky_relu with the operands that a body takes"""
     spec = activations._LEAKY_RELU
-    if block in sums.PARTS:
+    if body in sums.PARTS:
         return Operation(spec.of_saved, (ARRAY, ARRAY, WEIGHT))
-    if block is loops.from_bits:
+    if body is loops.from_bits:
         return Operation(spec.gradient, (ARRAY, BITS, NUMBER))
-    if block is loops.to_bits:
+    if body is loops.to_bits:
         return Operation(spec.formula, (ARRAY, NUMBER), spec.active, 1)
-    if block in (loops.rows, loops.columns):
+    if body in (loops.rows, loops.columns):
         return Operation(spec.formula, (ARRAY, WEIGHT))
     return Operation(spec.formula, (ARRAY, NUMBER))
 
@@ -680,8 +680,8 @@ GRADIENT = Operation(activations._LEAKY_RELU.of_saved, (ARRAY, ARRAY, NUMBER))
 LOOPS = {
     "forward": (loops.plain, operation_of(loops.plain)),
     "backward": (loops.plain, GRADIENT),
-    **{block.__name__: (block, operation_of(block)) for block in BLOCKS},
-    **{block.__name__: (block, operation_of(block)) for block in sums.PARTS},
+    **{body.__name__: (body, operation_of(body)) for body in BLOCKS},
+    **{body.__name__: (body, operation_of(body)) for body in sums.PARTS},
 }
 
 
@@ -697,11 +697,11 @@ def without_numbers(operation):
     return Operation(function, kinds, active, 0)
 
 
-def assembly(block, operation, dtype, kind=build.PLAIN):
+def assembly(body, operation, dtype, target=build.PLAIN):
     """The part of a loop that the team shares"""
-    lane = lane_of(np.dtype(dtype))
-    python = build.bound(block, operation, lane, kind)
-    signature = sums.SIGNATURE if block in sums.PARTS else loops.SIGNATURE
+    fmt = format_of(np.dtype(dtype))
+    python = build.bound(body, operation, fmt, target)
+    signature = sums.SIGNATURE if body in sums.PARTS else loops.SIGNATURE
     options = {"error_model": "numpy"}
     loop = jit.CFunc(
         python,
@@ -725,20 +725,20 @@ def assembly(block, operation, dtype, kind=build.PLAIN):
 def test_stores_past_the_cache(which, dtype):
     if which in SUMS and dtype == "int8":
         pytest.skip("a weight is a float")
-    block, operation = LOOPS[which]
+    body, operation = LOOPS[which]
     operation = without_numbers(operation)
     stores = r"v?movnt(ps|pd|dq)"
-    assert re.search(stores, assembly(block, operation, dtype, build.PAST_CACHE))
-    for kind in (build.PLAIN, build.IN_PLACE):
-        assert not re.search(stores, assembly(block, operation, dtype, kind))
+    assert re.search(stores, assembly(body, operation, dtype, build.PAST_CACHE))
+    for target in (build.PLAIN, build.IN_PLACE):
+        assert not re.search(stores, assembly(body, operation, dtype, target))
 
 
 @pytest.mark.skipif(not X86, reason="reads the assembly language of x86")
-@pytest.mark.parametrize("kind", build.KINDS)
+@pytest.mark.parametrize("target", build.TARGETS)
 @pytest.mark.parametrize("which", [*LOOPS])
-def test_vector_code(which, kind):
-    block, operation = LOOPS[which]
-    code = assembly(block, operation, np.float32, kind)
+def test_vector_code(which, target):
+    body, operation = LOOPS[which]
+    code = assembly(body, operation, np.float32, target)
     assert re.search(r"v?mulps", code)
     assert which not in SUMS or re.search(r"v?mulpd", code)
 
@@ -792,8 +792,8 @@ def test_simplest_vectors():
 @pytest.mark.parametrize("which", ["forward", "backward"])
 def test_in_place_all_is_stored(which, dtype):
     """No mask leaves out what does not change, which is slower from memory."""
-    block, operation = LOOPS[which]
-    code = assembly(block, without_numbers(operation), dtype, build.IN_PLACE)
+    body, operation = LOOPS[which]
+    code = assembly(body, without_numbers(operation), dtype, build.IN_PLACE)
     masked = r"vmaskmovp[sd]\t%.*\(.*|vmov[au]p[sd]\t%.*\([^)]*\) \{%k"
     # But for the elements before a line, on their way by the stack.
     assert not [line for line in re.findall(masked, code) if "(%rsp" not in line]
@@ -816,12 +816,12 @@ def run_loop(loop, a, y, beside=None, inner=1, moved=0, numbers=()):
 
 def operands(which, dtype, n):
     """Flat arrays, what lies beside them, and how many elements have one weight"""
-    lane = lane_of(dtype)
-    arrays = [sample((n,), dtype, seed).view(lane.storage) for seed in (0, 1)]
+    fmt = format_of(dtype)
+    arrays = [sample((n,), dtype, seed).view(fmt.storage) for seed in (0, 1)]
     if which != "backward":
         del arrays[1]
     if which in ("rows", "columns"):
-        weights = np.linspace(-1, 2, 7 if which == "rows" else 96).astype(lane.product)
+        weights = np.linspace(-1, 2, 7 if which == "rows" else 96).astype(fmt.product)
         return arrays, weights, 50 if which == "rows" else 2
     return arrays, np.random.default_rng(0).integers(0, 256, -(-n // 8), np.uint8), 1
 
@@ -830,19 +830,19 @@ def operands(which, dtype, n):
 @pytest.mark.parametrize("dtype", FLOATS, indirect=True)
 @pytest.mark.parametrize("which", [name for name in LOOPS if name not in SUMS])
 def test_every_path_gives_the_same_bits(which, dtype, n):
-    lane, (block, operation) = lane_of(dtype), LOOPS[which]
+    fmt, (body, operation) = format_of(dtype), LOOPS[which]
     a, beside, inner = operands(which, dtype, n)
     more = {"beside": beside, "inner": inner, "numbers": [0.37] * operation.numbers}
     expected = np.zeros_like(a[0])
-    run_loop(build.compiled(block, operation, lane), a, expected, **more)
+    run_loop(build.compiled(body, operation, fmt), a, expected, **more)
     expected, mask = expected.view(dtype), beside.copy()
     memory = np.zeros(expected.nbytes + 128, np.uint8)
     threads.ready()
-    for moved, kind in product((0, threads.MUCH), (build.PLAIN, build.PAST_CACHE)):
-        loop = build.compiled(block, operation, lane, kind)
+    for moved, target in product((0, threads.MUCH), (build.PLAIN, build.PAST_CACHE)):
+        loop = build.compiled(body, operation, fmt, target)
         for offset in range(0, 72, 8):
             memory[:] = 0xA5
-            y = memory[offset:][: expected.nbytes].view(lane.storage)
+            y = memory[offset:][: expected.nbytes].view(fmt.storage)
             if which == "to_bits":
                 beside[:] = 0xFF
             run_loop(loop, a, y, moved=moved, **more)
@@ -850,7 +850,7 @@ def test_every_path_gives_the_same_bits(which, dtype, n):
             assert np.array_equal(beside, mask)
             assert (memory[:offset] == 0xA5).all()
             assert (memory[offset + expected.nbytes :] == 0xA5).all()
-    loop = build.compiled(block, operation, lane, build.IN_PLACE)
+    loop = build.compiled(body, operation, fmt, build.IN_PLACE)
     for moved in (0, threads.MUCH):
         y = a[0].copy()
         run_loop(loop, [y, *a[1:]], y, moved=moved, **more)

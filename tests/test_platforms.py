@@ -18,7 +18,7 @@ from test_threads import EVERYTHING, PRELUDE, run, several_threads
 
 from fastrelu import _interpreter, activations
 from fastrelu._spec import ARRAY, Operation
-from fastrelu.cpu import calls, fast, lanes, shield, threads
+from fastrelu.cpu import calls, fast, shield, threads, vector
 from fastrelu.cpu.quick import Call
 
 HINTS = {
@@ -58,15 +58,15 @@ def test_how_a_processor_is_given_a_moment(triple, monkeypatch):
 def test_who_converts_half_floats(triple, features, expected, monkeypatch):
     monkeypatch.setattr(llvm, "get_process_triple", lambda: triple)
     monkeypatch.setattr(config, "CPU_FEATURES", features)
-    assert lanes._has_half_instructions() is expected
+    assert vector._has_half_instructions() is expected
 
 
 def test_half_floats_on_the_simplest_processor():
     script = """
     import numpy as np
     import fastrelu as F
-    from fastrelu.cpu import lanes
-    assert lanes._half_to_float is lanes._half_to_float_by_bits
+    from fastrelu.cpu import vector
+    assert vector._half_to_float is vector._half_to_float_by_bits
     x = np.arange(2**16, dtype=np.uint16).view(np.float16)
     with np.errstate(all="ignore"):
         product = (np.float32(-0.37) * x.astype(np.float32)).astype(np.float16)

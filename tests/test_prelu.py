@@ -19,7 +19,7 @@ from test_threads import run
 
 import fastrelu as F
 from fastrelu.cpu import build, sums
-from fastrelu.cpu.lanes import lane_of
+from fastrelu.cpu.vector import format_of
 
 FLOAT32 = np.dtype(np.float32)
 inf, nan = np.inf, np.nan
@@ -370,16 +370,16 @@ def test_a_sum_is_rounded_once(bits):
     halves = rng.integers(1 << bits - 1, 1 << bits, 2000).astype(np.float64)
     near = np.array([0.5, 0.5 + 2.0**-40, 0.5 - 2.0**-40, 0.3, 0.0])
     values = np.ldexp((halves[:, None] + near).ravel(), -bits)
-    lane = lane_of(np.dtype("float16" if bits == 11 else ml_dtypes.bfloat16))
+    fmt = format_of(np.dtype("float16" if bits == 11 else ml_dtypes.bfloat16))
     totals = np.stack([values, np.zeros_like(values)])
-    result = np.empty(values.size, lane.storage)
-    compiled = build.compiled_for(lane, sums.round_sums)
+    result = np.empty(values.size, fmt.storage)
+    compiled = build.compiled_for(fmt, sums.round_sums)
     compiled.ctypes(totals.ctypes.data, result.ctypes.data, values.size)
     dtype = np.float16 if bits == 11 else ml_dtypes.bfloat16
     expected = np.ldexp(np.round(np.ldexp(values, bits)), -bits)  # ties to even
     assert np.array_equal(result.view(dtype).astype(np.float64), expected)
     extremes = np.array([[1e300, -1e300, np.inf, np.nan, 1e-320], [0.0] * 5])
-    result = np.empty(5, lane.storage)
+    result = np.empty(5, fmt.storage)
     compiled.ctypes(extremes.ctypes.data, result.ctypes.data, 5)
     expected = np.array([np.inf, -np.inf, np.inf, np.nan, 0.0])
     assert_same(result.view(dtype), expected.astype(dtype))

@@ -145,7 +145,7 @@ def archive(folder, changed="", *change):
         (
             "NUMBA_CACHE_DIR",
             (
-                "cpu/lanes.py",
+                "cpu/vector.py",
                 "_same(value):\n    return ",
                 "_same(value):\n    return 2 * ",
             ),

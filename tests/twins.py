@@ -22,13 +22,13 @@ from fastrelu.cpu import (
     fast,
     halves,
     handler,
-    lanes,
     loops,
     objects,
     portable,
     quick,
     sums,
     threads,
+    vector,
     walk,
 )
 from fastrelu.cpu.jit import rebuild
@@ -99,7 +99,7 @@ def words_of(kind, size=8):
     return Words
 
 
-# Lanes --------------------------------------------------------------------------------
+# Vectors ------------------------------------------------------------------------------
 
 
 def put_word(bits, place, word):
@@ -107,31 +107,31 @@ def put_word(bits, place, word):
 
 
 def pack(flags):
-    assert flags.size == loops.WORD
+    assert flags.size == loops.STRIP
     assert flags.max() <= 1
     return np.packbits(flags, bitorder="little").view(np.uint64)[0]
 
 
 def unpack(bits, flags, words):
-    flags[: words * loops.WORD] = np.unpackbits(bits[: words * 8], bitorder="little")
+    flags[: words * loops.STRIP] = np.unpackbits(bits[: words * 8], bitorder="little")
 
 
-def store_word(target, first, word):
-    assert word.size == loops.WORD
-    target[first : first + loops.WORD] = word
+def store_strip(target, first, word):
+    assert word.size == loops.STRIP
+    target[first : first + loops.STRIP] = word
 
 
-def stream_word(target, first, word):
+def stream_strip(target, first, word):
     assert target[first:].ctypes.data % 64 == 0
-    store_word(target, first, word)
+    store_strip(target, first, word)
 
 
-def twin_of(lane):
-    """The lane without the compiler; half floats are converted bit by bit"""
-    same = getattr(lanes._same, "py_func", lanes._same)
+def twin_of(fmt):
+    """The format without the compiler; half floats are converted bit by bit"""
+    same = getattr(vector._same, "py_func", vector._same)
     plain = same, same
-    load, store = portable._HALVES.get(lane.name, plain)
-    return dataclasses.replace(lane, load=load, store=store)
+    load, store = portable._HALVES.get(fmt.name, plain)
+    return dataclasses.replace(fmt, load=load, store=store)
 
 
 # Python's and NumPy's own functions ---------------------------------------------------
@@ -279,13 +279,13 @@ def interpret(monkeypatch):
         ("PyDict_GetItem", ctypes.pythonapi)
     )
     stack = {
-        "word_buffer": buffer(loops.WORD),
-        "rest_buffer": buffer(loops.WORD),
-        "flag_buffer": buffer(loops.MASKED + 2 * loops.WORD, np.uint8),
-        "bit_buffer": buffer(loops.WORD, np.uint8),
+        "strip_buffer": buffer(loops.STRIP),
+        "rest_buffer": buffer(loops.STRIP),
+        "flag_buffer": buffer(loops.MASKED + 2 * loops.STRIP, np.uint8),
+        "bit_buffer": buffer(loops.STRIP, np.uint8),
         "weight_buffer": buffer(loops.WIDE),
         "sum_buffer": buffer(sums.LANES, np.float64),
-        "column_buffer": buffer(sums.SEGMENT_COLUMNS + loops.WORD, np.float64),
+        "column_buffer": buffer(sums.SEGMENT_COLUMNS + loops.STRIP, np.float64),
         "_axes": buffer(walk.MOST_AXES * walk.FIELDS, np.int64),
         "_counts": buffer(walk.MOST_AXES, np.int64),
         "_places": buffer(walk.FIELDS, np.int64),
@@ -298,9 +298,9 @@ def interpret(monkeypatch):
         "put_word": put_word,
         "pack": pack,
         "unpack": unpack,
-        "store_word": store_word,
-        "stream_word": stream_word,
-        "stream_halves": stream_word,
+        "store_strip": store_strip,
+        "stream_strip": stream_strip,
+        "stream_halves": stream_strip,
         "fence": lambda: None,
     }
     shared = {
@@ -318,7 +318,7 @@ def interpret(monkeypatch):
         **vectors,
     }
     twins = {
-        lanes: vectors,
+        vector: vectors,
         loops: shared,
         sums: shared,
         walk: shared | {"_call_loop": call},
@@ -371,11 +371,11 @@ def interpret(monkeypatch):
         functions[id(loop)] = loop
         return loop
 
-    def compiled(block, operation, lane, kind=build.PLAIN):
-        return kept(build.bound(block, operation, twin_of(lane), kind))
+    def compiled(body, operation, fmt, target=build.PLAIN):
+        return kept(build.bound(body, operation, twin_of(fmt), target))
 
-    def compiled_for(lane, template):
-        return kept(rebuild(template, "twin", build._of_lane(twin_of(lane))))
+    def compiled_for(fmt, template):
+        return kept(rebuild(template, "twin", build._of_format(twin_of(fmt))))
 
     def make(summed, table, fallback):
         own = np.array([0 if fallback is None else id(fallback), table.ctypes.data])

@@ -8,41 +8,41 @@ from fastrelu._functions import rebuild
 from fastrelu._spec import Operation
 from fastrelu.cpu import loops, sums
 from fastrelu.cpu.jit import Function, compile_and_keep, inlined, shielded
-from fastrelu.cpu.lanes import (
-    Lane,
+from fastrelu.cpu.loops import IN_PLACE, PAST_CACHE, PLAIN, TARGETS
+from fastrelu.cpu.vector import (
+    Format,
     fence,
+    store_strip,
     store_to_nearest,
-    store_word,
     stream_halves,
-    stream_word,
+    stream_strip,
 )
-from fastrelu.cpu.loops import IN_PLACE, KINDS, PAST_CACHE, PLAIN
 
-__all__ = ["IN_PLACE", "KINDS", "PAST_CACHE", "PLAIN", "bound", "compiled"]
+__all__ = ["IN_PLACE", "PAST_CACHE", "PLAIN", "TARGETS", "bound", "compiled"]
 
 
-def _of_lane(lane: Lane) -> dict[str, Any]:
+def _of_format(fmt: Format) -> dict[str, Any]:
     return {
-        "load": lane.load,
-        "store": lane.store,
-        "compute": lane.compute,
-        "storage": lane.storage.type,
+        "load": fmt.load,
+        "store": fmt.store,
+        "compute": fmt.compute,
+        "storage": fmt.storage.type,
     }
 
 
-def bound(block: Function, operation: Operation, lane: Lane, kind: str) -> Function:
+def bound(body: Function, operation: Operation, fmt: Format, target: str) -> Function:
     """Return a driver whose open names are bound, for Numba to compile.
 
-    In the place of a block may be one of the drivers in `sums.PARTS`, which have none.
+    In the place of a body may be one of the drivers in `sums.PARTS`, which have none.
     """
-    stream = stream_halves if lane.name == "float16" else stream_word
+    stream = stream_halves if fmt.name == "float16" else stream_strip
     names: dict[str, Any] = {
-        **_of_lane(lane),
-        "finished": fence if kind == PAST_CACHE else loops.nothing,
-        "write_word": stream if kind == PAST_CACHE else store_word,
+        **_of_format(fmt),
+        "finished": fence if target == PAST_CACHE else loops.nothing,
+        "write_strip": stream if target == PAST_CACHE else store_strip,
         "formula": _functions.bound(operation.function, inlined),
     }
-    parts = block.__name__, operation.function.__name__, lane.name, kind
+    parts = body.__name__, operation.function.__name__, fmt.name, target
 
     def bind(name: str, template: Any) -> None:
         """Bind one more name; the template may use those before it."""
@@ -56,26 +56,26 @@ def bound(block: Function, operation: Operation, lane: Lane, kind: str) -> Funct
     bind("cut", loops.CUT[arrays])
     bind(
         "lead_of",
-        loops.to_line if block in (loops.plain, loops.rows) else loops.at_once,
+        loops.to_line if body in (loops.plain, loops.rows) else loops.at_once,
     )
-    if block in sums.PARTS:
-        bind("element", sums.ELEMENT_OF[block])
-        bind("fill", loops.FILLING[kind])
-        part, add_up = sums.PARTS[block]
+    if body in sums.PARTS:
+        bind("element", sums.ELEMENT_OF[body])
+        bind("fill", loops.FILLING[target])
+        part, add_up = sums.PARTS[body]
         bind("product", sums.product_at)
         bind("add_up", add_up)
         bind("part", part)
-        return build(block)
+        return build(body)
     bind("numbers_of", loops.OF_NUMBERS[operation.numbers])
-    bind("element", loops.ELEMENT_OF[block])
-    bind("fill", loops.FILLING[kind])
+    bind("element", loops.ELEMENT_OF[body])
+    bind("fill", loops.FILLING[target])
     bind("arrays_of", loops.OF_ARRAYS[arrays])
-    bind("beside", loops.BESIDE_OF[block])
+    bind("beside", loops.BESIDE_OF[body])
     if operation.active is not None:
         names["active"] = _functions.bound(operation.active, inlined)
         bind("kept", loops.KEEP[operation.kept])
         bind("bit", loops.bit_at)
-    bind("block", block)
+    bind("body", body)
     bind("part", loops.flat_part)
     return build(loops.flat)
 
@@ -86,19 +86,19 @@ def bound(block: Function, operation: Operation, lane: Lane, kind: str) -> Funct
 @shielded
 @functools.cache
 def compiled(
-    block: Function, operation: Operation, lane: Lane, kind: str = PLAIN
+    body: Function, operation: Operation, fmt: Format, target: str = PLAIN
 ) -> Any:
     """Return one compiled loop, a C function."""
-    signature = sums.SIGNATURE if block in sums.PARTS else loops.SIGNATURE
-    return compile_and_keep(bound(block, operation, lane, kind), signature)
+    signature = sums.SIGNATURE if body in sums.PARTS else loops.SIGNATURE
+    return compile_and_keep(bound(body, operation, fmt, target), signature)
 
 
 @functools.cache
 @shielded
 @functools.cache
-def compiled_for(lane: Lane, template: Function) -> Any:
-    """Return a C function that converts a lane's weights."""
-    name = f"{template.__name__}_{lane.name}"
-    names = {**_of_lane(lane), "store": store_to_nearest(lane)}
+def compiled_for(fmt: Format, template: Function) -> Any:
+    """Return a C function that converts a format's weights."""
+    name = f"{template.__name__}_{fmt.name}"
+    names = {**_of_format(fmt), "store": store_to_nearest(fmt)}
     template = rebuild(template, name, names)
     return compile_and_keep(template, sums.WEIGHTS_SIGNATURE)

@@ -18,7 +18,6 @@ from numba import types
 from fastrelu.cpu import build, loops, objects, sums, threads
 from fastrelu.cpu.abi import ANY_ORDER, DATA, FLAGS, SHAPE, STRIDES, TYPE
 from fastrelu.cpu.jit import array_at, calling, inlined, pointer_to
-from fastrelu.cpu.lanes import buffer
 from fastrelu.cpu.loops import floats, words
 from fastrelu.cpu.objects import (
     bits_of,
@@ -47,6 +46,7 @@ from fastrelu.cpu.objects import (
     with_mask,
 )
 from fastrelu.cpu.pool import SMALLEST
+from fastrelu.cpu.vector import buffer
 from fastrelu.cpu.walk import FLAT, LOOK_SIGNATURE, SIMPLE
 
 # Words of what a built-in function is given: who takes what it leaves, and the table.
@@ -60,11 +60,11 @@ MOST_OPERANDS = 4
 ROWS = KINDS + MOST_OPERANDS
 # A row is what is known of one dtype, which comes first; its loops are 0 until needed.
 ITEM, WEIGHT, WIDEN, ROUND, SINGLE, LOOP = range(1, 7)
-PLAIN, PAST_CACHE, IN_PLACE = range(len(build.KINDS))  # added to LOOP, as is
-# the place of a block: of one for bits, for columns, and for elements of any weight.
-WITH_BITS = COLUMNS = len(build.KINDS)
-EACH = 2 * len(build.KINDS)
-ROW = LOOP + 3 * len(build.KINDS)
+PLAIN, PAST_CACHE, IN_PLACE = range(len(build.TARGETS))  # added to LOOP, as is
+# the place of a body: of one for bits, for columns, and for elements of any weight.
+WITH_BITS = COLUMNS = len(build.TARGETS)
+EACH = 2 * len(build.TARGETS)
+ROW = LOOP + 3 * len(build.TARGETS)
 
 # Kinds of operands, and what may be missing besides a loop.
 AN_ARRAY, SAVED, SOME_BITS, A_WEIGHT, AN_AXIS, A_NUMBER, NO_MASK, MAKE_MASK = range(8)
@@ -92,9 +92,9 @@ _vectorcall = types.ExternalFunction(
 @inlined
 def _row(table, x):
     """Return where the row of an array's dtype starts, or 0."""
-    kind = dtype_of(x)
+    dtype = dtype_of(x)
     for row in range(ROWS, ROWS + table[KNOWN] * ROW, ROW):
-        if table[row] == kind:
+        if table[row] == dtype:
             return row
     return 0
 
@@ -143,14 +143,14 @@ def _target(table, x, inplace, out):
     return 0 if inplace == table[objects.FALSE] else -1
 
 
-def kind_of_loop(cache: int, moved: int, in_place: bool) -> int:
-    """Return the kind, a place in `build.KINDS`, that suits so many bytes."""
+def target_of(cache: int, moved: int, in_place: bool) -> int:
+    """Return where to write so many bytes, as a place in `build.TARGETS`."""
     if in_place:
         return IN_PLACE
     return PAST_CACHE if moved > cache else PLAIN
 
 
-def block_of(many: int, size: int, channels: int, inner: int) -> int:
+def suits_columns(many: int, size: int, channels: int, inner: int) -> int:
     """Return 1 if columns suit weights better than rows, else 0.
 
     Each row starts a loop over it, which costs something, and so does each column, whose
@@ -161,7 +161,7 @@ def block_of(many: int, size: int, channels: int, inner: int) -> int:
     return channels > 1 and inner < short
 
 
-_kind_of_loop, _block_of = inlined(kind_of_loop), inlined(block_of)
+_target_of, _suits_columns = inlined(target_of), inlined(suits_columns)
 
 
 # Weights ------------------------------------------------------------------------------
@@ -170,8 +170,8 @@ _kind_of_loop, _block_of = inlined(kind_of_loop), inlined(block_of)
 @inlined
 def _fits(table, row, weight):
     """Say whether a weight has the type of the products, or that of half floats."""
-    kind = dtype_of(weight)
-    return kind == table[row] or kind == table[row + WEIGHT]
+    dtype = dtype_of(weight)
+    return dtype == table[row] or dtype == table[row + WEIGHT]
 
 
 @inlined
@@ -277,8 +277,8 @@ def _loop(table, place, moved):
 
 # Words of ours behind those of a loop: the orders in which all arrays lie flat by their
 # flags, how weights go with elements, a weight or bits as an object, the place of the
-# block, and how many bytes the bits of a mask have that is to be made, or -1.
-_ORDER, _VIEW, _OBJECT, _BLOCK, _NEW_BITS = range(loops.LENGTH, loops.LENGTH + 5)
+# body, and how many bytes the bits of a mask have that is to be made, or -1.
+_ORDER, _VIEW, _OBJECT, _BODY, _NEW_BITS = range(loops.LENGTH, loops.LENGTH + 5)
 _operands = buffer(loops.LENGTH + 5, types.int64)
 
 
@@ -294,7 +294,7 @@ def _take(table, row, given, w, strides):
     w[loops.ITEMSIZE] = table[row + ITEM]
     w[loops.WEIGHT_SIZE] = 8 if table[row + SINGLE] == 0 else 4
     w[_ORDER], w[_VIEW], w[_OBJECT] = words(x)[FLAGS] & ANY_ORDER, 1, 0
-    w[_BLOCK], w[_NEW_BITS] = 0, -1
+    w[_BODY], w[_NEW_BITS] = 0, -1
     arrays, numbers, address = 1, 0, w.ctypes.data
     bound = _BEYOND_SINGLE if table[row + SINGLE] != 0 else np.inf
     for k in range(arrays, loops.MOST_ARRAYS):
@@ -307,7 +307,7 @@ def _take(table, row, given, w, strides):
                 value = bits_of(table, table[PREDICATE], value, x, strides)
                 if value == 0:
                     return False
-                kind, w[_BLOCK] = SOME_BITS, WITH_BITS
+                kind, w[_BODY] = SOME_BITS, WITH_BITS
         if kind == AN_ARRAY:
             if not is_plain(table, value) or not is_like(value, x):
                 return False
@@ -335,7 +335,7 @@ def _take(table, row, given, w, strides):
             floats(address)[loops.NUMBERS + numbers] = number
             numbers += 1
         elif kind == MAKE_MASK and value == table[objects.TRUE]:
-            w[_BLOCK], w[_NEW_BITS] = WITH_BITS, (size + 7) >> 3
+            w[_BODY], w[_NEW_BITS] = WITH_BITS, (size + 7) >> 3
         elif kind != AN_AXIS and value != table[objects.FALSE]:
             return False
     w[loops.COUNT] = arrays
@@ -383,17 +383,17 @@ def _plan(table, row, y, fresh, many, w, strides):
         if overlap(low, reach, w[loops.BESIDE], length):
             return 0
     in_place = target == start and not fresh
-    block = w[_BLOCK]
+    body = w[_BODY]
     if not flat or w[_VIEW] == 2:
         w[loops.LOOP] = 1
-        block = EACH if weighted else block
+        body = EACH if weighted else body
         w[loops.BESIDE_STRIDES] = strides.ctypes.data if weighted else 0
-        return row + LOOP + block + (IN_PLACE if in_place else PLAIN)
+        return row + LOOP + body + (IN_PLACE if in_place else PLAIN)
     if weighted:
         channels = w[loops.CHANNELS]
-        block = COLUMNS * _block_of(many, w[loops.SIZE], channels, w[loops.INNER])
-    kind = _kind_of_loop(table[CACHE], w[loops.MOVED], in_place)
-    return row + LOOP + block + kind
+        body = COLUMNS * _suits_columns(many, w[loops.SIZE], channels, w[loops.INNER])
+    target = _target_of(table[CACHE], w[loops.MOVED], in_place)
+    return row + LOOP + body + target
 
 
 # Answers ------------------------------------------------------------------------------

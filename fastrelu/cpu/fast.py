@@ -14,10 +14,10 @@ import numpy as np
 from fastrelu._layout import is_simple, lay_flat, lies_on
 from fastrelu._spec import ARRAY, BITS, NUMBER, WEIGHT, Operation
 from fastrelu.cpu import build, calls, pool, sums, threads
-from fastrelu.cpu.lanes import lane_of
-from fastrelu.cpu.loops import KINDS, MANY_SUMMED
+from fastrelu.cpu.loops import MANY_SUMMED, TARGETS
 from fastrelu.cpu.pool import empty_bytes, empty_like
 from fastrelu.cpu.quick import Call
+from fastrelu.cpu.vector import format_of
 
 Array = Any
 Function = Callable[..., Any]
@@ -117,7 +117,7 @@ def elementwise_mask(
     _run_over(call, x, flat_y, waiting, bits, *numbers)
     if y is not out:
         np.copyto(out, y)
-    return bits, tuple(order)
+    return bits, order
 
 
 def weight_sums(
@@ -135,10 +135,10 @@ def weight_sums(
     """
     operation = Operation(gradient, (ARRAY, ARRAY, WEIGHT))
     moved = 3 * x.nbytes
-    block = calls.block_of(MANY_SUMMED, x.size, slopes.size, inner)
-    kind = KINDS[calls.kind_of_loop(threads.CACHE, moved, y is grad)]
-    driver = tuple(sums.PARTS)[block]
-    loop = build.compiled(driver, operation, lane_of(x.dtype), kind)
+    number = calls.suits_columns(MANY_SUMMED, x.size, slopes.size, inner)
+    target = TARGETS[calls.target_of(threads.CACHE, moved, y is grad)]
+    driver = tuple(sums.PARTS)[number]
+    loop = build.compiled(driver, operation, format_of(x.dtype), target)
     threads.ready(moved)
     addresses = [a.ctypes.data for a in (grad, x, slopes, y, result)]
 

@@ -100,10 +100,10 @@ class _Lower(Lower):  # type: ignore[misc]
     out, as with NUMBA_OPT=0.
     """
 
-    def lower_assign(self, kind: Any, inst: Any) -> Any:
-        if isinstance(getattr(kind, "dispatcher", None), _Inlined):
+    def lower_assign(self, type_: Any, inst: Any) -> Any:
+        if isinstance(getattr(type_, "dispatcher", None), _Inlined):
             return self.context.get_dummy_value()
-        return super().lower_assign(kind, inst)
+        return super().lower_assign(type_, inst)
 
 
 @register_pass(mutates_CFG=True, analysis_only=False)
@@ -347,15 +347,15 @@ def _reduced(result: Any) -> Any:
 # Addresses ----------------------------------------------------------------------------
 
 
-def pointer_to(kind: types.Type) -> Any:
+def pointer_to(type_: types.Type) -> Any:
     """Return an intrinsic that makes a pointer to this type of an address."""
 
     @intrinsic  # type: ignore[untyped-decorator]
     def at(typingctx: Any, address: Any) -> Any:
         def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            return builder.inttoptr(args[0], context.get_value_type(kind))
+            return builder.inttoptr(args[0], context.get_value_type(type_))
 
-        return kind(types.int64), codegen
+        return type_(types.int64), codegen
 
     return at
 
@@ -366,13 +366,13 @@ def array_at(typingctx: Any, address: Any, size: Any, dtype: Any) -> Any:
 
     That is Numba's `carray`, but no function to compile for each type.
     """
-    kind = types.Array(parse_dtype(dtype), 1, "C")
+    type_ = types.Array(parse_dtype(dtype), 1, "C")
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         pointer = builder.inttoptr(args[0], cgutils.voidptr_t)
-        return new_array(context, builder, kind, pointer, args[1])
+        return new_array(context, builder, type_, pointer, args[1])
 
-    return kind(types.int64, types.intp, dtype), codegen
+    return type_(types.int64, types.intp, dtype), codegen
 
 
 @intrinsic  # type: ignore[untyped-decorator]
@@ -410,11 +410,11 @@ first_of, second_of, third_of = _item(0), _item(1), _item(2)
 
 
 def new_array(
-    context: Any, builder: Any, kind: types.Array, pointer: Any, size: Any
+    context: Any, builder: Any, type_: types.Array, pointer: Any, size: Any
 ) -> Any:
     """Return code for a flat array of this kind and size that starts at a pointer."""
-    array = context.make_array(kind)(context, builder)
-    itemsize = context.get_abi_sizeof(context.get_data_type(kind.dtype))
+    array = context.make_array(type_)(context, builder)
+    itemsize = context.get_abi_sizeof(context.get_data_type(type_.dtype))
     stride = context.get_constant(types.intp, itemsize)
     data = builder.bitcast(pointer, array.data.type)
     populate_array(array, data, [size], [stride], stride, meminfo=None)
@@ -427,7 +427,7 @@ def calling(signature: Any) -> Any:
     @intrinsic  # type: ignore[untyped-decorator]
     def call(typingctx: Any, address: Any, values: Any) -> Any:
         def codegen(context: Any, builder: Any, _: Any, args: Any) -> Any:
-            operands = [context.get_value_type(kind) for kind in signature.args]
+            operands = [context.get_value_type(type_) for type_ in signature.args]
             result = context.get_value_type(signature.return_type)
             if signature.return_type == types.void:
                 result = ir.VoidType()

@@ -41,24 +41,24 @@ def _package(value: Any) -> str:
 
 def refuse(value: Any) -> None:
     """Refuse what carries more than numbers, which a result would not have."""
-    kind = type(value)
+    type_ = type(value)
     remedy = _REMEDIES.get(_package(value))
-    if has_gaps(kind):
+    if has_gaps(type_):
         remedy = "fill its gaps first"
-    elif issubclass(kind, np.ndarray) and remedy is None:
-        if kind in (np.ndarray, np.memmap) or not _carries_more(kind):
+    elif issubclass(type_, np.ndarray) and remedy is None:
+        if type_ in (np.ndarray, np.memmap) or not _carries_more(type_):
             return
         remedy = "take numpy.asarray of it"
     if remedy is not None:
-        msg = f"got {kind.__name__}, which carries more than numbers: {remedy}"
+        msg = f"got {type_.__name__}, which carries more than numbers: {remedy}"
         raise TypeError(msg)
 
 
-def _carries_more(kind: type) -> bool:
+def _carries_more(type_: type) -> bool:
     """Say whether a subclass of NumPy's array says for itself what results are."""
     names = "__array_finalize__", "__array_ufunc__", "__array_wrap__"
-    theirs = [getattr(kind, name) is not getattr(np.ndarray, name) for name in names]
-    return any(theirs) and not kind.__module__.startswith("numpy")
+    theirs = [getattr(type_, name) is not getattr(np.ndarray, name) for name in names]
+    return any(theirs) and not type_.__module__.startswith("numpy")
 
 
 def read(value: Any) -> Array | None:
@@ -79,9 +79,9 @@ def read(value: Any) -> Array | None:
 
 def _namespace_of(value: Any) -> Callable[[Any], Any] | None:
     """Return what gives the namespace of an array that follows the array API."""
-    kind = type(value)
-    found: Any = getattr(kind, "__array_namespace__", None)
-    return found if hasattr(kind, "__dlpack__") else None
+    type_ = type(value)
+    found: Any = getattr(type_, "__array_namespace__", None)
+    return found if hasattr(type_, "__dlpack__") else None
 
 
 def as_came(y: Array, *given: Any) -> Any:

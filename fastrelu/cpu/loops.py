@@ -1,14 +1,14 @@
 """From a formula to loops over arrays.
 
-A *block* applies a function of the catalogue to a part of flat arrays.  A *driver* reads
+A *body* applies a function of the catalogue to a part of flat arrays.  A *driver* reads
 what it is called with and spreads the parts over the team of threads.  All drivers are
 called with the address of one row of *words* (below), so that the number and the kinds
 of operands are data.  Every combination is compiled when it is first needed and kept on
 the disk.
 
-All blocks have one signature, so that one set of drivers serves them all:
+All bodies have one signature, so that one set of drivers serves them all:
 
-    block(a, b, y, s, inner, start)
+    body(a, b, y, s, inner, start)
 
 `a` is a tuple with the part from `start` on of each array of the result's shape (x, or
 the gradient and what was saved), `b` all of what else goes with them (mask bits or
@@ -33,8 +33,8 @@ from fastrelu.cpu.jit import (
     smaller,
     third_of,
 )
-from fastrelu.cpu.lanes import WORD, buffer, pack, put_word, unpack
 from fastrelu.cpu.threads import spread
+from fastrelu.cpu.vector import STRIP, buffer, pack, put_word, unpack
 
 TILE = 4096  # elements that are not shared: what is, is cut at their multiples
 MASKED = 1024  # elements whose bits are unpacked before the rest is done
@@ -43,7 +43,7 @@ SHORT, MANY, MANY_SUMMED = 256, 4, 16  # or than this, if there are many of each
 WIDE = 2048  # columns whose weights are laid out at once
 
 # Where a loop writes: to another array, to one beyond the cache, or where it reads.
-KINDS = PLAIN, PAST_CACHE, IN_PLACE = "plain", "past_cache", "in_place"
+TARGETS = PLAIN, PAST_CACHE, IN_PLACE = "plain", "past_cache", "in_place"
 
 # The words that a driver is called with.  Arrays are addresses, numbers float64.
 Y, SIZE, MOVED, BESIDE, CHANNELS, INNER, NUMBERS = range(7)  # BESIDE: bits or weights
@@ -61,15 +61,15 @@ SIGNATURE = types.void(types.int64)
 
 words = pointer_to(types.CPointer(types.int64))
 floats = pointer_to(types.CPointer(types.float64))
-word_buffer, rest_buffer = buffer(WORD), buffer(WORD)
-flag_buffer = buffer(MASKED + 2 * WORD, numba.uint8)
-bit_buffer = buffer(WORD, numba.uint8)
+strip_buffer, rest_buffer = buffer(STRIP), buffer(STRIP)
+flag_buffer = buffer(MASKED + 2 * STRIP, numba.uint8)
+bit_buffer = buffer(STRIP, numba.uint8)
 weight_buffer = buffer(WIDE)
 
-# The names the blocks and drivers below leave open; `build` binds them.
+# The names the bodies and drivers below leave open; `build` binds them.
 formula: Any
 active: Any
-block: Any
+body: Any
 part: Any
 beside: Any
 arrays_of: Any
@@ -84,7 +84,7 @@ storage: Any
 element: Any
 lead_of: Any
 finished: Any
-write_word: Any
+write_strip: Any
 fill: Any
 
 
@@ -218,42 +218,42 @@ def fill_past_cache(y, a, b, s):
     lead = smaller(before_line(y), y.size)
     for i in range(lead):
         y[i] = element(a, b, s, i)
-    buffer = word_buffer(y)
-    whole = (y.size - lead) // WORD
-    for word in range(np.uintp(whole)):  # unsigned: an index from the end is no option
-        first = np.uintp(lead) + word * np.uintp(WORD)
-        for j in range(np.uintp(WORD)):
+    buffer = strip_buffer(y)
+    whole = (y.size - lead) // STRIP
+    for strip in range(np.uintp(whole)):  # unsigned: an index from the end is no option
+        first = np.uintp(lead) + strip * np.uintp(STRIP)
+        for j in range(np.uintp(STRIP)):
             buffer[j] = element(a, b, s, first + j)
-        write_word(y, first, buffer)
-    for i in range(lead + whole * WORD, y.size):
+        write_strip(y, first, buffer)
+    for i in range(lead + whole * STRIP, y.size):
         y[i] = element(a, b, s, i)
 
 
 def fill_in_place(y, a, b, s):
-    """Write where an array is that is read: a word is read before it is written.
+    """Write where an array is that is read: a strip is read before it is written.
 
     The compiler could not tell that it is y, or would leave out what a formula keeps.
     """
     lead, size = lead_of(y), np.uintp(y.size)
-    whole = (size - lead) // np.uintp(WORD)
+    whole = (size - lead) // np.uintp(STRIP)
     rest = rest_buffer(y)
-    for first, stop in ((np.uintp(0), lead), (lead + whole * np.uintp(WORD), size)):
+    for first, stop in ((np.uintp(0), lead), (lead + whole * np.uintp(STRIP), size)):
         for j in range(stop - first):
             rest[j] = element(a, b, s, first + j)
         for j in range(stop - first):
             y[first + j] = rest[j]
-    buffer = word_buffer(y)
-    for word in range(whole):
-        first = lead + word * np.uintp(WORD)
-        for j in range(np.uintp(WORD)):
+    buffer = strip_buffer(y)
+    for strip in range(whole):
+        first = lead + strip * np.uintp(STRIP)
+        for j in range(np.uintp(STRIP)):
             buffer[j] = element(a, b, s, first + j)
-        write_word(y, first, buffer)
+        write_strip(y, first, buffer)
 
 
 FILLING = {PLAIN: fill_plain, PAST_CACHE: fill_past_cache, IN_PLACE: fill_in_place}
 
 
-# Blocks -------------------------------------------------------------------------------
+# Bodies ------------------------------------------------------------------------------------
 
 
 def plain(a, b, y, s, inner, start):
@@ -282,29 +282,29 @@ def to_bits(a, b, y, s, inner, start):
     """
     lead = smaller(before_line(y), y.size)
     bits = piece(b, start // 8, b.size)
-    shift, rest = np.uint64(lead), np.uint64(WORD - lead)
+    shift, rest = np.uint64(lead), np.uint64(STRIP - lead)
     carry = np.uint64(0)
     for i in range(lead):
         carry |= bit(a, s, i) << np.uint64(i)
         y[i] = element(a, b, s, i)
-    buffer, bytes_ = word_buffer(y), bit_buffer(y)
-    whole = (y.size - lead) // WORD
-    for word in range(np.uintp(whole)):
-        first = np.uintp(lead) + word * np.uintp(WORD)
-        for j in range(np.uintp(WORD)):
+    buffer, bytes_ = strip_buffer(y), bit_buffer(y)
+    whole = (y.size - lead) // STRIP
+    for strip in range(np.uintp(whole)):
+        first = np.uintp(lead) + strip * np.uintp(STRIP)
+        for j in range(np.uintp(STRIP)):
             bytes_[j] = np.uint8(bit(a, s, first + j))
-        for j in range(np.uintp(WORD)):
+        for j in range(np.uintp(STRIP)):
             buffer[j] = element(a, b, s, first + j)
         flags = pack(bytes_)
-        put_word(bits, word, carry | flags << shift)
+        put_word(bits, strip, carry | flags << shift)
         carry = flags >> rest if lead > 0 else np.uint64(0)
-        write_word(y, first, buffer)
-    first = lead + whole * WORD
+        write_strip(y, first, buffer)
+    first = lead + whole * STRIP
     flags = np.uint64(0)
     for i in range(first, y.size):
         flags |= bit(a, s, i) << np.uint64(i - first)
         y[i] = element(a, b, s, i)
-    for place in range(-(-(y.size - whole * WORD) // 8)):
+    for place in range(-(-(y.size - whole * STRIP) // 8)):
         word = carry | flags << shift if place < 8 else flags >> rest
         bits[whole * 8 + place] = np.uint8(word >> np.uint64(place % 8 * 8))
 
@@ -314,11 +314,11 @@ def from_bits(a, b, y, s, inner, start):
     done = 0
     for first in range(0, y.size, MASKED):
         stop = end_of_line(y, smaller(first + MASKED, y.size))
-        base = done // WORD * WORD
-        whole = smaller(-(-(stop - base) // WORD), (y.size - base) // WORD)
+        base = done // STRIP * STRIP
+        whole = smaller(-(-(stop - base) // STRIP), (y.size - base) // STRIP)
         bits = piece(b, (start + base) // 8, b.size)
         unpack(bits, flags, whole)
-        for i in range(whole * WORD, stop - base):
+        for i in range(whole * STRIP, stop - base):
             flags[i] = (bits[i // 8] >> np.uint8(i % 8)) & np.uint8(1)
         passes = piece(flags, done - base, flags.size)
         fill(piece(y, done, stop), cut(a, done, stop), passes, s)
@@ -405,7 +405,7 @@ def flat(address):
 
 
 def flat_part(a, b, y, s, inner, start, stop):
-    block(cut(a, start, stop), b, piece(y, start, stop), s, inner, start)
+    body(cut(a, start, stop), b, piece(y, start, stop), s, inner, start)
     finished()
 
 

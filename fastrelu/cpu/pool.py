@@ -285,8 +285,8 @@ class MemoryPool:
     def _try(self, function: Callable[..., Any], *arguments: int) -> bool:
         """Have something done once the list is free; say whether that was soon."""
         # Not a CFUNCTYPE: the interpreter's lock guards the pool.
-        kind = ctypes.PYFUNCTYPE(*[ctypes.c_int64] * (len(arguments) + 2))
-        call = kind(handler.compiled()[function].address)
+        function_type = ctypes.PYFUNCTYPE(*[ctypes.c_int64] * (len(arguments) + 2))
+        call = function_type(handler.compiled()[function].address)
         for _ in range(1000):
             if call(self.address, *arguments):
                 return True

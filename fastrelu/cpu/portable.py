@@ -377,7 +377,7 @@ def _elementwise(
         b = np.array(given)  # it may lie on the result
     y, order, (flat_y, *flats), waiting = lay_flat(out, arrays, empty_like, axes)
     if not x.size:
-        return tuple(order)
+        return order
     if WEIGHT in beside:
         weight = beside[WEIGHT].transpose(order)
         view = channels_of(y.transpose(order).shape, weight.shape)
@@ -398,7 +398,7 @@ def _elementwise(
     run()
     if y is not out:
         np.copyto(out, y)
-    return tuple(order)
+    return order
 
 
 def weight_sums(

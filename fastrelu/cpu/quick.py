@@ -17,8 +17,8 @@ from fastrelu.cpu.jit import (
     keep_for_ever,
     shielded,
 )
-from fastrelu.cpu.lanes import lane_of
 from fastrelu.cpu.objects import dtype_word
+from fastrelu.cpu.vector import format_of
 from fastrelu.cpu.walk import LOOK_SIGNATURE, look, walk
 
 _MOST = 32  # rows: there are fewer dtypes
@@ -43,7 +43,7 @@ class Call:
     gradients of PReLU are made.
     """
 
-    __slots__ = ("blocks", "call", "kinds", "options", "predicate", "rows", "table")
+    __slots__ = ("bodies", "call", "kinds", "options", "predicate", "rows", "table")
 
     def __init__(
         self,
@@ -56,9 +56,9 @@ class Call:
     ) -> None:
         self.options: dict[str, Any] = {"masked": masked, "predicate": predicate}
         self.options |= {"flag": flag, "sums": sums}
-        self.blocks = [(block, operation) for block in _blocks_of(operation, sums)]
+        self.bodies = [(body, operation) for body in _bodies_of(operation, sums)]
         if masked is not None:
-            self.blocks += [(block, masked) for block in _blocks_of(masked, False)]
+            self.bodies += [(body, masked) for body in _bodies_of(masked, False)]
         self.table = np.zeros(calls.ROWS + _MOST * calls.ROW, np.int64)
         self.rows: dict[int, np.dtype[Any]] = {}  # by where they start
         self.predicate = sys.intern(predicate)  # told by identity
@@ -75,7 +75,7 @@ class Call:
     @property
     def operation(self) -> Operation:
         """The operation without a mask."""
-        return self.blocks[0][1]
+        return self.bodies[0][1]
 
     def make_ready(self, dtype: np.dtype[Any], *, integers: bool) -> bool:
         """Make ready what the last call missed; say whether that was something."""
@@ -95,9 +95,9 @@ class Call:
             self.table[calls.WALK] = _compiled(walk, loops.SIGNATURE).address
         elif missing:
             row = missing - (missing - calls.ROWS) % calls.ROW
-            number, kind = divmod(missing - row - calls.LOOP, len(build.KINDS))
-            made_of = *self.blocks[number], lane_of(self.rows[row])
-            loop = build.compiled(*made_of, build.KINDS[kind])
+            number, target = divmod(missing - row - calls.LOOP, len(build.TARGETS))
+            made_of = *self.bodies[number], format_of(self.rows[row])
+            loop = build.compiled(*made_of, build.TARGETS[target])
             self.table[missing] = loop.address
         return missing != 0
 
@@ -123,25 +123,20 @@ class Call:
     @shielded
     def _add(self, dtype: np.dtype[Any]) -> None:
         """Add the row of a dtype; with the first, make the call."""
-        kind, table, row = (
-            dtype_word(dtype),
-            self.table,
-            calls.ROWS + calls.ROW * len(self.rows),
-        )
-        if kind in table[calls.ROWS : row : calls.ROW]:
+        word, table = dtype_word(dtype), self.table
+        row = calls.ROWS + calls.ROW * len(self.rows)
+        if word in table[calls.ROWS : row : calls.ROW]:
             return
-        lane = lane_of(dtype)
-        table[row : row + calls.WIDEN] = kind, dtype.itemsize, dtype_word(lane.product)
-        table[row + calls.SINGLE] = lane.product == np.float32
-        if WEIGHT in self.operation.kinds and lane.product != lane.storage:
-            for word, template in _OF_HALVES.items():
-                table[row + word] = build.compiled_for(lane, template).address
+        fmt = format_of(dtype)
+        table[row : row + calls.WIDEN] = word, dtype.itemsize, dtype_word(fmt.product)
+        table[row + calls.SINGLE] = fmt.product == np.float32
+        if WEIGHT in self.operation.kinds and fmt.product != fmt.storage:
+            for place, template in _OF_HALVES.items():
+                table[row + place] = build.compiled_for(fmt, template).address
         if not self.rows:
             table[: objects.LENGTH] = objects.known()
-            table[calls.CACHE], table[calls.PREDICATE] = (
-                threads.CACHE,
-                id(self.predicate),
-            )
+            table[calls.CACHE] = threads.CACHE
+            table[calls.PREDICATE] = id(self.predicate)
             table[calls.COUNT] = len(self.kinds)
             table[calls.KINDS : calls.KINDS + len(self.kinds)] = self.kinds
             self.call = _make(self.options["sums"], table, None)
@@ -149,8 +144,8 @@ class Call:
         self.rows[row] = dtype  # from here on nobody asks again
 
 
-def _blocks_of(operation: Operation, summed: bool) -> tuple[Function, ...]:
-    """Return the blocks, or what stands in their place, at COLUMNS and EACH, too."""
+def _bodies_of(operation: Operation, summed: bool) -> tuple[Function, ...]:
+    """Return the bodies, or what stands in their place, at COLUMNS and EACH, too."""
     if summed:
         return tuple(sums.PARTS)
     if WEIGHT in operation.kinds:

@@ -12,7 +12,7 @@ partial sums.
 
 A piece of a row is summed and then, while it is in the first cache, gone over again for
 the other gradient, with the loops that write all other results.  Where each column has
-a sum of its own, a word's two gradients are made together.
+a sum of its own, a strip's two gradients are made together.
 """
 
 from typing import Any
@@ -22,16 +22,16 @@ import numpy as np
 from numba import types
 
 from fastrelu.cpu.jit import array_at, inlined, larger, piece, smaller
-from fastrelu.cpu.lanes import WORD, buffer, round_to_odd
 from fastrelu.cpu.loops import (
     before_line,
     end_of_line,
     repeat,
+    strip_buffer,
     with_each,
     with_one,
-    word_buffer,
 )
 from fastrelu.cpu.threads import spread
+from fastrelu.cpu.vector import STRIP, buffer, round_to_odd
 
 SUMMED = 512  # elements that are summed before the rest is done
 LANES = 32  # running sums kept side by side, so that a row's sum is vector work
@@ -49,7 +49,7 @@ WEIGHTS_SIGNATURE = types.void(types.int64, types.int64, types.intp)
 _malloc = types.ExternalFunction("PyMem_RawMalloc", types.int64(types.intp))
 _free = types.ExternalFunction("PyMem_RawFree", types.void(types.int64))
 sum_buffer = buffer(LANES, numba.float64)
-column_buffer = buffer(SEGMENT_COLUMNS + WORD, numba.float64)
+column_buffer = buffer(SEGMENT_COLUMNS + STRIP, numba.float64)
 
 # The names that are bound later.
 element: Any
@@ -59,7 +59,7 @@ product: Any
 add_up: Any
 part: Any
 finished: Any
-write_word: Any
+write_strip: Any
 load: Any
 store: Any
 compute: Any
@@ -189,7 +189,7 @@ def prelu_backward_columns(g, x, w, y, total, size, channels, inner, moved):
     columns = smaller(width, SEGMENT_COLUMNS)
     rows = larger(BLOCK_ROWS, smaller(size // BLOCKS, BLOCK) // columns)
     cells = -(-size // (rows * width)) * width
-    copies = 2 if columns == width else 1  # where a word may end in the next row
+    copies = 2 if columns == width else 1  # where a strip may end in the next row
     memory = _malloc((2 * cells + copies * width) * 8 + 64)
     if memory == 0:
         return 1
@@ -227,13 +227,13 @@ def _gather(few, totals, errors):
 
 
 def _prelu_backward_columns(g, x, wide, y, width, rows, sums, errors, first, last):
-    """Go from word to word, and across the ends of rows.
+    """Go from strip to strip, and across the ends of rows.
 
-    What a word has of the next row waits behind the sums of this one.
+    What a strip has of the next row waits behind the sums of this one.
     """
-    few = piece(column_buffer(y), 0, smaller(width, SEGMENT_COLUMNS) + WORD)
+    few = piece(column_buffer(y), 0, smaller(width, SEGMENT_COLUMNS) + STRIP)
     _clear(few)
-    buffer = word_buffer(y)
+    buffer = strip_buffer(y)
     segments = -(-width // SEGMENT_COLUMNS)
     for cell in range(first, last):
         block, left = cell // segments, cell % segments * SEGMENT_COLUMNS
@@ -249,20 +249,20 @@ def _prelu_backward_columns(g, x, wide, y, width, rows, sums, errors, first, las
         column = done = 0
         while at < end:
             room = end - at if segments == 1 else columns - column
-            # Those before the first line are no word, nor are the last ones.
-            count = room if room < WORD else before_line(piece(y, at, end))
+            # Those before the first line are no strip, nor are the last ones.
+            count = room if room < STRIP else before_line(piece(y, at, end))
             if count > 0:
                 add_up(g, x, weights, few, buffer, at, column, count)
                 for j in range(np.uintp(count)):
                     y[np.uintp(at) + j] = buffer[j]
                 at += count
                 column += count
-            words = smaller((room - count) // WORD, -(-(columns - column) // WORD))
-            for _ in range(words):
-                add_up(g, x, weights, few, buffer, at, column, WORD)
-                write_word(y, np.uintp(at), buffer)
-                at += WORD
-                column += WORD
+            strips = smaller((room - count) // STRIP, -(-(columns - column) // STRIP))
+            for _ in range(strips):
+                add_up(g, x, weights, few, buffer, at, column, STRIP)
+                write_strip(y, np.uintp(at), buffer)
+                at += STRIP
+                column += STRIP
             if column >= columns:
                 done += 1
                 if done % FEW_ROWS == 0:

@@ -196,8 +196,8 @@ _X86, _ARM = ("x86_64", "i686", "amd64"), ("aarch64", "arm64")
 
 def _emit(builder: Any, name: str, result: Any, *operands: Any) -> Any:
     """Return code that calls one of LLVM's own functions."""
-    kind = ir.FunctionType(result, [operand.type for operand in operands])
-    function = cgutils.get_or_insert_function(builder.module, kind, name)
+    function_type = ir.FunctionType(result, [operand.type for operand in operands])
+    function = cgutils.get_or_insert_function(builder.module, function_type, name)
     return builder.call(function, operands)
 
 
@@ -465,9 +465,9 @@ def spread(typingctx, body, arguments, size, grain, moved):
         body.dispatcher.compile(operands)
         compiled = body.dispatcher.overloads[operands]
         context.add_linking_libs([compiled.library])
-        kind = ir.FunctionType(ir.IntType(32), [_WORD] * 3)
+        function_type = ir.FunctionType(ir.IntType(32), [_WORD] * 3)
         name = builder.module.get_unique_name("fastrelu_part")
-        function = ir.Function(builder.module, kind, name)
+        function = ir.Function(builder.module, function_type, name)
         function.linkage = "internal"
         # LLVM takes half of them on Intel, for clocks that older processors slowed down;
         # a fifth of PReLU's backward pass.  Its list of attributes lacks this one.
@@ -492,8 +492,10 @@ def spread(typingctx, body, arguments, size, grain, moved):
         has_team = builder.icmp_unsigned("!=", share, _WORD(0))
         with builder.if_else(has_team, likely=True) as (together, alone):
             with together:
-                kind = ir.FunctionType(ir.VoidType(), [_WORD] * 5).as_pointer()
-                builder.call(builder.inttoptr(share, kind), [*where, *args[2:]])
+                function_type = ir.FunctionType(ir.VoidType(), [_WORD] * 5).as_pointer()
+                builder.call(
+                    builder.inttoptr(share, function_type), [*where, *args[2:]]
+                )
             with alone:
                 builder.call(function, [where[1], _WORD(0), args[2]])
         return context.get_dummy_value()

@@ -9,7 +9,6 @@ import numpy as np
 from numba import types
 
 from fastrelu.cpu.jit import array_at, calling, inlined, smaller
-from fastrelu.cpu.lanes import buffer
 from fastrelu.cpu.loops import (
     ARRAYS,
     BESIDE,
@@ -34,6 +33,7 @@ from fastrelu.cpu.loops import (
     words,
 )
 from fastrelu.cpu.threads import spread
+from fastrelu.cpu.vector import buffer
 
 LINE = 128  # elements of a line that go through the buffers at once
 BRIEF = 16  # an axis shorter than this is no line if there is a longer one

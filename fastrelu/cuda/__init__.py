@@ -11,19 +11,19 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from fastrelu._arguments import is_on_gpu, kind_of
+from fastrelu._layout import (
+    Axes,
+    collapse,
+    is_flat,
+    memory_order,
+    parts_of,
+    strides_of,
+)
 from fastrelu._spec import ARRAY, BITS, NUMBER, WEIGHT
 from fastrelu.cuda import arrays, launch
 from fastrelu.cuda.arrays import Array
 from fastrelu.cuda.calls import Calls
 from fastrelu.cuda.config import THREADS
-from fastrelu.cuda.layout import (
-    Axes,
-    channels_of,
-    collapse,
-    is_flat,
-    memory_order,
-    strides_of,
-)
 from fastrelu.cuda.work import (
     INT32,
     Sums,
@@ -177,7 +177,7 @@ def _view(order: Axes, weight: Array, *flat: Array) -> tuple[int, int, int] | No
     """Return (outer, channels, inner) if all lie so in memory, else None."""
     if not all(is_flat(order, x.shape, _steps(x)) for x in flat):
         return None
-    return channels_of(order, flat[0].shape, weight.shape, _steps(weight))
+    return parts_of(order, flat[0].shape, weight.shape, _steps(weight))
 
 
 # Elementwise --------------------------------------------------------------------------
@@ -253,7 +253,7 @@ def _run(work: Work, function: Function, operands: Operands, y: Array) -> None:
     if y.size == 0:
         return
     kinds = tuple(kind for kind, _ in operands)
-    options: dict[str, Any] = {"function": function, "kinds": kinds, "lane": y.dtype}
+    options: dict[str, Any] = {"function": function, "kinds": kinds, "fmt": y.dtype}
     options |= {kind: x.dtype for kind, x in operands if kind == WEIGHT}
     pointers = *(x.pointer for x in _in_memory(operands)), y.pointer
     numbers, order = _numbers(operands, y), _order(y)
@@ -283,7 +283,7 @@ def _flat(
             if head or not is_flat(order, y.shape, _strides(kind, value, y)):
                 return None
         elif kind == WEIGHT:
-            seen = channels_of(order, y.shape, value.shape, _steps(value))
+            seen = parts_of(order, y.shape, value.shape, _steps(value))
             vector = value.pointer if value.dtype == y.dtype else None
             layout = seen and weight_layout(*seen[1:], y.itemsize, head, vector)
             if not seen or not layout:
@@ -313,7 +313,7 @@ def _run_mask(
     if y.size == 0:
         return
     x, numbers = operands[0][1], _numbers(operands, y)
-    options = {"function": function, "active": active, "kept": kept, "lane": y.dtype}
+    options = {"function": function, "active": active, "kept": kept, "fmt": y.dtype}
     kinds = tuple(kind for kind, _ in operands)
     pointers = x.pointer, y.pointer, bits
     if _head(order, x, y) == 0:
@@ -379,7 +379,7 @@ def _sum(work: Work, grad: Array, x: Array, weight: Array) -> Sums:
         return Sums(pointer, 0, weight.size, 1)
     kept_rank, kept_axes = collapse(kept, x.shape, strides)
     summed_rank, summed_axes = collapse(summed, x.shape, strides)
-    code = kernel("strided_sum", lane=x.dtype, kept=kept_rank, summed=summed_rank)
+    code = kernel("strided_sum", fmt=x.dtype, kept=kept_rank, summed=summed_rank)
     threads = splits * channels * THREADS
     pointers = grad.pointer, x.pointer, pointer
     work.run(code, threads, *pointers, *kept_axes, *summed_axes, channels, size, splits)

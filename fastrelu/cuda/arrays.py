@@ -14,9 +14,9 @@ import numpy as np
 
 from fastrelu._arguments import kind_of
 from fastrelu._dtypes import name_of
+from fastrelu._layout import c_strides
 from fastrelu.cuda import launch
 from fastrelu.cuda.config import SIMULATED
-from fastrelu.cuda.layout import c_strides
 
 Place = tuple[int, int, tuple[int, ...]]  # address, device and order, see `look`
 
@@ -383,9 +383,9 @@ _LIBRARIES = {"cupy": _CuPy(), "numba": _Numba(), "torch": _PyTorch()}
 _ANY = Library()
 
 
-def library_of(kind: type) -> Library:
+def library_of(type_: type) -> Library:
     """Return the library that arrays of a type belong to."""
-    for base in kind.__mro__:
+    for base in type_.__mro__:
         name = base.__module__.partition(".")[0].replace("numba_cuda", "numba")
         if name in _LIBRARIES:
             return _LIBRARIES[name]

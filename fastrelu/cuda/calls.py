@@ -15,11 +15,11 @@ from typing import Any
 import numpy as np
 
 from fastrelu._dtypes import BY_NAME, is_accepted, name_of
+from fastrelu._layout import Axes, c_strides, memory_order, parts_of
 from fastrelu._spec import ARRAY, BITS, NUMBER, WEIGHT, Spec
 from fastrelu.cuda import launch
 from fastrelu.cuda.arrays import Place, library_of
 from fastrelu.cuda.config import BYTES
-from fastrelu.cuda.layout import Axes, c_strides, channels_of, memory_order
 from fastrelu.cuda.work import (
     INT32,
     Work,
@@ -44,9 +44,9 @@ _MANY = 4096  # shapes that are kept
 class Calls:
     """The quick calls of one activation for the arrays of one type."""
 
-    def __init__(self, kind: type, spec: Spec) -> None:
-        self.kind: Any = kind
-        self.library = library_of(kind)
+    def __init__(self, type_: type, spec: Spec) -> None:
+        self.type: Any = type_
+        self.library = library_of(type_)
         self.spec = spec
         self.plans: dict[Any, _Plan | None] = {}
         self.ready: dict[Any, _Ready] = {}  # by dtype and shape
@@ -133,7 +133,7 @@ class Calls:
     def by_channel(self, x: Any, inplace: Any, out: Any, weight: Any, axis: Any) -> Any:
         """Return y, with the weight of an element's channel for the number."""
         place = self.library.look(x)
-        if place is None or type(weight) is not self.kind or type(axis) is not int:
+        if place is None or type(weight) is not self.type or type(axis) is not int:
             return None
         lies = self.library.look(weight)
         if lies is None or lies[1] != place[1] or lies[2]:
@@ -261,7 +261,7 @@ class Calls:
             options = {"weight": names[1], "layout": what, "wide": False}
         options["kinds"] = (*kinds, *(len(numbers) * [NUMBER]))
         template = "flat_mask" if what == "mask" else "flat"
-        code = kernel(template, function=function, lane=names[0], **options)
+        code = kernel(template, function=function, fmt=names[0], **options)
         return code, compute_of(names[0]), dtype.itemsize
 
     def _dtypes(self, dtype: Any, weight: Any) -> tuple[str, str] | None:
@@ -273,7 +273,7 @@ class Calls:
 
     def _beside(self, b: Any, a: Any, place: Place) -> int:
         """Return the address of an array if it is like another and lies as that does."""
-        if type(b) is not self.kind or b.dtype != a.dtype or b.shape != a.shape:
+        if type(b) is not self.type or b.dtype != a.dtype or b.shape != a.shape:
             return 0
         other = self.library.look(b)
         alike = other and other[1] == place[1] and other[2] == place[2]
@@ -288,7 +288,7 @@ class Calls:
             bits: Any = mask.bits if same else None
         except (*ANSWERS, MemoryError):  # changed since it was made, it may be anything
             return 0
-        if type(bits) is not self.kind or tuple(bits.shape) != (length,):
+        if type(bits) is not self.type or tuple(bits.shape) != (length,):
             return 0
         lies = self.library.look(bits)
         uint8 = name_of(bits.dtype) == "uint8"
@@ -299,7 +299,7 @@ class Calls:
     ) -> tuple[int, int, _View] | None:
         """Return a weight's address and bytes, and how x is seen."""
         _, device, order = place
-        if type(weight) is not self.kind or type(axis) is not int:
+        if type(weight) is not self.type or type(axis) is not int:
             return None
         lies, itemsize = self.library.look(weight), weight.dtype.itemsize
         if not lies or lies[1:] != (device, ()) or lies[0] % itemsize:
@@ -315,7 +315,7 @@ class Calls:
             return None, 0
         if out is None and inplace is False:
             out = self.library.empty_like(a)
-            if not place[2] and type(out) is self.kind:  # new memory, in C order too
+            if not place[2] and type(out) is self.type:  # new memory, in C order too
                 return out, self.library.address(out)
         elif out is None and inplace is True:
             out = a
@@ -338,11 +338,11 @@ def _scalars(numbers: Any, compute: Any) -> list[Any] | None:
     """Return numbers in the type of products if all are plain and finite in it."""
     found, limit = [], _LIMITS.get(compute, 0)
     for number in numbers:
-        kind = type(number)
-        if kind is not float:
-            if kind in _INTEGERS and abs(int(number)) >= _EXACT:
+        type_ = type(number)
+        if type_ is not float:
+            if type_ in _INTEGERS and abs(int(number)) >= _EXACT:
                 return None
-            if kind not in _INTEGERS and kind not in _FLOATS:
+            if type_ not in _INTEGERS and type_ not in _FLOATS:
                 return None
             number = float(number)
         if not abs(number) < limit:
@@ -372,7 +372,7 @@ def _view(shape: Axes, order: Axes, weight: Axes, axis: int) -> _View | None:
     lengths = zip(sizes, shape, strict=False)
     if len(sizes) != rank or any(size not in (1, length) for size, length in lengths):
         return None
-    return channels_of(_axes(shape, order), shape, sizes, c_strides(sizes))
+    return parts_of(_axes(shape, order), shape, tuple(sizes), tuple(c_strides(sizes)))
 
 
 def _meet(start: int, length: int, other: int, other_length: int) -> bool:

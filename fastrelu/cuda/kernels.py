@@ -17,14 +17,14 @@ from numba import cuda, types
 
 from fastrelu._spec import ARRAY, BITS, NUMBER, WEIGHT
 from fastrelu.cuda.config import DOWN, THREADS
-from fastrelu.cuda.lanes import (
+from fastrelu.cuda.vector import (
+    Format,
     Function,
-    Lane,
     bits_reader,
     each,
     element,
+    format_of,
     inlined,
-    lane_of,
     load,
     multiply,
     offsets,
@@ -51,22 +51,22 @@ def _tuple(kinds: Iterable[Any]) -> Any:
     return types.BaseTuple.from_types(tuple(kinds))
 
 
-def _pointers(kinds: Kinds, lane: Lane, weight: Lane | None) -> Any:
+def _pointers(kinds: Kinds, fmt: Format, weight: Format | None) -> Any:
     """Return the type of the operands' pointers."""
-    of = {ARRAY: lane.pointer, BITS: _bits}
+    of = {ARRAY: fmt.pointer, BITS: _bits}
     if weight is not None:
         of[WEIGHT] = weight.pointer
     return _tuple(of[kind] for kind in kinds if kind in of)
 
 
-def _numbers(kinds: Kinds, lane: Lane) -> Any:
-    return _tuple(lane.compute for kind in kinds if kind == NUMBER)
+def _numbers(kinds: Kinds, fmt: Format) -> Any:
+    return _tuple(fmt.compute for kind in kinds if kind == NUMBER)
 
 
-def _readers(kinds, lane, width, *, part=False, weight=None):
+def _readers(kinds, fmt, width, *, part=False, weight=None):
     """Return how each operand is read; None for what comes with the numbers."""
     of = {
-        ARRAY: reader(lane, width, part=part),
+        ARRAY: reader(fmt, width, part=part),
         BITS: bits_reader(width, part=part),
     }
     if weight is not None:
@@ -78,7 +78,7 @@ def _readers(kinds, lane, width, *, part=False, weight=None):
 # channels).
 
 
-def _of_one(weight, lane, width, *, wide):
+def _of_one(weight, fmt, width, *, wide):
     """Return `slopes(p, i, view)` where all channels share one."""
     get = load(weight, 1)
 
@@ -88,7 +88,7 @@ def _of_one(weight, lane, width, *, wide):
     return inlined(slopes)
 
 
-def _of_whole_rows(weight, lane, width, *, wide):
+def _of_whole_rows(weight, fmt, width, *, wide):
     """The same where rows are whole vectors: one channel is all that a vector meets."""
     index, get = np.int64 if wide else np.uint32, load(weight, 1)
 
@@ -100,7 +100,7 @@ def _of_whole_rows(weight, lane, width, *, wide):
     return inlined(slopes)
 
 
-def _of_whole_columns(weight, lane, width, *, wide):
+def _of_whole_columns(weight, fmt, width, *, wide):
     """The same where inner is 1 and the channels are whole vectors, as x's are."""
     index, get = np.int64 if wide else np.uint32, load(weight, width)
 
@@ -110,7 +110,7 @@ def _of_whole_columns(weight, lane, width, *, wide):
     return inlined(slopes)
 
 
-def _of_rows(weight, lane, width, *, wide):
+def _of_rows(weight, fmt, width, *, wide):
     """The same where rows are no shorter than a vector."""
     index = np.int64 if wide else np.uint32
     get, lanes = load(weight, 1), tuple(range(width))
@@ -118,7 +118,7 @@ def _of_rows(weight, lane, width, *, wide):
     def choose(k, to_next, this, following):
         return this if k < to_next else following
 
-    chosen = each(choose, lane.compute, width)
+    chosen = each(choose, fmt.compute, width)
 
     def slopes(p, i, view):
         inner, channels = view
@@ -131,7 +131,7 @@ def _of_rows(weight, lane, width, *, wide):
     return inlined(slopes)
 
 
-def _of_columns(weight, lane, width, *, wide):
+def _of_columns(weight, fmt, width, *, wide):
     """The same where inner is 1 and the channels are no fewer than a vector has."""
     index = np.int64 if wide else np.uint32
     get, lanes = load(weight, 1), tuple(range(width))
@@ -140,7 +140,7 @@ def _of_columns(weight, lane, width, *, wide):
         k += channel
         return get(p, k if k < channels else k - channels, 0)[0]
 
-    gather = each(weight_at, lane.compute, width)
+    gather = each(weight_at, fmt.compute, width)
 
     def slopes(p, i, view):
         channel = np.int64(index(i) % index(view[1]))
@@ -158,10 +158,10 @@ _LAYOUTS = {
 }
 
 
-def _value(function, lane, kinds, width, *, slopes=None, part=False):
+def _value(function, fmt, kinds, width, *, slopes=None, part=False):
     """Return `value(pointers, i, numbers, view, end)` for arrays that lie flat."""
     apply = element(
-        function, lane.compute, width, _readers(kinds, lane, width, part=part)
+        function, fmt.compute, width, _readers(kinds, fmt, width, part=part)
     )
 
     def value(pointers, i, numbers, view, end):
@@ -179,10 +179,10 @@ def _value(function, lane, kinds, width, *, slopes=None, part=False):
 
 def flat(
     function: Function,
-    lane: Lane,
+    fmt: Format,
     *,
     kinds: Kinds,
-    weight: Lane | None = None,
+    weight: Format | None = None,
     layout: str | None = None,
     wide: bool = False,
 ) -> Kernel:
@@ -191,13 +191,13 @@ def flat(
     A thread does one vector.  What lies before the first whole one and after the last
     is done in parts.
     """
-    width = lane.width
-    slopes = layout and _LAYOUTS[layout](weight, lane, width, wide=wide)
+    width = fmt.width
+    slopes = layout and _LAYOUTS[layout](weight, fmt, width, wide=wide)
     of_vector, of_part = (
-        _value(function, lane, kinds, width, slopes=slopes, part=part)
+        _value(function, fmt, kinds, width, slopes=slopes, part=part)
         for part in (False, True)
     )
-    put, put_part = store(lane, width), store(lane, width, part=True)
+    put, put_part = store(fmt, width), store(fmt, width, part=True)
 
     def flat(pointers, y, head, vectors, size, numbers, view):
         thread = np.int64(cuda.blockIdx.x) * THREADS + cuda.threadIdx.x
@@ -214,23 +214,23 @@ def flat(
         _int64,
         _int64,
         _int64,
-        _numbers(kinds, lane),
+        _numbers(kinds, fmt),
         _tuple([_int64] * 2 * bool(layout)),
     )
-    return flat, (_pointers(kinds, lane, weight), lane.pointer, *sizes)
+    return flat, (_pointers(kinds, fmt, weight), fmt.pointer, *sizes)
 
 
 def flat_mask(
-    function: Function, lane: Lane, *, kinds: Kinds, active: Function, kept: int
+    function: Function, fmt: Format, *, kinds: Kinds, active: Function, kept: int
 ) -> Kernel:
     """Also write the mask bits.  All that lies in memory starts at 16 bytes.
 
     The operands are an array and numbers, so many of which `active` takes, too.
     """
-    width = lane.width
-    get, get_part = load(lane, width), load(lane, width, part=True)
-    put, put_part = store(lane, width), store(lane, width, part=True)
-    apply = each(function, lane.compute, width)
+    width = fmt.width
+    get, get_part = load(fmt, width), load(fmt, width, part=True)
+    put, put_part = store(fmt, width), store(fmt, width, part=True)
+    apply = each(function, fmt.compute, width)
     passes, flags_of = each(active, types.boolean, width, takes=1 + kept), pack(width)
     put_bits = put_flags(width)
 
@@ -249,26 +249,26 @@ def flat_mask(
             flags = flags_of(passes(operands)) & within
         put_bits(bits, first, size, flags)
 
-    arrays = lane.pointer, lane.pointer, _bits
-    return flat_mask, (*arrays, _int64, _int64, _numbers(kinds, lane))
+    arrays = fmt.pointer, fmt.pointer, _bits
+    return flat_mask, (*arrays, _int64, _int64, _numbers(kinds, fmt))
 
 
 def strided(
     function: Function,
-    lane: Lane,
+    fmt: Format,
     *,
     kinds: Kinds,
     rank: int,
     wide: bool,
-    weight: Lane | None = None,
+    weight: Format | None = None,
 ) -> Kernel:
     """Arrays of any layout, an element a thread; the strides of the result come last.
 
     Those of a mask count bits.
     """
-    readers = _readers(kinds, lane, 1, weight=weight)
-    of_one, put = element(function, lane.compute, 1, readers), store(lane, 1)
-    pointers = _pointers(kinds, lane, weight)
+    readers = _readers(kinds, fmt, 1, weight=weight)
+    of_one, put = element(function, fmt.compute, 1, readers), store(fmt, 1)
+    pointers = _pointers(kinds, fmt, weight)
     arrays = len(pointers) + 1
     unravelled, at = unravel(rank, wide=wide), offsets(rank, arrays)
 
@@ -279,12 +279,12 @@ def strided(
             put(y, places[-1], size, of_one(pointers, places, numbers, size))
 
     axes = types.UniTuple(_int64, rank), types.UniTuple(_int64, rank * arrays)
-    return strided, (pointers, lane.pointer, *axes, _int64, _numbers(kinds, lane))
+    return strided, (pointers, fmt.pointer, *axes, _int64, _numbers(kinds, fmt))
 
 
 def strided_mask(
     function: Function,
-    lane: Lane,
+    fmt: Format,
     *,
     kinds: Kinds,
     active: Function,
@@ -293,8 +293,8 @@ def strided_mask(
     wide: bool,
 ) -> Kernel:
     """Also write the mask bits, in the order of the axes: a byte a thread."""
-    get, put = load(lane, 1), store(lane, 1)
-    apply = each(function, lane.compute, 1)
+    get, put = load(fmt, 1), store(fmt, 1)
+    apply = each(function, fmt.compute, 1)
     passes, flags_of = each(active, types.boolean, 1, takes=1 + kept), pack(1)
     put_byte = put_flags(8)
     unravelled, at = unravel(rank, wide=wide), offsets(rank, 2)
@@ -311,8 +311,8 @@ def strided_mask(
         put_byte(bits, first, size, flags)
 
     axes = types.UniTuple(_int64, rank), types.UniTuple(_int64, 2 * rank)
-    arrays = lane.pointer, lane.pointer, _bits
-    return strided_mask, (*arrays, *axes, _int64, _numbers(kinds, lane))
+    arrays = fmt.pointer, fmt.pointer, _bits
+    return strided_mask, (*arrays, *axes, _int64, _numbers(kinds, fmt))
 
 
 # The gradient towards a weight --------------------------------------------------------
@@ -334,9 +334,9 @@ def _lost(a, b, total):
     return (a - (total - of_b)) + (b - of_b)
 
 
-def _share(lane):
+def _share(fmt):
     """Return the formula of an element's share in its channel's gradient."""
-    product = multiply(lane)
+    product = multiply(fmt)
 
     def share(g, x):
         return type(x)(0) if x > 0 else product(x, g)
@@ -344,11 +344,11 @@ def _share(lane):
     return share
 
 
-def _adder(lane: Lane, width: int) -> Any:
+def _adder(fmt: Format, width: int) -> Any:
     """Return `add(pair, g, x)` for vectors."""
-    share = each(_share(lane), lane.compute, width)
-    plus = each(_add, lane.compute, width)
-    lost = each(_lost, lane.compute, width)
+    share = each(_share(fmt), fmt.compute, width)
+    plus = each(_add, fmt.compute, width)
+    lost = each(_lost, fmt.compute, width)
 
     def add(pair, g, x):
         terms = share((g, x))
@@ -358,12 +358,12 @@ def _adder(lane: Lane, width: int) -> Any:
     return inlined(add)
 
 
-def _folder(lane: Lane, width: int) -> Any:
+def _folder(fmt: Format, width: int) -> Any:
     """Return `fold(pair)`: the pair of a vector's lanes, added up in a tree."""
     if width == 1:
         return inlined(lambda pair: (pair[0][0], pair[1][0]))
-    half, rest = width // 2, _folder(lane, width // 2)
-    plus, lost = (each(of, lane.compute, half) for of in (_add, _lost))
+    half, rest = width // 2, _folder(fmt, width // 2)
+    plus, lost = (each(of, fmt.compute, half) for of in (_add, _lost))
 
     def fold(pair):
         a, b = pair[0][:half], pair[0][half:]
@@ -373,9 +373,9 @@ def _folder(lane: Lane, width: int) -> Any:
     return inlined(fold)
 
 
-def _reducer(lane: Lane, length: int) -> Any:
+def _reducer(fmt: Format, length: int) -> Any:
     """Return a tree over so many pairs of a block, until `remain` are left."""
-    lost = each(_lost, lane.compute, 1)
+    lost = each(_lost, fmt.compute, 1)
 
     def reduce(totals, losses, remain):
         thread = cuda.threadIdx.x
@@ -395,8 +395,8 @@ def _reducer(lane: Lane, length: int) -> Any:
     return inlined(reduce)
 
 
-def _store_pair(lane: Lane) -> Any:
-    put = store(lane, 1)
+def _store_pair(fmt: Format) -> Any:
+    put = store(fmt, 1)
 
     def store_pair(sums, at, total, lost):
         put(sums, 2 * at, 0, (total,))
@@ -405,8 +405,8 @@ def _store_pair(lane: Lane) -> Any:
     return inlined(store_pair)
 
 
-def _sum_lane(lane: Lane) -> Lane:
-    return Lane(str(lane.compute), lane.compute, lane.compute)
+def _sum_format(fmt: Format) -> Format:
+    return Format(str(fmt.compute), fmt.compute, fmt.compute)
 
 
 def _one_and_two(get: Any, put: Any, apply: Any, add: Any) -> tuple[Any, Any]:
@@ -434,8 +434,8 @@ def _one_and_two(get: Any, put: Any, apply: Any, add: Any) -> tuple[Any, Any]:
 
 def prelu_rows(
     function: Function,
-    lane: Lane,
-    weight: Lane,
+    fmt: Format,
+    weight: Format,
     *,
     vectors: bool,
     aligned: bool,
@@ -445,20 +445,20 @@ def prelu_rows(
 
     With vectors, rows are whole ones; only a single row may end between.
     """
-    width = lane.width if vectors else 1
+    width = fmt.width if vectors else 1
     index = np.int64 if wide else np.uint32
-    get, get_part = load(lane, width, aligned=aligned), load(lane, width, part=True)
-    put, put_part = store(lane, width, aligned=aligned), store(lane, width, part=True)
+    get, get_part = load(fmt, width, aligned=aligned), load(fmt, width, part=True)
+    put, put_part = store(fmt, width, aligned=aligned), store(fmt, width, part=True)
     get_weight = load(weight, 1)
-    apply = each(function, lane.compute, width)
+    apply = each(function, fmt.compute, width)
     add, fold, reduce = (
-        _adder(lane, width),
-        _folder(lane, width),
-        _reducer(lane, THREADS),
+        _adder(fmt, width),
+        _folder(fmt, width),
+        _reducer(fmt, THREADS),
     )
     one, two = _one_and_two(get, put, apply, add)
-    put_pair, compute = _store_pair(_sum_lane(lane)), lane.compute
-    zeros = (lane.scalar(0),) * width
+    put_pair, compute = _store_pair(_sum_format(fmt)), fmt.compute
+    zeros = (fmt.scalar(0),) * width
 
     def place(q, channel, channels, inner):
         in_row = inner // width
@@ -495,15 +495,15 @@ def prelu_rows(
         if thread == 0:
             put_pair(sums, block, totals[0], losses[0])
 
-    arrays = lane.pointer, lane.pointer, weight.pointer, lane.pointer
-    sums = types.CPointer(lane.compute)
+    arrays = fmt.pointer, fmt.pointer, weight.pointer, fmt.pointer
+    sums = types.CPointer(fmt.compute)
     return prelu_rows, (*arrays, sums, _int64, _int64, _int64, _int64)
 
 
 def prelu_columns(
     function: Function,
-    lane: Lane,
-    weight: Lane,
+    fmt: Format,
+    weight: Format,
     *,
     vectors: bool,
     aligned: bool,
@@ -513,23 +513,23 @@ def prelu_columns(
 
     With vectors, the rows of all channels together are whole ones.
     """
-    width = lane.width if vectors else 1
+    width = fmt.width if vectors else 1
     index = np.int64 if wide else np.uint32
-    get, put = load(lane, width, aligned=aligned), store(lane, width, aligned=aligned)
+    get, put = load(fmt, width, aligned=aligned), store(fmt, width, aligned=aligned)
     get_weight = load(weight, 1)
-    apply = each(function, lane.compute, width)
-    add, reduce = _adder(lane, width), _reducer(lane, THREADS * width)
+    apply = each(function, fmt.compute, width)
+    add, reduce = _adder(fmt, width), _reducer(fmt, THREADS * width)
     one, two = _one_and_two(get, put, apply, add)
-    put_vector, put_pair = spill(lane, width), _store_pair(_sum_lane(lane))
-    compute, length = lane.compute, THREADS * width
-    zeros, lanes = (lane.scalar(0),) * width, tuple(range(width))
+    put_vector, put_pair = spill(fmt, width), _store_pair(_sum_format(fmt))
+    compute, length = fmt.compute, THREADS * width
+    zeros, lanes = (fmt.scalar(0),) * width, tuple(range(width))
     strip = ACROSS * width  # columns of a block
 
     def weight_at(k, column, inner, weight):
         channel = index(column + k) // index(inner)
         return get_weight(weight, np.int64(channel), 0)[0]
 
-    gather = each(weight_at, lane.compute, width)
+    gather = each(weight_at, fmt.compute, width)
 
     def prelu_columns(grad, x, weight, y, sums, outer, columns, inner, splits):
         totals = cuda.shared.array(length, compute)
@@ -559,22 +559,22 @@ def prelu_columns(
             put_pair(sums, split * columns + start + k, totals[k], losses[k])
             k += THREADS
 
-    arrays = lane.pointer, lane.pointer, weight.pointer, lane.pointer
-    sums = types.CPointer(lane.compute)
+    arrays = fmt.pointer, fmt.pointer, weight.pointer, fmt.pointer
+    sums = types.CPointer(fmt.compute)
     return prelu_columns, (*arrays, sums, _int64, _int64, _int64, _int64)
 
 
-def strided_sum(lane: Lane, *, kept: int, summed: int) -> Kernel:
+def strided_sum(fmt: Format, *, kept: int, summed: int) -> Kernel:
     """The sums alone, for any layout of both arrays and of the weight.
 
     A block adds up along the axes that are summed, for one place along those that are
     kept.
     """
-    get, add, reduce = load(lane, 1), _adder(lane, 1), _reducer(lane, THREADS)
-    put_pair = _store_pair(_sum_lane(lane))
+    get, add, reduce = load(fmt, 1), _adder(fmt, 1), _reducer(fmt, THREADS)
+    put_pair = _store_pair(_sum_format(fmt))
     kept_place, kept_at = unravel(kept, wide=True), offsets(kept, 2)
     summed_place, summed_at = unravel(summed, wide=True), offsets(summed, 2)
-    compute, zeros = lane.compute, (lane.scalar(0),)
+    compute, zeros = fmt.compute, (fmt.scalar(0),)
 
     def strided_sum(
         grad, x, sums, kept, kept_strides, summed, summed_strides, channels, size,
@@ -599,19 +599,19 @@ def strided_sum(lane: Lane, *, kept: int, summed: int) -> Kernel:
         if thread == 0:
             put_pair(sums, block, totals[0], losses[0])
 
-    sums = types.CPointer(lane.compute)
+    sums = types.CPointer(fmt.compute)
     lengths = kept, 2 * kept, summed, 2 * summed
     axes = [types.UniTuple(_int64, length) for length in lengths]
     numbers = *axes, _int64, _int64, _int64
-    return strided_sum, (lane.pointer, lane.pointer, sums, *numbers)
+    return strided_sum, (fmt.pointer, fmt.pointer, sums, *numbers)
 
 
-def finish(lane: Lane) -> Kernel:
+def finish(fmt: Format) -> Kernel:
     """Add up the pairs of each channel, with a team of 1, 2, 4 ... threads for each."""
-    pairs = _sum_lane(lane)
-    get, put = load(pairs, 1), store(lane, 1)
-    lost = each(_lost, lane.compute, 1)
-    compute, zero = lane.compute, lane.scalar(0)
+    pairs = _sum_format(fmt)
+    get, put = load(pairs, 1), store(fmt, 1)
+    lost = each(_lost, fmt.compute, 1)
+    compute, zero = fmt.compute, fmt.scalar(0)
 
     def finish(sums, weight, splits, channels, inner, team):
         totals = cuda.shared.array(THREADS, compute)
@@ -650,7 +650,7 @@ def finish(lane: Lane) -> Kernel:
             put(weight, channel, 0, (total,))
 
     return finish, (
-        types.CPointer(lane.compute), lane.pointer, _int64, _int64, _int64, _int64
+        types.CPointer(fmt.compute), fmt.pointer, _int64, _int64, _int64, _int64
     )  # fmt: skip
 
 
@@ -660,9 +660,9 @@ def finish(lane: Lane) -> Kernel:
 def build(
     template: str, options: dict[str, Any], capability: tuple[int, int]
 ) -> Kernel:
-    """Return a kernel of this module, whose options name lanes."""
+    """Return a kernel of this module, whose options name formats."""
     options = dict(options)
-    for name in {"lane", "weight"} & options.keys():
-        options[name] = lane_of(options[name], capability)
+    for name in {"fmt", "weight"} & options.keys():
+        options[name] = format_of(options[name], capability)
     made: Kernel = globals()[template](**options)
     return made

@@ -137,8 +137,8 @@ def machine_code(kernel: Kernel, capability: tuple[int, int]) -> tuple[str, byte
             ptx, entry = compile_ptx(kernel, capability)
             kept = entry, link(ptx, capability)
         except Exception as error:
-            kind = type(error).__name__
-            if kind not in ("DynamicLibNotFoundError", "NvvmSupportError"):
+            cause = type(error).__name__
+            if cause not in ("DynamicLibNotFoundError", "NvvmSupportError"):
                 raise
             msg = f"fastrelu cannot compile for the GPU ({error}): {HINT}"
             raise RuntimeError(msg) from error
@@ -189,11 +189,11 @@ def launch(
     if SIMULATED:
         from numba import cuda
 
-        function, kinds = kernel.function((9, 0))
+        function, types_ = kernel.function((9, 0))
         flat = iter(arguments)
         grouped = [
-            tuple(next(flat) for _ in kind) if hasattr(kind, "count") else next(flat)
-            for kind in kinds
+            tuple(next(flat) for _ in type_) if hasattr(type_, "count") else next(flat)
+            for type_ in types_
         ]
         cuda.jit(function)[blocks, THREADS](*grouped)
         return

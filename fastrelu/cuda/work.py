@@ -167,10 +167,10 @@ def both(
     size = outer * channels * inner
     grad, x, _, y = pointers
     width = BYTES // itemsize
-    lane, weight = dtypes
+    fmt, weight = dtypes
     options = {
         "function": gradient,
-        "lane": lane,
+        "fmt": fmt,
         "weight": weight,
         "wide": size >= INT32,
     }
@@ -181,7 +181,7 @@ def both(
         most = -(-outer * in_row // (_LEAST * THREADS))
         splits = max(1, min(most, BLOCKS // channels))
         template, threads = "prelu_rows", splits * channels * THREADS
-        sums = Sums(pairs(work, lane, splits * channels), splits, channels, 1)
+        sums = Sums(pairs(work, fmt, splits * channels), splits, channels, 1)
         sizes = outer, channels, inner, splits
     else:
         columns = channels * inner
@@ -189,7 +189,7 @@ def both(
         strips = -(-columns // (THREADS // DOWN * (width if vectors else 1)))
         splits = max(1, min(-(-outer // (_LEAST * DOWN)), BLOCKS // strips))
         template, threads = "prelu_columns", strips * splits * THREADS
-        sums = Sums(pairs(work, lane, splits * columns), splits, channels, inner)
+        sums = Sums(pairs(work, fmt, splits * columns), splits, channels, inner)
         sizes = outer, columns, inner, splits
     aligned = not vectors or head_of(size, itemsize, grad, x, y) == 0
     code = kernel(template, vectors=vectors, aligned=aligned, **options)
@@ -215,5 +215,5 @@ def finish(work: Work, dtype: str, pointer: int, size: int, sums: Sums) -> None:
     while team < min(sums.splits * sums.inner, THREADS):
         team *= 2
     sizes = sums.splits, sums.channels, sums.inner, team
-    code = kernel("finish", lane=dtype)
+    code = kernel("finish", fmt=dtype)
     work.run(code, size * team, sums.pointer, pointer, *sizes)

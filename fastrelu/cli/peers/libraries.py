@@ -390,7 +390,7 @@ class OnnxRuntime(Peer):
         import onnxruntime
         from onnx import helper, numpy_helper
 
-        kind = helper.np_dtype_to_tensor_dtype(data.x.dtype)
+        type_ = helper.np_dtype_to_tensor_dtype(data.x.dtype)
         operator, attribute = self.operators[case.row.activation]
         options = {attribute: data.slope} if attribute else {}
         weights = {}
@@ -403,8 +403,8 @@ class OnnxRuntime(Peer):
         graph = helper.make_graph(
             [helper.make_node(operator, ["x", *weights], ["y"], **options)],
             "activation",
-            [helper.make_tensor_value_info("x", kind, data.x.shape)],
-            [helper.make_tensor_value_info("y", kind, data.x.shape)],
+            [helper.make_tensor_value_info("x", type_, data.x.shape)],
+            [helper.make_tensor_value_info("y", type_, data.x.shape)],
             [numpy_helper.from_array(array, name) for name, array in weights.items()],
         )
         model = helper.make_model(

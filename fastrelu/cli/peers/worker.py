@@ -36,11 +36,11 @@ def check(peer: Peer, case: Case) -> None:
     if given.target is not None:
         results[0] = given.get(given.target)
     for i, (result, (wanted, error)) in enumerate(zip(results, expected, strict=False)):
-        kind = data.x.dtype if wanted.dtype == np.float64 else wanted.dtype
-        if (result.dtype, result.shape) != (kind, wanted.shape):
+        type_ = data.x.dtype if wanted.dtype == np.float64 else wanted.dtype
+        if (result.dtype, result.shape) != (type_, wanted.shape):
             msg = (
                 f"result {i} is {result.dtype} of shape {result.shape}, "
-                f"expected {kind} of shape {wanted.shape}"
+                f"expected {type_} of shape {wanted.shape}"
             )
             raise AssertionError(msg)
         got = result.astype(np.float64)

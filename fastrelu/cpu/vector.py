@@ -21,7 +21,7 @@ from fastrelu.cpu import halves
 from fastrelu.cpu.abi import cgutils, config
 from fastrelu.cpu.jit import inlined, new_array
 
-WORD = 64  # elements whose mask bits are packed at once; every chunk is cut at one
+STRIP = 64  # elements whose mask bits are packed at once; every chunk is cut at one
 
 _BIT, _BYTE, _I16, _I32 = (ir.IntType(width) for width in (1, 8, 16, 32))
 _HALF, _FLOAT = ir.HalfType(), ir.FloatType()
@@ -89,7 +89,7 @@ else:
 
 
 @dataclass(frozen=True, eq=False)  # told apart by identity, which is quick
-class Lane:
+class Format:
     """One dtype as the loops see it."""
 
     name: str
@@ -109,7 +109,7 @@ def put_word(typingctx, bits, place, word):
     """Write the mask bits of a word to bits[8 * place:]."""
 
     def codegen(context, builder, signature, args):
-        target = _pointer(context, builder, bits, args[0], ir.IntType(WORD))
+        target = _pointer(context, builder, bits, args[0], ir.IntType(STRIP))
         builder.store(args[2], builder.gep(target, [args[1]]), align=1)
         return context.get_dummy_value()
 
@@ -128,38 +128,38 @@ _HALVES = {
 }
 
 
-def _lane(row: Row) -> Lane:
+def _format(row: Row) -> Format:
     words = _HALVES.get(row.name, (_same, _same))
-    return Lane(row.name, row.storage, getattr(types, row.compute), *words)
+    return Format(row.name, row.storage, getattr(types, row.compute), *words)
 
 
-_LANES = {row: _lane(row) for row in BY_NAME.values()}
+_FORMATS = {row: _format(row) for row in BY_NAME.values()}
 
 
-def store_to_nearest(lane: Lane) -> Any:
-    """Return a lane's `store` that asks no floating-point mode, as NumPy's casts."""
-    return _float_to_half_by_bits if lane.name == "float16" else lane.store
+def store_to_nearest(fmt: Format) -> Any:
+    """Return a format's `store` that asks no floating-point mode, as NumPy's casts."""
+    return _float_to_half_by_bits if fmt.name == "float16" else fmt.store
 
 
-def lane_of(dtype: np.dtype[Any]) -> Lane:
-    """Return the lane of a native dtype that the arguments' check has let through."""
+def format_of(dtype: np.dtype[Any]) -> Format:
+    """Return the format of a native dtype that the arguments' check has let through."""
     row = row_of(dtype)
     if row is None:
         msg = f"no loops are known for dtype {dtype}: this is a bug of fastrelu"
         raise TypeError(msg)
-    return _LANES[row]
+    return _FORMATS[row]
 
 
 @intrinsic
 def pack(typingctx, flags):
-    """Return the mask bits of WORD bytes of 0 and 1."""
+    """Return the mask bits of STRIP bytes of 0 and 1."""
 
     def codegen(context, builder, signature, args):
-        vector = ir.VectorType(_BYTE, WORD)
+        vector = ir.VectorType(_BYTE, STRIP)
         source = _pointer(context, builder, flags, args[0], vector)
         each = builder.load(source, align=64)
         return builder.bitcast(
-            builder.trunc(each, ir.VectorType(_BIT, WORD)), ir.IntType(WORD)
+            builder.trunc(each, ir.VectorType(_BIT, STRIP)), ir.IntType(STRIP)
         )
 
     return types.uint64(flags), codegen
@@ -170,12 +170,12 @@ def unpack(typingctx, bits, flags, words):
     """Spread whole words of mask bits into bytes of 0 and 1."""
 
     def codegen(context, builder, signature, args):
-        vector = ir.VectorType(_BYTE, WORD)
-        source = _pointer(context, builder, bits, args[0], ir.IntType(WORD))
+        vector = ir.VectorType(_BYTE, STRIP)
+        source = _pointer(context, builder, bits, args[0], ir.IntType(STRIP))
         target = _pointer(context, builder, flags, args[1], vector)
         with cgutils.for_range(builder, args[2]) as loop:
             word = builder.load(builder.gep(source, [loop.index]), align=1)
-            active = builder.bitcast(word, ir.VectorType(_BIT, WORD))
+            active = builder.bitcast(word, ir.VectorType(_BIT, STRIP))
             spread = builder.zext(active, vector)
             builder.store(spread, builder.gep(target, [loop.index]), align=1)
         return context.get_dummy_value()
@@ -205,8 +205,8 @@ def buffer(number: int, element: types.Type | None = None) -> Any:
     return space
 
 
-def _word_store(past_cache: bool, halves: bool = False) -> Any:
-    """Return `store(target, first, buffer)`: send WORD elements to target[first:].
+def _strip_store(past_cache: bool, halves: bool = False) -> Any:
+    """Return `store(target, first, buffer)`: send STRIP elements to target[first:].
 
     Past the cache, target[first] must start a line.  An ordinary store first reads the
     line that it overwrites: on arrays that do not fit the cache a third of all traffic.
@@ -223,7 +223,7 @@ def _word_store(past_cache: bool, halves: bool = False) -> Any:
     zero = ir.InlineAsm(ir.FunctionType(_I32, [_I32]), "", "=r,0")
 
     @intrinsic
-    def store_word(typingctx, target, first, buffer):
+    def store_strip(typingctx, target, first, buffer):
         def codegen(context, builder, signature, args):
             element = context.get_data_type(target.dtype)
             size = context.get_abi_sizeof(element)
@@ -233,7 +233,7 @@ def _word_store(past_cache: bool, halves: bool = False) -> Any:
             hint = builder.module.add_metadata([ir.Constant(_I32, 1)])
             lines = [
                 builder.load(builder.gep(start, [_I32(i)]), align=64)
-                for i in range(WORD * size // 64)
+                for i in range(STRIP * size // 64)
             ]
             if halves:
                 first = builder.call(zero, [_I32(0)])
@@ -251,11 +251,14 @@ def _word_store(past_cache: bool, halves: bool = False) -> Any:
 
         return types.void(target, types.uintp, buffer), codegen
 
-    return store_word
+    return store_strip
 
 
-stream_word, store_word = _word_store(past_cache=True), _word_store(past_cache=False)
-stream_halves = _word_store(past_cache=True, halves=True)
+stream_strip, store_strip = (
+    _strip_store(past_cache=True),
+    _strip_store(past_cache=False),
+)
+stream_halves = _strip_store(past_cache=True, halves=True)
 
 
 @intrinsic

@@ -27,7 +27,7 @@ Function = Callable[..., Any]
 
 
 @dataclass(frozen=True)
-class Lane:
+class Format:
     """One dtype as the kernels see it."""
 
     name: str
@@ -51,12 +51,12 @@ class Lane:
         return getattr(np, str(self.compute))
 
 
-def lane_of(name: str, capability: tuple[int, int]) -> Lane:
-    """Return the lane of a dtype on devices of a compute capability."""
+def format_of(name: str, capability: tuple[int, int]) -> Format:
+    """Return the format of a dtype on devices of a compute capability."""
     if name in ("float16", "bfloat16"):
-        return Lane(name, types.uint16, types.float32, capability >= (8, 0))
+        return Format(name, types.uint16, types.float32, capability >= (8, 0))
     number = getattr(types, name)
-    return Lane(name, number, number)
+    return Format(name, number, number)
 
 
 if not SIMULATED:
@@ -70,23 +70,23 @@ if not SIMULATED:
 
     inlined = cuda.jit(device=True, inline="always")
 
-    def _widen(lane, builder, value):
+    def _widen(fmt, builder, value):
         """Turn what was stored into a number to compute with."""
-        if lane.name == "float16":
+        if fmt.name == "float16":
             return builder.fpext(builder.bitcast(value, _HALF), _FLOAT)
-        if lane.name == "bfloat16":
+        if fmt.name == "bfloat16":
             return builder.bitcast(
                 builder.shl(builder.zext(value, _I32), _I32(16)), _FLOAT
             )
         return value
 
-    def _narrow(lane, builder, value):
+    def _narrow(fmt, builder, value):
         """Turn a number into what is stored, rounded to nearest, ties to even."""
-        if lane.name == "float16":
+        if fmt.name == "float16":
             return builder.bitcast(builder.fptrunc(value, _HALF), _I16)
-        if lane.name == "bfloat16" and lane.paired:
-            return builder.trunc(_narrow_pair(lane, builder, value, value), _I16)
-        if lane.name == "bfloat16":
+        if fmt.name == "bfloat16" and fmt.paired:
+            return builder.trunc(_narrow_pair(fmt, builder, value, value), _I16)
+        if fmt.name == "bfloat16":
             bits = builder.bitcast(value, _I32)
             odd = builder.and_(builder.lshr(bits, _I32(16)), _I32(1))
             half = builder.add(bits, builder.add(odd, _I32(0x7FFF)))
@@ -96,9 +96,9 @@ if not SIMULATED:
             return builder.trunc(builder.lshr(bits, _I32(16)), _I16)
         return value
 
-    def _narrow_pair(lane, builder, low, high):
+    def _narrow_pair(fmt, builder, low, high):
         """Turn two floats into a word that holds both as halves."""
-        to = "bf16x2" if lane.name == "bfloat16" else "f16x2"
+        to = "bf16x2" if fmt.name == "bfloat16" else "f16x2"
         convert = ir.InlineAsm(
             ir.FunctionType(_I32, [_FLOAT, _FLOAT]),
             f"cvt.rn.{to}.f32 $0, $1, $2;",
@@ -106,46 +106,46 @@ if not SIMULATED:
         )
         return builder.call(convert, [high, low])
 
-    def _vector_type(context, lane):
+    def _vector_type(context, fmt):
         """Return the type of 16 bytes: LLVM splits vectors of small elements."""
-        if lane.storage.bitwidth < 32:
+        if fmt.storage.bitwidth < 32:
             return _WORDS
-        return ir.VectorType(context.get_data_type(lane.storage), lane.width)
+        return ir.VectorType(context.get_data_type(fmt.storage), fmt.width)
 
-    def _read_vector(lane, context, builder, place):
-        kind = _vector_type(context, lane)
-        vector = builder.load(builder.bitcast(place, kind.as_pointer()), align=BYTES)
-        parts = [builder.extract_element(vector, _I32(k)) for k in range(kind.count)]
-        if kind is _WORDS:
-            element, bits = context.get_data_type(lane.storage), lane.storage.bitwidth
+    def _read_vector(fmt, context, builder, place):
+        type_ = _vector_type(context, fmt)
+        vector = builder.load(builder.bitcast(place, type_.as_pointer()), align=BYTES)
+        parts = [builder.extract_element(vector, _I32(k)) for k in range(type_.count)]
+        if type_ is _WORDS:
+            element, bits = context.get_data_type(fmt.storage), fmt.storage.bitwidth
             parts = [
                 builder.trunc(builder.lshr(word, _I32(shift)), element)
                 for word in parts
                 for shift in range(0, 32, bits)
             ]
-        return [_widen(lane, builder, part) for part in parts]
+        return [_widen(fmt, builder, part) for part in parts]
 
-    def _write_vector(lane, context, builder, place, values):
-        kind = _vector_type(context, lane)
-        if lane.paired:
+    def _write_vector(fmt, context, builder, place, values):
+        type_ = _vector_type(context, fmt)
+        if fmt.paired:
             pairs = zip(values[::2], values[1::2], strict=True)
-            parts = [_narrow_pair(lane, builder, *pair) for pair in pairs]
+            parts = [_narrow_pair(fmt, builder, *pair) for pair in pairs]
         else:
-            parts = [_narrow(lane, builder, value) for value in values]
-        if kind is _WORDS and not lane.paired:
-            bits = lane.storage.bitwidth
+            parts = [_narrow(fmt, builder, value) for value in values]
+        if type_ is _WORDS and not fmt.paired:
+            bits = fmt.storage.bitwidth
             words = [
                 [
                     builder.shl(builder.zext(part, _I32), _I32(k * bits))
                     for k, part in enumerate(parts[first : first + 32 // bits])
                 ]
-                for first in range(0, lane.width, 32 // bits)
+                for first in range(0, fmt.width, 32 // bits)
             ]
             parts = [functools.reduce(builder.or_, word) for word in words]
-        vector = ir.Constant(kind, ir.Undefined)
+        vector = ir.Constant(type_, ir.Undefined)
         for k, part in enumerate(parts):
             vector = builder.insert_element(vector, part, _I32(k))
-        builder.store(vector, builder.bitcast(place, kind.as_pointer()), align=BYTES)
+        builder.store(vector, builder.bitcast(place, type_.as_pointer()), align=BYTES)
 
     def _where(builder, condition, then, otherwise):
         """Return what `then()` makes where the condition holds."""
@@ -162,10 +162,10 @@ if not SIMULATED:
         """How a vector is read: from which pointer, and as which type."""
 
         pointer: Any
-        kind: Any
+        type_: Any
         read: Function  # (context, builder, pointer, place, end) -> its numbers
 
-    def reader(lane, width, *, part=False, aligned=True):
+    def reader(fmt, width, *, part=False, aligned=True):
         """Return how the vector at p[i] is read; zeros from `end` on, in part.
 
         What is not aligned is read element by element.
@@ -175,12 +175,10 @@ if not SIMULATED:
             start = builder.gep(pointer, [i])
 
             def one(k):
-                return _widen(
-                    lane, builder, builder.load(builder.gep(start, [_I64(k)]))
-                )
+                return _widen(fmt, builder, builder.load(builder.gep(start, [_I64(k)])))
 
             if part:
-                zero = context.get_constant(lane.compute, 0)
+                zero = context.get_constant(fmt.compute, 0)
                 return [
                     _where(
                         builder,
@@ -192,27 +190,27 @@ if not SIMULATED:
                 ]
             if width == 1 or not aligned:
                 return [one(k) for k in range(width)]
-            return _read_vector(lane, context, builder, start)
+            return _read_vector(fmt, context, builder, start)
 
-        return Reader(lane.pointer, lane.compute, read)
+        return Reader(fmt.pointer, fmt.compute, read)
 
-    def half(lane, kind):
+    def half(fmt, type_):
         """Return how a number of Numba's own type of half floats is read and made."""
 
         @intrinsic
         def widened(typingctx, value):
             def codegen(context, builder, signature, args):
-                return _widen(lane, builder, builder.bitcast(args[0], _I16))
+                return _widen(fmt, builder, builder.bitcast(args[0], _I16))
 
-            return lane.compute(kind), codegen
+            return fmt.compute(type_), codegen
 
         @intrinsic
         def narrowed(typingctx, value):
             def codegen(context, builder, signature, args):
-                made = context.get_value_type(kind)
-                return builder.bitcast(_narrow(lane, builder, args[0]), made)
+                made = context.get_value_type(type_)
+                return builder.bitcast(_narrow(fmt, builder, args[0]), made)
 
-            return kind(lane.compute), codegen
+            return type_(fmt.compute), codegen
 
         return widened, narrowed
 
@@ -241,10 +239,10 @@ if not SIMULATED:
 
         return Reader(types.CPointer(types.uint8), types.boolean, read)
 
-    def load(lane, width, *, part=False, aligned=True):
+    def load(fmt, width, *, part=False, aligned=True):
         """Return `get(p, i, end)`, which reads a vector as `reader` says."""
-        pointer, kind, read = reader(lane, width, part=part, aligned=aligned)
-        vector = types.UniTuple(kind, width)
+        pointer, type_, read = reader(fmt, width, part=part, aligned=aligned)
+        vector = types.UniTuple(type_, width)
 
         @intrinsic
         def get(typingctx, p, i, end):
@@ -256,9 +254,9 @@ if not SIMULATED:
 
         return get
 
-    def store(lane, width, *, part=False, aligned=True):
+    def store(fmt, width, *, part=False, aligned=True):
         """Return `put(p, i, end, values)`: write them to p[i:], in part up to `end`."""
-        vector = types.UniTuple(lane.compute, width)
+        vector = types.UniTuple(fmt.compute, width)
 
         @intrinsic
         def put(typingctx, p, i, end, values):
@@ -267,7 +265,7 @@ if not SIMULATED:
                 numbers = [builder.extract_value(args[3], k) for k in range(width)]
 
                 def one(k):
-                    value = _narrow(lane, builder, numbers[k])
+                    value = _narrow(fmt, builder, numbers[k])
                     builder.store(value, builder.gep(start, [_I64(k)]))
 
                 if part:
@@ -279,19 +277,19 @@ if not SIMULATED:
                     for k in range(width):
                         one(k)
                 else:
-                    _write_vector(lane, context, builder, start, numbers)
+                    _write_vector(fmt, context, builder, start, numbers)
                 return context.get_dummy_value()
 
-            arguments = lane.pointer, types.int64, types.int64, vector
+            arguments = fmt.pointer, types.int64, types.int64, vector
             return types.void(*arguments), codegen
 
         return put
 
-    def _lanes(builder, kind, value, width):
+    def _lanes(builder, type_, value, width):
         """Return the type of one lane, and its value for each: scalars have but one."""
-        if isinstance(kind, types.BaseTuple):
-            return kind.dtype, [builder.extract_value(value, k) for k in range(width)]
-        return kind, [value] * width
+        if isinstance(type_, types.BaseTuple):
+            return type_.dtype, [builder.extract_value(value, k) for k in range(width)]
+        return type_, [value] * width
 
     _number = itertools.count()
 
@@ -323,23 +321,23 @@ if not SIMULATED:
             if called:  # which may be all it does: Numba inlines no calls with *numbers
                 return rebuild(function, function.__name__, called)(*operands)
             rest = operands[code.co_argcount :]
-            kind = types.BaseTuple.from_types(tuple(kind for kind, _ in rest))
-            packed = context.make_tuple(builder, kind, [value for _, value in rest])
-            operands = *operands[: code.co_argcount], (kind, packed)
-        kinds, values = zip(*operands, strict=True)
-        inner = typing.signature(None, *kinds)
+            type_ = types.BaseTuple.from_types(tuple(type_ for type_, _ in rest))
+            packed = context.make_tuple(builder, type_, [value for _, value in rest])
+            operands = *operands[: code.co_argcount], (type_, packed)
+        types_, values = zip(*operands, strict=True)
+        inner = typing.signature(None, *types_)
         made = context.compile_subroutine(builder, _linked(function), inner)
         value = context.call_internal(builder, made.fndesc, made.signature, values)
         return made.signature.return_type, value
 
     def _apply(function, result, context, builder, operands, width):
         """Call a function for each lane, and have all results of one type."""
-        kinds, values = zip(*operands, strict=True)
+        types_, values = zip(*operands, strict=True)
         found = []
         for k in range(width):
-            lane = zip(kinds, (of[k] for of in values), strict=True)
-            kind, value = _call(context, builder, function, *lane)
-            found.append(context.cast(builder, value, kind, result))
+            lane = zip(types_, (of[k] for of in values), strict=True)
+            type_, value = _call(context, builder, function, *lane)
+            found.append(context.cast(builder, value, type_, result))
         return found
 
     def each(function, result, width, takes=None):
@@ -353,8 +351,8 @@ if not SIMULATED:
         def apply(typingctx, operands):
             def codegen(context, builder, signature, args):
                 given = [
-                    _lanes(builder, kind, builder.extract_value(args[0], k), width)
-                    for k, kind in enumerate(operands)
+                    _lanes(builder, type_, builder.extract_value(args[0], k), width)
+                    for k, type_ in enumerate(operands)
                 ]
                 values = _apply(
                     function, result, context, builder, given[:takes], width
@@ -380,16 +378,16 @@ if not SIMULATED:
                 others = iter(enumerate(rest))
                 for reader in readers:
                     if reader is None:
-                        k, kind = next(others)
+                        k, type_ = next(others)
                         given = builder.extract_value(args[2], k)
-                        operands.append(_lanes(builder, kind, given, width))
+                        operands.append(_lanes(builder, type_, given, width))
                     else:
                         k, place = next(number), args[1]
                         if isinstance(places, types.BaseTuple):
                             place = builder.extract_value(place, k)
                         where = builder.extract_value(args[0], k), place, args[3]
                         read = reader.read(context, builder, *where)
-                        operands.append((reader.kind, read))
+                        operands.append((reader.type_, read))
                 values = _apply(function, result, context, builder, operands, width)
                 return context.make_tuple(builder, signature.return_type, values)
 
@@ -397,23 +395,23 @@ if not SIMULATED:
 
         return value
 
-    def multiply(lane):
+    def multiply(fmt):
         """Return a product that is never fused with a sum: all see the same."""
-        kind = "f64" if lane.compute == types.float64 else "f32"
-        letter = "d" if lane.compute == types.float64 else "f"
+        type_ = "f64" if fmt.compute == types.float64 else "f32"
+        letter = "d" if fmt.compute == types.float64 else "f"
 
         @intrinsic
         def product(typingctx, a, b):
             def codegen(context, builder, signature, args):
-                kind_of = context.get_value_type(lane.compute)
+                number_type = context.get_value_type(fmt.compute)
                 code = ir.InlineAsm(
-                    ir.FunctionType(kind_of, [kind_of, kind_of]),
-                    f"mul.rn.{kind} $0, $1, $2;",
+                    ir.FunctionType(number_type, [number_type, number_type]),
+                    f"mul.rn.{type_} $0, $1, $2;",
                     f"={letter},{letter},{letter}",
                 )
                 return builder.call(code, args)
 
-            return lane.compute(lane.compute, lane.compute), codegen
+            return fmt.compute(fmt.compute, fmt.compute), codegen
 
         return product
 
@@ -471,21 +469,21 @@ if not SIMULATED:
         """Return `place(i, shape)`: the index along each axis of element i."""
         lengths = types.UniTuple(types.int64, rank)
         # Divisions of 64-bit numbers cost ten times as much.
-        kind = _I64 if wide else _I32
+        type_ = _I64 if wide else _I32
 
         @intrinsic
         def place(typingctx, i, shape):
             def codegen(context, builder, signature, args):
                 rest, indices = args[0], []
-                rest = builder.trunc(rest, kind) if kind is _I32 else rest
+                rest = builder.trunc(rest, type_) if type_ is _I32 else rest
                 for axis in range(rank - 1, 0, -1):
                     length = builder.extract_value(args[1], axis)
-                    length = builder.trunc(length, kind) if kind is _I32 else length
+                    length = builder.trunc(length, type_) if type_ is _I32 else length
                     quotient = builder.udiv(rest, length)
                     indices.append(builder.sub(rest, builder.mul(quotient, length)))
                     rest = quotient
                 indices.append(rest)
-                if kind is _I32:
+                if type_ is _I32:
                     indices = [builder.zext(index, _I64) for index in indices]
                 return context.make_tuple(builder, signature.return_type, indices[::-1])
 
@@ -523,9 +521,9 @@ if not SIMULATED:
 
         return at
 
-    def spill(lane, width):
+    def spill(fmt, width):
         """Return `put(array, i, values)`, which writes a vector to shared memory."""
-        vector = types.UniTuple(lane.compute, width)
+        vector = types.UniTuple(fmt.compute, width)
 
         @intrinsic
         def put(typingctx, array, i, values):
@@ -552,12 +550,12 @@ else:  # the same in Python
         buffer = (ctypes.c_ubyte * (count * dtype.itemsize)).from_address(place)
         return np.frombuffer(buffer, dtype)
 
-    def load(lane, width, *, part=False, aligned=True):
+    def load(fmt, width, *, part=False, aligned=True):
         def get(p, i, end):
             count = int(min(width, end - i)) if part else width
-            values = _memory(lane.name, p, i, max(count, 0))
-            numbers = [lane.scalar(value) for value in values]
-            return tuple(numbers + [lane.scalar(0)] * (width - len(numbers)))
+            values = _memory(fmt.name, p, i, max(count, 0))
+            numbers = [fmt.scalar(value) for value in values]
+            return tuple(numbers + [fmt.scalar(0)] * (width - len(numbers)))
 
         return get
 
@@ -573,12 +571,12 @@ else:  # the same in Python
 
         return get
 
-    def store(lane, width, *, part=False, aligned=True):
+    def store(fmt, width, *, part=False, aligned=True):
         def put(p, i, end, values):
             count = int(min(width, end - i)) if part else width
             with np.errstate(all="ignore"):
-                stored = np.array(values[:count], lane.scalar).astype(lane.name)
-            _memory(lane.name, p, i, count)[:] = stored
+                stored = np.array(values[:count], fmt.scalar).astype(fmt.name)
+            _memory(fmt.name, p, i, count)[:] = stored
 
         return put
 
@@ -608,7 +606,7 @@ else:  # the same in Python
 
         return value
 
-    def multiply(lane):
+    def multiply(fmt):
         return lambda a, b: a * b
 
     def pack(width):
@@ -637,7 +635,7 @@ else:  # the same in Python
 
         return at
 
-    def spill(lane, width):
+    def spill(fmt, width):
         def put(array, i, values):
             for k in range(width):
                 array[i + k] = values[k]

@@ -8,7 +8,7 @@ import pytest
 
 pytest.importorskip("numba_cuda", reason="needs numba-cuda: see the extra cuda13")
 
-from fastrelu.cuda import lanes, launch
+from fastrelu.cuda import launch, vector
 
 WARP = 32
 
@@ -35,8 +35,8 @@ class Shuffle:
 @pytest.mark.parametrize("width", [2, 4, 8, 16])
 def test_a_warp_writes_its_bits(width, monkeypatch):
     shuffle = Shuffle()
-    monkeypatch.setattr(lanes, "cuda", types.SimpleNamespace(shfl_down_sync=shuffle))
-    put = lanes.put_flags(width).py_func
+    monkeypatch.setattr(vector, "cuda", types.SimpleNamespace(shfl_down_sync=shuffle))
+    put = vector.put_flags(width).py_func
     whole = WARP * width
     for end in {whole, whole - 1, whole - 8, whole // 2 + 3, 9, 8, 1}:
         bits = np.random.default_rng(end).integers(0, 2, whole).astype(bool)
