@@ -34,7 +34,7 @@ from fastrelu.cpu.jit import (
     third_of,
 )
 from fastrelu.cpu.threads import spread
-from fastrelu.cpu.vector import STRIP, buffer, pack, put_word, unpack
+from fastrelu.cpu.vector import STRIP, buffer, pack, put_word, unpack, unsigned
 
 TILE = 4096  # elements that are not shared: what is, is cut at their multiples
 MASKED = 1024  # elements whose bits are unpacked before the rest is done
@@ -63,7 +63,7 @@ words = pointer_to(types.CPointer(types.int64))
 floats = pointer_to(types.CPointer(types.float64))
 strip_buffer, rest_buffer = buffer(STRIP), buffer(STRIP)
 flag_buffer = buffer(MASKED + 2 * STRIP, numba.uint8)
-bit_buffer = buffer(STRIP, numba.uint8)
+bit_buffer = buffer(STRIP, unsigned)
 weight_buffer = buffer(WIDE)
 
 # The names the bodies and drivers below leave open; `build` binds them.
@@ -287,15 +287,15 @@ def to_bits(a, b, y, s, inner, start):
     for i in range(lead):
         carry |= bit(a, s, i) << np.uint64(i)
         y[i] = element(a, b, s, i)
-    buffer, bytes_ = strip_buffer(y), bit_buffer(y)
+    buffer, ones = strip_buffer(y), bit_buffer(y)
     whole = (y.size - lead) // STRIP
     for strip in range(np.uintp(whole)):
         first = np.uintp(lead) + strip * np.uintp(STRIP)
         for j in range(np.uintp(STRIP)):
-            bytes_[j] = np.uint8(bit(a, s, first + j))
+            ones[j] = bit(a, s, first + j)
         for j in range(np.uintp(STRIP)):
             buffer[j] = element(a, b, s, first + j)
-        flags = pack(bytes_)
+        flags = pack(ones)
         put_word(bits, strip, carry | flags << shift)
         carry = flags >> rest if lead > 0 else np.uint64(0)
         write_strip(y, first, buffer)

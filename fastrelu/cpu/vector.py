@@ -152,15 +152,19 @@ def format_of(dtype: np.dtype[Any]) -> Format:
 
 @intrinsic
 def pack(typingctx, flags):
-    """Return the mask bits of STRIP bytes of 0 and 1."""
+    """Return the mask bits of STRIP integers that are 0 or 1.
+
+    They are as wide as the elements that were looked at: then the compiler has the bits
+    of a vector from one comparison, and nothing goes by way of memory.
+    """
 
     def codegen(context, builder, signature, args):
-        vector = ir.VectorType(_BYTE, STRIP)
-        source = _pointer(context, builder, flags, args[0], vector)
-        each = builder.load(source, align=64)
-        return builder.bitcast(
-            builder.trunc(each, ir.VectorType(_BIT, STRIP)), ir.IntType(STRIP)
+        vector = ir.VectorType(ir.IntType(flags.dtype.bitwidth), STRIP)
+        each = builder.load(
+            _pointer(context, builder, flags, args[0], vector), align=64
         )
+        bits = builder.trunc(each, ir.VectorType(_BIT, STRIP))
+        return builder.bitcast(bits, ir.IntType(STRIP))
 
     return types.uint64(flags), codegen
 
@@ -183,15 +187,27 @@ def unpack(typingctx, bits, flags, words):
     return types.void(bits, flags, types.intp), codegen
 
 
-def buffer(number: int, element: types.Type | None = None) -> Any:
+def unsigned(element: types.Type) -> types.Type:
+    """Return the type of integers as wide as an element."""
+    return getattr(types, f"uint{element.bitwidth}")
+
+
+def itself(element: types.Type) -> types.Type:
+    """Return the same type."""
+    return element
+
+
+def buffer(number: int, element: Any = itself) -> Any:
     """Return `space(like)`: an array of so many elements on the stack.
 
-    They start on a cache line and are of like's type, unless one is given.
+    They start on a cache line and are of like's type, or of one that is given, or made
+    of it.
     """
 
     @intrinsic
     def space(typingctx, like):
-        kind = types.Array(element or like.dtype, 1, "C")
+        made = element if isinstance(element, types.Type) else element(like.dtype)
+        kind = types.Array(made, 1, "C")
 
         def codegen(context, builder, signature, args):
             size = context.get_abi_sizeof(context.get_data_type(kind.dtype))
