@@ -1056,18 +1056,6 @@ FAULTS = {
             "test_pool.py::test_how_much_is_kept",
         ),
         Fault(
-            "(group, *group.parents)",
-            "(group,)",
-            "what bounds the groups outside is not known",
-            "test_pool.py::test_how_much_is_kept",
-        ),
-        Fault(
-            '"memory" in kinds.split(",")',
-            'kinds == "memory"',
-            "memory's group is not found beside another kind",
-            "test_pool.py::test_how_much_is_kept",
-        ),
-        Fault(
             "        pool._words[[blocks.HANDLER, blocks.BELL, blocks.ASLEEP]] = 0\n",
             "        pool._words[[blocks.HANDLER, blocks.ASLEEP]] = 0\n",
             "a child keeps what its parent's janitor would give back",
@@ -1198,14 +1186,14 @@ FAULTS = {
         ),
         Fault(
             "        for j in range(np.uintp(STRIP)):\n"
-            "            bytes_[j] = np.uint8(bit(a, s, first + j))\n"
+            "            ones[j] = bit(a, s, first + j)\n"
             "        for j in range(np.uintp(STRIP)):\n"
             "            buffer[j] = element(a, b, s, first + j)\n",
             "        for j in range(np.uintp(STRIP)):\n"
             "            buffer[j] = element(a, b, s, first + j)\n"
             "        write_strip(y, first, buffer)\n"
             "        for j in range(np.uintp(STRIP)):\n"
-            "            bytes_[j] = np.uint8(bit(a, s, first + j))\n",
+            "            ones[j] = bit(a, s, first + j)\n",
             "in place, the bits are those of the results",
             "test_interpreted.py::test_masks",
         ),
@@ -1453,7 +1441,80 @@ FAULTS = {
             "test_prelu.py::test_layouts",
         ),
     ],
+    "cpu/host.py": [
+        Fault(
+            "(group, *group.parents)",
+            "(group,)",
+            "what bounds the groups outside is not known",
+            "test_pool.py::test_how_much_is_kept",
+        ),
+        Fault(
+            'elif kind in kinds.split(","):',
+            "elif kind == kinds:",
+            "memory's group is not found beside another kind",
+            "test_pool.py::test_how_much_is_kept",
+        ),
+        Fault(
+            "most = min(most, math.ceil(share))",
+            "most = min(most, int(share))",
+            "half a processor is none",
+            "test_host.py::test_how_many_processors_are_left",
+        ),
+        Fault(
+            "if share > 0:",
+            "if True:",
+            "-1 is a limit",
+            "test_host.py::test_how_many_processors_are_left",
+        ),
+    ],
+    "cpu/openmp.py": [
+        Fault(
+            "- was > half",
+            "- was >= 0",
+            "whoever is there passes for awake",
+            "test_openmp.py::test_a_process_without_products",
+        ),
+        Fault(
+            "return 0  # it has ended",
+            "pass",
+            "a thread that has ended passes for another",
+            "test_openmp.py::test_who_is_counted",
+        ),
+    ],
     "cpu/threads.py": [
+        Fault(
+            "awake = team[k + 1] > now",
+            "awake = True",
+            "who was awake for a moment passes for awake",
+            "test_team_model.py::test_who_is_awake",
+        ),
+        Fault(
+            "if now == before or now < 0:",
+            "if now < 0:",
+            "who sleeps is asked twice",
+            "test_team_model.py::test_who_is_awake",
+        ),
+        Fault(
+            "if _own_number() != team[_OWNER] or _call_int(",
+            "if _call_int(",
+            "each thread takes the main thread's for its own",
+            "test_team_model.py::test_for_whom_they_are_awake "
+            "test_openmp.py::test_each_thread_has_others_of_its_own",
+        ),
+        Fault(
+            "        if after != mode:  # it is theirs again\n",
+            "        if False:\n",
+            "PyTorch's threads keep the mode of a loop",
+            "test_team_model.py::test_all_of_pytorchs_threads_have_a_part "
+            "test_openmp.py::test_whoever_takes_a_piece_has_the_mode_of_whoever_brought_"
+            "the_loop",
+        ),
+        Fault(
+            "_memory[:], _was_forked = 0, True",
+            "_memory[:] = 0",
+            "a child calls on threads that it has not",
+            "test_openmp.py::test_a_child_leaves_them_alone",
+        ),
         Fault(
             "if _add(team, _PENDING, -1) == 1 and",
             "if _add(team, _PENDING, -1) == 0 and",
@@ -1491,8 +1552,8 @@ FAULTS = {
             "test_team_model.py",
         ),
         Fault(
-            "    _memory[:] = 0",
-            "    _after_fork()",
+            "    _memory[:], _was_forked = 0, True",
+            "    _was_forked = True",
             "a child waits for threads that it does not have",
             "test_threads.py::test_a_child_has_a_team_of_its_own",
         ),

@@ -211,11 +211,11 @@ def test_how_much_memory_there_is(monkeypatch, tmp_path):
     told = tmp_path / "meminfo"
     told.write_text("MemTotal: 64 kB\nMemAvailable:      16 kB\nCached: 8 kB\n")
     monkeypatch.setattr(cli.bench, "MEMORY", told)
-    monkeypatch.setattr(cli.bench, "_memory", lambda: iter([1 << 20]))
+    monkeypatch.setattr(cli.bench.host, "memory", lambda: iter([1 << 20]))
     assert cli.bench.free_memory() == 16 << 10
     told.unlink()
     assert cli.bench.free_memory() == 1 << 20
-    monkeypatch.setattr(cli.bench, "_memory", lambda: iter([]))
+    monkeypatch.setattr(cli.bench.host, "memory", lambda: iter([]))
     assert cli.bench.free_memory() == float("inf")
 
 

@@ -20,7 +20,7 @@ from numba.core.compiler_lock import global_compiler_lock
 from test_threads import run
 
 import fastrelu as F
-from fastrelu.cpu import blocks, pool
+from fastrelu.cpu import blocks, host, pool
 from fastrelu.cpu.abi import numpy_api
 
 float32 = np.dtype(np.float32)
@@ -793,15 +793,15 @@ HOSTS = {
 }
 
 
-@pytest.mark.parametrize("host", HOSTS)
-def test_how_much_is_kept(host, tmp_path, monkeypatch):
-    memory, files, expected = HOSTS[host]
+@pytest.mark.parametrize("machine", HOSTS)
+def test_how_much_is_kept(machine, tmp_path, monkeypatch):
+    memory, files, expected = HOSTS[machine]
     for name, text in files.items():
         file = tmp_path / name
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(text)
     monkeypatch.delenv("FASTRELU_POOL_LIMIT", raising=False)
-    monkeypatch.setattr(pool, "_ROOT", tmp_path)
+    monkeypatch.setattr(host, "_ROOT", tmp_path)
     if memory is None:
         monkeypatch.delattr(os, "sysconf", raising=False)
     else:

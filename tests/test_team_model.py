@@ -13,7 +13,7 @@ import threading
 import numpy as np
 import pytest
 
-from fastrelu.cpu import threads
+from fastrelu.cpu import openmp, threads
 
 pytestmark = pytest.mark.model
 
@@ -43,6 +43,7 @@ class Task:
         self.lock = None  # what it waits for
         self.mode = 0  # of its processor's floating-point numbers
         self.alone = 0  # 1 if its loops are to stay with it
+        self.number = 0  # among PyTorch's threads
         self.done = False
         self.thread = threading.Thread(target=self.run, daemon=True)
 
@@ -116,6 +117,9 @@ class Model:
         ]
         self.tasks, self.owners, self.choose = [*self.members], [], choose
         self.limit, self.workers = members, set()
+        self.words.poke(threads._GET_PLACE, "place")
+        self.awake = lambda: False  # whether PyTorch's threads are
+        self.theirs = []
         self.over, self.error = threading.Event(), None
 
     # The steps ------------------------------------------------------------------------
@@ -194,8 +198,10 @@ class Model:
         patch.setattr(threads, "_look_away", lambda: None)
         patch.setattr(threads, "_keep_away", lambda words, member: self.step())
         patch.setattr(threads, "_call_loop", self.call_loop)
-        patch.setattr(threads, "_call_int", lambda *_: self.limit)
+        patch.setattr(threads, "_call_int", self.call_int)
         patch.setattr(threads, "_own_word", lambda key: self.running.alone)
+        patch.setattr(threads, "_are_awake", lambda words: self.awake())
+        patch.setattr(threads, "_call_fork", self.call_fork)
 
     def load(self, words, i):
         self.step((i, False, True))
@@ -247,6 +253,36 @@ class Model:
             loop.hits[i] += 1
         self.step()
         assert loop.runs, "an owner went on before its loop was done"
+
+    def call_int(self, function, values):
+        return self.running.number if function == "place" else self.limit
+
+    def call_fork(self, function, values):
+        """What OpenMP does: all work, and whoever asked waits for the last."""
+        _, data, number, _ = values
+        owner, left = self.running, number - 1
+        barrier = f"barrier {len(self.tasks)}"
+
+        def work():
+            nonlocal left
+            task, task.mode = self.running, 5
+            threads._join(data)
+            assert task.mode == 5, "it keeps another mode than its own"
+            left -= 1
+            if left == 0:
+                self.held.discard(barrier)
+
+        self.held.add(barrier)
+        for place in range(1, number):
+            task = Task(self, work)
+            task.number = place
+            self.tasks.append(task)
+            self.theirs.append(task)
+            task.thread.start()
+        threads._join(data)
+        owner.lock = barrier
+        self.step()
+        owner.lock = None
 
     # Who brings loops -----------------------------------------------------------------
 
@@ -348,6 +384,111 @@ def test_every_schedule_of_two_modes(team):
     assert every_schedule(make) > 1000
 
 
+def with_theirs(model, number):
+    model.words.poke(threads._THEIRS, number)
+    model.awake = lambda: True
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("pieces", [2, 3])
+def test_every_schedule_with_one_of_pytorchs_threads(team, pieces):
+    def make(choose):
+        model = team(2, choose)
+        with_theirs(model, 2)
+        model.owner((pieces, 1, MUCH, 1))
+        return model
+
+    assert every_schedule(make) > 100
+
+
+def test_all_of_pytorchs_threads_have_a_part(team):
+    """And members of ours, who are awake, have none."""
+    rng, workers = random.Random(0), set()
+    for _ in range(30):
+        model = team(3, lambda model, ready: rng.choice(ready))
+        with_theirs(model, 3)
+        model.owner((12, 1, MUCH, 1), (12, 1, MUCH, 2))
+        model.run()
+        assert not model.workers & {*model.members}
+        workers |= {model.theirs.index(t) % 2 for t in model.workers - {*model.owners}}
+    assert workers == {0, 1}
+
+
+def test_where_pytorchs_threads_may_trap(team, monkeypatch):
+    """They leave the loop to its owner; signals would come to the wrong thread."""
+    model = team(3, lambda model, ready: ready[-1])
+    with_theirs(model, 3)
+    owner = model.owner((8, 1, MUCH, 0))
+    mode = lambda: 0 if model.running is owner else -1
+    monkeypatch.setattr(threads, "_mode", mode)
+    model.run()
+    assert model.workers == {owner}
+
+
+class Clocks:
+    """Threads of PyTorch, and how long each has had a processor"""
+
+    def __init__(self, monkeypatch, number):
+        self.words = words = [0] * threads._MEMBER
+        words[threads._OWNER], words[threads._THEIRS] = 77, number
+        self.most, self.me, self.nanoseconds = number, 77, {}
+        for k in range(min(number - 1, openmp.ASKED)):
+            words[threads._CLOCKS + 2 * k] = -9 - k
+            self.nanoseconds[-9 - k] = 3_000_000_000 + k
+        self.goes_on, self.asked = set(self.nanoseconds), []
+        monkeypatch.setattr(threads, "_own_number", lambda: self.me)
+        monkeypatch.setattr(threads, "_call_int", lambda *_: self.most)
+        monkeypatch.setattr(threads, "_address", lambda words, i: i)
+        monkeypatch.setattr(threads, "_call_clock", self.call_clock)
+
+    def call_clock(self, function, arguments):
+        clock, at = arguments
+        self.asked.append(clock)
+        if clock not in self.nanoseconds:
+            return -1
+        self.nanoseconds[clock] += 400 if clock in self.goes_on else 0
+        self.words[at : at + 2] = divmod(self.nanoseconds[clock], 1_000_000_000)
+        return 0
+
+    def are_awake(self):
+        del self.asked[:]
+        return threads._are_awake(self.words)
+
+
+@pytest.fixture
+def clocks(monkeypatch):
+    interpret(monkeypatch)
+    return lambda number: Clocks(monkeypatch, number)
+
+
+@pytest.mark.parametrize("number", [2, 3, 5, 64])
+def test_who_is_awake(clocks, number):
+    found = clocks(number)
+    assert found.are_awake()
+    last = -9 - min(number - 2, 3)
+    found.goes_on -= {last}  # it falls asleep
+    assert not found.are_awake()
+    assert found.asked.count(last) == 1  # that is enough for who has slept since
+    found.nanoseconds[last] += 400  # it was awake for a moment meanwhile
+    assert not found.are_awake()
+    found.goes_on |= {last}
+    assert found.are_awake()
+
+
+def test_for_whom_they_are_awake(clocks):
+    found = clocks(3)
+    found.me = 78
+    assert not found.are_awake()
+    found.me, found.most = 77, 2  # torch.set_num_threads(2)
+    assert not found.are_awake()
+    assert not found.asked
+    found.most = 3
+    assert found.are_awake()
+    del found.nanoseconds[-10]  # it has ended
+    assert not found.are_awake()
+    assert found.words[threads._THEIRS] == 0
+
+
 def test_a_mode_that_must_stay_with_its_thread(team):
     model = team(3, lambda model, ready: ready[-1])
     model.owner((8, 1, MUCH, -1), (8, 1, 0, -1))
@@ -366,6 +507,8 @@ def test_random_schedules_of_many(team, seed):
     for _ in range(200):
         calm = rng.choice((0, 0.5, 0.9, 0.98))
         model = team(rng.choice((2, 3)), choose)
+        model.words.poke(threads._THEIRS, rng.choice((0, 2, 3)))
+        model.awake = lambda: rng.random() < 0.5
         for _ in range(rng.randint(1, 3)):
             sizes = [rng.randint(0, 14) for _ in range(rng.randint(1, 4))]
             model.owner(

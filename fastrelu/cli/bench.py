@@ -20,7 +20,7 @@ from fastrelu.cli.peers.base import Peer
 from fastrelu.cli.peers.cases import COMMON, DTYPES, Case, size, size_name
 from fastrelu.cli.peers.libraries import PEERS, FastRelu
 from fastrelu.cli.peers.team import TURNS, Result, Team
-from fastrelu.cpu.pool import _memory
+from fastrelu.cpu import host
 
 GIB = 1 << 30
 MEMORY = Path("/proc/meminfo")
@@ -136,7 +136,7 @@ def countdown(total: int) -> Iterator[Callable[[str], None]]:
 
 def free_memory() -> float:
     """Return the bytes of memory that can be had, infinite where nothing tells."""
-    found = list(_memory())
+    found = list(host.memory())
     with contextlib.suppress(OSError):  # not on Linux
         for line in MEMORY.read_text().splitlines():
             if line.startswith("MemAvailable:"):

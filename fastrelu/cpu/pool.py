@@ -28,23 +28,20 @@ finds it taken for more than a moment does without the list.  So a fork may hold
 and a child that was forked behind Python's back, with the lock taken for ever, works.
 """
 
-import contextlib
 import ctypes
 import importlib
-import itertools
 import mmap
 import operator
 import os
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
-from pathlib import Path, PurePosixPath
+from collections.abc import Callable
 from typing import Any, Literal
 
 import numpy as np
 
-from fastrelu.cpu import blocks, handler
+from fastrelu.cpu import blocks, handler, host
 from fastrelu.cpu.abi import (
     DEFAULT_HANDLER,
     HANDLER_CAPSULE,
@@ -325,7 +322,6 @@ def _is_told_a_limit() -> bool:
 
 _VARIABLE = "FASTRELU_POOL_LIMIT"
 _MOST_IDLE = 1 << 30
-_ROOT = Path("/")
 
 
 def _default_limit() -> tuple[int, str]:
@@ -337,33 +333,7 @@ def _default_limit() -> tuple[int, str]:
         return _checked(_VARIABLE, int(digits.lstrip("0")[:20] or 0)), ""
     if digits:
         complaint = f"{_VARIABLE} must be a whole number of bytes, got {given!r}"
-    return min(min(_memory(), default=_MOST_IDLE) // 4, _MOST_IDLE), complaint
-
-
-def _memory() -> Iterator[int]:
-    """Yield the machine's memory, and what the process's control groups may use of it.
-
-    Each group is bound by those that it is in.  In a container, the paths may be those
-    outside it, which are not to be found; its own group is the root then.
-    """
-    with contextlib.suppress(AttributeError, ValueError, OSError):  # not on Windows
-        yield os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    groups = _ROOT / "sys/fs/cgroup"
-    lines: list[str] = []
-    with contextlib.suppress(OSError):
-        lines = (_ROOT / "proc/self/cgroup").read_text(errors="replace").splitlines()
-    for line in lines:
-        _, kinds, path = line.split(":", 2)
-        if kinds == "":
-            files = [groups / "memory.max", groups / "unified/memory.max"]
-        elif "memory" in kinds.split(","):
-            files = [groups / "memory/memory.limit_in_bytes"]
-        else:
-            continue
-        group = PurePosixPath(path.lstrip("/"))
-        for file, each in itertools.product(files, (group, *group.parents)):
-            with contextlib.suppress(OSError, ValueError):  # "max"
-                yield int((file.parent / each / file.name).read_text())
+    return min(min(host.memory(), default=_MOST_IDLE) // 4, _MOST_IDLE), complaint
 
 
 # The pools of the process -------------------------------------------------------------

@@ -5,13 +5,15 @@ workqueue layer aborts the process when two threads enter it at once, GNU OpenMP
 a forked child, and TBB takes a microsecond and a half to start, a third of what there
 is to do in a loop over 100,000 elements.  The team here is started at the first large
 array.  Its members spin for some microseconds until the next loop comes, and then sleep.
-Five rules keep it harmless:
+Six rules keep it harmless:
 
 - Whoever brings a loop works on it, so it ends without the others too: each has a part
   of the range, takes pieces from its front, and when it has none left, from the back of
   somebody else's.
 - Nobody waits for the team.  While it is busy, a loop runs on the thread it came from.
   So does that of a thread whose host has others for all processors (Dask's).
+- Where PyTorch's threads look for work, after one of its products, members would have to
+  share processors with them: there they are the team (see `openmp`).
 - All pieces of a loop are worked on in the floating-point mode of whoever brings it:
   rounding, and what becomes of subnormals, do not depend on who takes which piece.
 - A member never touches Python, so the interpreter may end at any time.
@@ -22,6 +24,7 @@ import contextlib
 import ctypes
 import os
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +34,11 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
+from fastrelu.cpu import host, openmp
 from fastrelu.cpu.abi import cgutils, config, parallel
 from fastrelu.cpu.jit import (
     COPY,
+    array_at,
     calling,
     compile_and_keep,
     inlined,
@@ -84,6 +89,8 @@ CACHE = _last_level(_cache_size(3, 1 << 25), PRIVATE_CACHE, os.cpu_count() or 1)
 # follow soon.
 SHARE = PRIVATE_CACHE // 4
 MUCH = 8 << 20
+# For PyTorch's threads a loop is not done before each of them has come.
+ENOUGH = 1 << 20
 
 _STACK = 1 << 20  # bytes of a member's, many times what the loops' buffers take
 _PIECES = 4  # of each member's part: what another may take over
@@ -110,7 +117,14 @@ _NUMBA, _LAUNCHED, _TRUE = 42, 43, 44  # see `is_ready`
 _PROCESS = 45  # its number, which is its main thread's to Linux
 _ALONE = 46  # the key of the word that says whether a thread's loops stay with it
 _MASK, _MAIN, _PLACES = 48, 64, 16  # see `_keep_away`: 16 words of a bit a processor
-_MEMBER, _MEMBER_SIZE = 80, 32  # the first member's words; the next has the next 32
+# PyTorch's threads: how many there are with their owner, or 0; who that is; when it is
+# to be looked for them; what is called; their clocks, and what these showed last.
+_THEIRS, _OWNER, _UNTIL, _JOINED = 80, 81, 82, 88
+_FORK, _GET_MOST, _GET_PLACE, _GET_TIME, _JOIN = range(83, 88)
+_MODULES, _TORCH = 89, 90  # see `is_ready`
+_TIME = 91  # and 92: seconds and nanoseconds
+_CLOCKS = 96
+_MEMBER, _MEMBER_SIZE = 112, 32  # the first member's words; the next has the next 32
 _ASLEEP, _LOCK = 8, 9  # after its part: (first piece << 32) + the piece after the last
 _ID, _FORBIDDEN = 10, 11  # to Linux, and the processor it must not use, or -1
 _OURS = 16  # the mask that was set for it then
@@ -269,11 +283,14 @@ def _set_mode(typingctx, mode):
 
 _call_loop = calling(types.intc(_word, _word, _word))
 _call_int = calling(types.intc())
+_call_fork = calling(types.void(_word, _word, _word, _word))
+_call_clock = calling(types.intc(_word, _word))
 
 # Python's locks are the one way to sleep that every platform has; they do not need its
 # interpreter, and another thread may release them.
 _sleep = types.ExternalFunction("PyThread_acquire_lock", types.intc(_word, types.intc))
 _wake = types.ExternalFunction("PyThread_release_lock", types.void(_word))
+_own_number = types.ExternalFunction("PyThread_get_thread_ident", _word())
 _own_word = types.ExternalFunction("PyThread_tss_get", _word(_word))
 _dict_item = types.ExternalFunction("PyDict_GetItem", _word(_word, _word))
 
@@ -374,6 +391,59 @@ def _keep_away(team, member):
             team[ours + i] = team[_MASK + i]
 
 
+@inlined
+def _time_of(team, clock):
+    """Return how long a thread has had a processor, or -1 if there is none any more."""
+    if _call_clock(team[_GET_TIME], (clock, _address(team, _TIME))) != 0:
+        return -1
+    return team[_TIME] * 1_000_000_000 + team[_TIME + 1]
+
+
+@inlined
+def _are_awake(team):
+    """Say whether each of PyTorch's threads has a processor right now.
+
+    They work for their owner alone, who is here: so they look for work.  Whose clock has
+    not moved since it was last looked at sleeps; else it must go on while that is done.
+    """
+    if _own_number() != team[_OWNER] or _call_int(team[_GET_MOST], ()) != team[_THEIRS]:
+        return False
+    awake = True
+    for k in range(_CLOCKS, _CLOCKS + 2 * openmp.ASKED, 2):
+        if awake and team[k] != 0:
+            before, now = team[k + 1], _time_of(team, team[k])
+            if now == before or now < 0:
+                awake = False
+            else:
+                team[k + 1] = _time_of(team, team[k])
+                awake = team[k + 1] > now
+            if now < 0:
+                team[_THEIRS] = 0  # it has ended: there may be others
+    return awake
+
+
+def _join(address):
+    """Work on the loop, as one of PyTorch's threads.
+
+    In the order in which these work on a product, whose parts are in their caches.
+    """
+    team = _team()
+    me, mode = _call_int(team[_GET_PLACE], ()), _mode()
+    _add(team, _JOINED, 1)
+    if me < _load(team, _MEMBERS) and mode >= 0:
+        after = _work(team, me, mode)
+        if after != mode:  # it is theirs again
+            _set_mode(mode)
+
+
+def _tell(address):
+    """Write what Linux calls this thread to the next word there."""
+    team = _team()
+    me = _add(team, _JOINED, 1)
+    if me < _MOST:
+        array_at(address, _MOST, np.int64)[me] = _call_int(team[_THREAD], ())
+
+
 def _share(function, arguments, size, grain, moved):
     """Call function(arguments, start, stop) for pieces of range(size).
 
@@ -389,11 +459,14 @@ def _share(function, arguments, size, grain, moved):
     if mode < 0 or not _swap(team, _BUSY, 0, 1):
         _call_loop(function, (arguments, 0, size))
         return
+    awake = moved >= ENOUGH and team[_THEIRS] > 1 and _are_awake(team)
+    if awake:
+        members = smaller(members, team[_THEIRS])
     asleep = 0
     for member in range(1, members):
         asleep += _load(team, _MEMBER + member * _MEMBER_SIZE + _ASLEEP)
-    wake = moved >= MUCH or _may_wake(team, asleep)
-    if asleep == members - 1 and not wake:
+    wake = not awake and (moved >= MUCH or _may_wake(team, asleep))
+    if asleep == members - 1 and not wake and not awake:
         _store(team, _BUSY, 0)
         _call_loop(function, (arguments, 0, size))
         return
@@ -406,6 +479,11 @@ def _share(function, arguments, size, grain, moved):
     for member in range(members):
         first, stop = pieces * member // members, pieces * (member + 1) // members
         _store(team, _MEMBER + member * _MEMBER_SIZE, first << 32 | stop)
+    if awake:
+        _store(team, _JOINED, 0)
+        _call_fork(team[_FORK], (team[_JOIN], 0, team[_THEIRS], 0))
+        _store(team, _BUSY, 0)
+        return
     _add(team, _LOOPS, 1)
     if wake:
         for member in range(1, members):
@@ -510,9 +588,15 @@ def is_ready():
     Needs the interpreter's lock: it looks at a global name of Numba's.
     """
     team = _team()
-    if team[_LIMIT] == 0 and team[_SHARE] != 0:
-        return _dict_item(team[_NUMBA], team[_LAUNCHED]) != team[_TRUE]
-    return team[_SHARE] != 0
+    if team[_SHARE] == 0:
+        return False
+    unknown = team[_THEIRS] == 0 and team[_UNTIL] >= 0
+    if unknown and _dict_item(team[_MODULES], team[_TORCH]) != 0:
+        if _own_number() == team[_OWNER]:
+            team[_UNTIL] -= 1
+        if team[_UNTIL] < 0:
+            return False
+    return team[_LIMIT] != 0 or _dict_item(team[_NUMBA], team[_LAUNCHED]) != team[_TRUE]
 
 
 _LINUX = {  # the last one says that all are there
@@ -534,13 +618,49 @@ def ready(moved: int = 2 * SHARE) -> None:
         return
     if not _memory[_SHARE]:
         _start()
+    elif _memory[_UNTIL] == -1:
+        _look_for_theirs()
     if not _memory[_LIMIT] and parallel._is_initialized:
         # From here on somebody may have asked Numba for fewer threads.
         _memory[_LIMIT] = llvm.address_of_symbol("get_num_threads") or 0
         _memory[_TRUE] = 0  # there is no more to look for
 
 
-_launched = sys.intern("_is_initialized")
+_launched, _torch = sys.intern("_is_initialized"), sys.intern("torch")
+_NEVER = -2  # is there anything to look for
+
+
+def _look_for_theirs() -> None:
+    """Get to know PyTorch's threads, if they are awake; else look again, ever later."""
+    global _pause
+    _memory[_UNTIL] = _pause = min(2 * _pause + 1, 1023)
+    found = openmp.functions()
+    if not found or threading.get_ident() != _memory[_OWNER]:
+        return
+    _memory[[_FORK, _GET_MOST, _GET_PLACE, _GET_TIME]] = found
+    number = ctypes.CFUNCTYPE(ctypes.c_int)(found[1])()
+    ours = {*_memory[_MEMBER + _ID :: _MEMBER_SIZE].tolist(), threading.get_native_id()}
+    if 1 < number <= _MOST and openmp.running(ours) >= number - 1:
+        _meet(number, _functions[2].address)
+
+
+def _meet(number: int, tell: int) -> None:
+    """Have so many threads tell what Linux calls them, and keep some of their clocks."""
+    fork = ctypes.CFUNCTYPE(
+        None, ctypes.c_void_p, ctypes.c_void_p, *[ctypes.c_uint] * 2
+    )
+    told = np.zeros(_MOST, np.int64)
+    _memory[_JOINED] = 0
+    fork(int(_memory[_FORK]))(tell, told.ctypes.data, number, 0)
+    others = [int(i) for i in told[told > 0] if i != threading.get_native_id()]
+    if len(others) == number - 1:
+        clocks = [openmp.clock_of(i) for i in others[:: -(-number // openmp.ASKED)]]
+        _memory[_CLOCKS : _CLOCKS + 2 * openmp.ASKED] = 0
+        _memory[_CLOCKS : _CLOCKS + 2 * len(clocks) : 2] = clocks
+        _memory[_THEIRS] = number
+
+
+_pause, _was_forked = 0, False
 
 
 @shielded
@@ -548,10 +668,13 @@ def _start() -> None:
     if _memory[_SHARE]:  # by another thread, while this one waited
         return
     share = compile_and_keep(_share, types.void(*[_word] * 5))
-    member = compile_and_keep(_member, types.void(_word))
+    member, join, tell = (
+        compile_and_keep(function, types.void(_word))
+        for function in (_member, _join, _tell)
+    )
     if _memory[_SHARE]:  # by a signal's handler, while that was compiled
         return
-    _functions.extend((share, member))
+    _functions.extend((share, member, tell, join))
     if sys.platform == "linux":
         library = ctypes.CDLL(None)
         with contextlib.suppress(AttributeError):  # one that lacks a function
@@ -559,7 +682,10 @@ def _start() -> None:
                 function = ctypes.cast(getattr(library, name), ctypes.c_void_p)
                 _memory[word] = function.value or 0
     _memory[_PROCESS] = os.getpid()
-    for me in range(min(config.NUMBA_NUM_THREADS, _MOST)):
+    members = min(config.NUMBA_NUM_THREADS, _MOST)
+    if "NUMBA_NUM_THREADS" not in os.environ:
+        members = host.processors(members)
+    for me in range(members):
         words = _MEMBER + me * _MEMBER_SIZE
         lock = new_lock()
         if lock is None:
@@ -573,12 +699,17 @@ def _start() -> None:
             _memory[_WORKERS] = me
     _memory[_NUMBA], _memory[_LAUNCHED] = id(vars(parallel)), id(_launched)
     _memory[_TRUE] = id(True)
-    _memory[_ALONE] = ALONE
+    _memory[_ALONE], _memory[_JOIN] = ALONE, join.address
+    _memory[_OWNER] = threading.main_thread().ident or 0
+    _memory[_MODULES], _memory[_TORCH] = id(sys.modules), id(_torch)
+    if not _memory[_THREAD] or _was_forked:
+        _memory[_UNTIL] = _NEVER
     _memory[_SHARE] = share.address
 
 
 def _after_fork_in_child() -> None:
-    _memory[:] = 0
+    global _was_forked
+    _memory[:], _was_forked = 0, True  # a child's OpenMP waits for threads it has not
 
 
 if hasattr(os, "register_at_fork"):

@@ -1,0 +1,110 @@
+"""Right after a matrix product, all in one process: where activations are called.
+
+The threads of the product's library are still awake then, and look for work.  Each round
+times one call of each contender, each on what a product has just made.
+"""
+
+import time
+from itertools import product
+
+import numpy as np
+import pytest
+
+from fastrelu.cli.peers.cases import Case
+from fastrelu.cli.peers.libraries import FastRelu, NumPy, Torch
+from fastrelu.cli.peers.worker import SLOPE
+
+PRODUCTS = {"torch.mm": (FastRelu, Torch), "@": (FastRelu, NumPy, Torch)}
+OPS = ("relu", "relu_backward"), ("fresh", "out", "inplace")
+SIZES = ("1k", "16k", "128k", "1M", "16M")
+MODES = {"inplace": "in place"}
+ROUNDS, SECONDS, INNER = 101, 5.0, 64
+
+
+def pytest_generate_tests(metafunc):
+    full = metafunc.config.getoption("--full")
+    sizes = SIZES if full else ("1M",)
+    pairs = [
+        (f"{op}-{mode}-float32-{n}", after, peer)
+        for op, mode, n, after in product(*OPS, sizes, PRODUCTS)
+        for peer in PRODUCTS[after]
+        if not peer.missing() and not Torch.missing()
+    ]
+    names = [f"{case}-{after}-{peer.name}" for case, after, peer in pairs]
+    metafunc.parametrize(("case", "after", "peer"), pairs, ids=names)
+
+
+def product_into(target, after):
+    """Return a call that makes an array, as rows, of a product"""
+    import torch
+
+    rows = np.asarray(target).reshape(-1, min(target.size, 1024))
+    rng = np.random.default_rng(0)
+    a = rng.standard_normal((len(rows), INNER), np.float32)
+    b = rng.standard_normal((INNER, rows.shape[1]), np.float32)
+    if after == "@":
+        return lambda: np.matmul(a, b, out=rows)
+    a, b, rows = map(torch.from_numpy, (a, b, rows))
+    return lambda: torch.mm(a, b, out=rows)
+
+
+class Contender:
+    """A peer, its call, and the product before it: of its input, or of its gradient"""
+
+    def __init__(self, peer, case, after):
+        self.name, self.seconds = peer.name, []
+        data = peer.data(case, SLOPE)
+        self.call = peer.call(case, data)
+        passes = case.row.passes
+        self.before = product_into(data.g if passes == "backward" else data.x, after)
+
+    def time(self):
+        self.before()
+        start = time.perf_counter()
+        self.call()
+        return time.perf_counter() - start
+
+
+@pytest.fixture
+def times(case, after):
+    """Return the seconds of each, which the first to ask has measured, in turns"""
+    if (case, after) not in MEASURED:
+        MEASURED.clear()
+        contenders = [
+            Contender(peer(), Case.parse(case), after)
+            for peer in PRODUCTS[after]
+            if not peer.missing()
+        ]
+        for _ in range(10):
+            for each in contenders:
+                each.time()
+        end = time.monotonic() + SECONDS
+        for count in range(ROUNDS):
+            for each in contenders:
+                each.seconds.append(each.time())
+            if count >= 10 and time.monotonic() > end:
+                break
+        MEASURED[case, after] = {each.name: each.seconds for each in contenders}
+    return MEASURED[case, after]
+
+
+MEASURED = {}
+
+
+def test_after_product(case, after, peer, times, replay, session):
+    seconds, found = times[peer.name], Case.parse(case)
+    mode = f"{MODES.get(found.mode, found.mode)} after {after}"
+    session.versions[peer.name] = peer().version
+    replay(
+        seconds,
+        f"{found.op}-{mode}-{found.dtype}-{found.n}",
+        op=found.op,
+        mode=mode,
+        dtype=found.dtype,
+        n=found.n,
+        peer=peer.name,
+        peer_version=peer().version,
+        bytes=found.bytes,
+        gb_per_s=found.bytes / float(np.median(seconds)) / 1e9,
+        limit_gb_per_s=None,
+    )

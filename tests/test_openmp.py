@@ -1,0 +1,209 @@
+"""Loops on PyTorch's threads, which are awake after one of its products."""
+
+import sys
+
+import pytest
+from test_threads import run
+
+from fastrelu import cpu
+
+pytest.importorskip("torch")
+pytestmark = pytest.mark.skipif(
+    sys.platform != "linux" or not cpu.is_fast(),
+    reason="only Linux tells who is awake, and only fast loops ask",
+)
+
+# A loop says how many threads took part as PyTorch's: 0 if it was not theirs.
+PRELUDE = """
+    import os, threading, time
+    import numpy as np, torch
+    import fastrelu as F
+    from fastrelu.cpu import threads
+    torch.set_num_threads(2)
+    words, weights = threads._memory, torch.ones(512, 512)
+    x = np.linspace(-1, 1, 1 << 20, dtype=np.float32)
+    y, expected = np.empty_like(x), np.maximum(x, 0)
+    def loop():
+        words[threads._JOINED] = 0
+        y[:] = 7
+        F.relu(x, out=y)
+        assert (y == expected).all()
+        return int(words[threads._JOINED])
+    def after_product():
+        torch.mm(weights, weights)
+        return loop()
+    def until(call):
+        # On a busy machine they may be without a processor for a while.
+        end = time.monotonic() + 60
+        while not (result := call()) and time.monotonic() < end:
+            pass
+        return result
+    def know():
+        words[threads._UNTIL] = 0
+        after_product()
+        return int(words[threads._THEIRS])
+    def never(call=after_product):
+        return not any(call() for _ in range(50))
+"""
+
+
+def ask(script):
+    return run(PRELUDE + script, NUMBA_NUM_THREADS="2")
+
+
+def test_who_is_counted():
+    """Who looks for work, and none who sleeps, or ends meanwhile."""
+    script = """
+    from fastrelu.cpu import openmp
+    here = threading.get_native_id()
+    time.sleep(0.1)
+    print(openmp.running({here}))
+    def product():
+        torch.mm(weights, weights)
+        return openmp.running({here})
+    print(until(product))
+    time.sleep(0.1)
+    real, gone = openmp.os.listdir, str(here + 100_000)
+    openmp.os.listdir = lambda folder: [*real(folder), gone, str(int(gone) + 1)]
+    print(openmp.running({here}))
+    """
+    assert ask(script) == "0\n1\n0\n"
+
+
+def test_after_a_product():
+    script = """
+    print(until(know))
+    print(until(after_product))
+    time.sleep(0.1)
+    print(loop())  # they sleep
+    """
+    assert ask(script) == "2\n2\n0\n"
+
+
+def test_small_loops_are_not_worth_it():
+    script = """
+    print(until(know))
+    x = x[: threads.ENOUGH // 8 - 1]
+    y, expected = np.empty_like(x), np.maximum(x, 0)
+    print(never())
+    """
+    assert ask(script) == "2\nTrue\n"
+
+
+def test_a_process_without_products():
+    """Whoever asks runs, but is none of them."""
+    script = """
+    time.sleep(0.1)  # PyTorch has made arrays
+    print(never(loop), int(words[threads._THEIRS]))
+    """
+    assert ask(script) == "True 0\n"
+
+
+def test_a_number_of_threads_is_respected():
+    script = """
+    print(until(know))
+    torch.set_num_threads(1)
+    print(never())
+    torch.set_num_threads(2)
+    print(until(after_product))
+    torch.set_num_threads(3)  # there is one more now, whose clock nobody knows
+    print(never())
+    """
+    assert ask(script) == "2\nTrue\n2\nTrue\n"
+
+
+def test_each_thread_has_others_of_its_own():
+    script = """
+    print(until(know))
+    other = threading.Thread(target=lambda: print(never()))
+    other.start()
+    other.join()
+    """
+    assert ask(script) == "2\nTrue\n"
+
+
+def test_whoever_takes_a_piece_has_the_mode_of_whoever_brought_the_loop():
+    """And after it that of its own: PyTorch's results are the same as before."""
+    script = """
+    small = np.full(1 << 20, 1e-40, np.float32)
+    mine = np.empty_like(small)
+    tensor = torch.full((1 << 20,), 1e-40)
+    def product_with(slope):
+        torch.mm(weights, weights)
+        words[threads._JOINED] = 0
+        F.leaky_relu(-small, slope, out=mine)
+        return int(words[threads._JOINED])
+    print(until(know))
+    assert torch.set_flush_denormal(True)
+    def flushed():
+        shared = product_with(0.5)
+        assert (mine == 0).all()
+        return shared
+    print(until(flushed))
+    torch.set_flush_denormal(False)
+    for _ in range(20):
+        halves = tensor * 0.5
+        assert (halves > 0).all()
+    """
+    assert ask(script) == "2\n2\n"
+
+
+def test_a_child_leaves_them_alone():
+    """Those of OpenMP do not come with it; to call them would be to wait for ever."""
+    script = """
+    print(until(know))
+    child = os.fork()
+    if child == 0:
+        fine = never(loop) and words[threads._UNTIL] == threads._NEVER
+        os._exit(not fine)
+    print(os.waitpid(child, 0)[1], until(after_product))
+    """
+    assert ask(
+        "    import warnings\n    warnings.simplefilter('ignore')\n" + script
+    ) == ("2\n0 2\n")
+
+
+def test_from_many_threads_meanwhile():
+    script = """
+    print(until(know))
+    wrong, stop = [], threading.Event()
+    def others():
+        z = np.empty_like(x)
+        while not stop.is_set():
+            F.relu(x, out=z)
+            if not (z == expected).all():
+                wrong.append(z)
+    team = [threading.Thread(target=others) for _ in range(3)]
+    for thread in team:
+        thread.start()
+    for _ in range(100):
+        after_product()
+    stop.set()
+    for thread in team:
+        thread.join()
+    print(len(wrong))
+    """
+    assert ask(script) == "2\n0\n"
+
+
+def test_torch_that_has_no_openmp():
+    script = """
+    real = torch.__file__
+    for wrong in (None, "/nowhere/__init__.py"):
+        torch.__file__ = wrong
+        assert not any(know() for _ in range(20))
+    torch.__file__ = real
+    print(until(know))
+    """
+    assert ask(script) == "2\n"
+
+
+def test_threads_that_ended_are_forgotten():
+    script = """
+    print(until(know))
+    words[threads._CLOCKS] = -9  # the clock of nobody
+    torch.mm(weights, weights)
+    print(loop(), int(words[threads._THEIRS]))
+    print(until(know))
+    """
+    assert ask(script) == "2\n0 0\n2\n"
