@@ -4,9 +4,9 @@
 
 A ReLU unit whose inputs are negative for every image gives 0 for all of them and passes
 no gradient, so nothing that it learns from can ever change it: it is dead.  A step too
-large does that.  The same steps are taken here at several learning rates, then the
-network with the most dead units goes on at a good rate four ways: with ReLU, and from
-the same weights with slopes that pass a gradient where a unit is inactive.
+large does that.  The same steps are taken here at several learning rates, then a damaged
+network goes on with careful steps in four ways: with ReLU, and from the same weights with
+slopes that pass a gradient where a unit is inactive.
 """
 
 import argparse
@@ -18,7 +18,7 @@ import numpy as np
 from fastrelu import nn
 from fastrelu.cli.training import Threads, load_digits, network
 
-BATCH, GOOD = 64, 0.005
+BATCH, GOOD, CAREFUL = 64, 0.005, 0.002
 ACTIVATIONS = {
     "ReLU": nn.ReLU,
     "Leaky ReLU, slope 0.01": nn.LeakyReLU,
@@ -39,7 +39,7 @@ class Walk:
 
     def __init__(self, seed):
         self.digits, self.seed = load_digits(seed), seed
-        self.threads = Threads()
+        self.threads = Threads(1)  # the same each time
 
     def look(self, model):
         """Return the accuracy on the test images, and each layer's dead units"""
@@ -64,22 +64,67 @@ class Walk:
             yield self.look(model)
 
 
+def is_finite(model):
+    return all(np.isfinite(p.value).all() for p in model.parameters)
+
+
+def draw(path, histories):
+    """Draw dead units and accuracy over the epochs of each activation"""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import PercentFormatter
+
+    figure = Figure(figsize=(5, 6), layout="constrained")
+    dead, accuracy = figure.subplots(2, 1, sharex=True)
+    for (name, history), marker in zip(histories.items(), "osD^", strict=True):
+        accuracy.plot([of for of, _ in history], marker=marker, label=name)
+        dead.plot([sum(units) for _, units in history], marker=marker, label=name)
+    dead.set_ylabel("dead units")
+    dead.set_yscale("log")
+    dead.legend()
+    accuracy.set_ylabel("test accuracy")
+    accuracy.yaxis.set_major_formatter(PercentFormatter(1))
+    accuracy.set_xlabel(f"epochs at learning rate {CAREFUL}")
+    figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
+
+
 def main():
     """Run, print the tables, and draw"""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--rates", type=float, nargs="+", default=RATES)
+    parser.add_argument("--revive", type=float, default=0.05, help="one of the rates")
     parser.add_argument("--epochs", type=int, nargs=2, default=(3, 12))
     parser.add_argument("--plot", type=Path, help="a picture, as PNG, PDF or SVG")
     args = parser.parse_args()
     walk = Walk(args.seed)
-    models = {}
-    print(f"learning rate   test accuracy   dead units, {args.epochs[0]} epochs")
+    first, more = args.epochs
+    print(f"After {first} epochs with ReLU\n")
+    print(
+        "| learning rate | test accuracy | dead units | in the first and last layer |"
+    )
+    print("|---:|---:|---:|---:|")
     for rate in args.rates:
         model = network("relu", np.random.default_rng(args.seed))
-        *_, (accuracy, dead) = walk.train(model, rate, args.epochs[0])
-        models[rate] = model, sum(dead)
-        print(f"{rate:13g} {accuracy:15.1%} {sum(dead):12,}")
+        *_, (accuracy, dead) = walk.train(model, rate, first)
+        found = f"{sum(dead):,} | {dead[0]} and {dead[-1]}"
+        if not is_finite(model):
+            found = "diverged | "
+        print(f"| {rate:g} | {accuracy:.1%} | {found} |", flush=True)
+        if rate == args.revive:
+            damaged = model
+    print(f"\nFrom those of {args.revive:g}, {more} epochs at {CAREFUL}\n")
+    print("| | dead at first | and then | test accuracy at first | and then |")
+    print("|---|---:|---:|---:|---:|")
+    histories = {}
+    for name, make in ACTIVATIONS.items():
+        model = with_activation(damaged, make)
+        histories[name] = history = list(walk.train(model, CAREFUL, more))
+        (before, dead), (after, left) = history[0], history[-1]
+        left = f"{sum(left):,}" if is_finite(model) else "diverged"
+        found = f"{sum(dead):,} | {left} | {before:.1%} | {after:.1%}"
+        print(f"| {name} | {found} |", flush=True)
+    if args.plot:
+        draw(args.plot, histories)
 
 
 RATES = [GOOD, 0.02, 0.05, 0.1, 0.2]
