@@ -1552,6 +1552,14 @@ FAULTS = {
             "test_team_model.py",
         ),
         Fault(
+            "        _call_fork(team[_FORK], (team[_JOIN], 0, team[_THEIRS], 0))\n",
+            "        _call_fork(team[_FORK], (team[_JOIN], 0, team[_THEIRS], 0))\n"
+            "        _store(team, _BUSY, 0)\n"
+            "        return\n",
+            "a loop ends while a member of ours that came late is at work",
+            "test_team_model.py::test_a_member_that_comes_late_to_a_loop_of_pytorchs_threads",
+        ),
+        Fault(
             "    _memory[:], _was_forked = 0, True",
             "    _was_forked = True",
             "a child waits for threads that it does not have",

@@ -119,7 +119,7 @@ class Model:
         self.limit, self.workers = members, set()
         self.words.poke(threads._GET_PLACE, "place")
         self.awake = lambda: False  # whether PyTorch's threads are
-        self.theirs = []
+        self.theirs, self.late = [], []
         self.over, self.error = threading.Event(), None
 
     # The steps ------------------------------------------------------------------------
@@ -246,6 +246,8 @@ class Model:
         assert arguments == -function
         loop = self.loops[function - 1]
         self.workers.add(self.running)
+        theirs = self.words.peek(threads._THEIRS) and self.awake()
+        self.late.append(theirs and self.running in self.members)
         assert self.running.mode == loop.mode, "a piece is done in another mode"
         self.step()
         for i in range(start, stop):
@@ -412,6 +414,24 @@ def test_all_of_pytorchs_threads_have_a_part(team):
         assert not model.workers & {*model.members}
         workers |= {model.theirs.index(t) % 2 for t in model.workers - {*model.owners}}
     assert workers == {0, 1}
+
+
+def test_a_member_that_comes_late_to_a_loop_of_pytorchs_threads(team):
+    """It has seen the loop before, and may still be at work when all of them are done."""
+    rng, late = random.Random(1), 0
+
+    def choose(model, ready):
+        return ready[0] if rng.random() < calm else rng.choice(ready)
+
+    for _ in range(300):
+        calm = rng.choice((0.5, 0.9, 0.98))
+        model = team(2, choose)
+        with_theirs(model, 2)
+        model.awake = lambda loops=model.loops: len(loops) % 2 == 0
+        model.owner(*[(4, 1, MUCH, 1), (4, 1, MUCH, 1)] * 2)
+        model.run()
+        late += any(model.late)
+    assert late
 
 
 def test_where_pytorchs_threads_may_trap(team, monkeypatch):

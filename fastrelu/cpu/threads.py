@@ -482,17 +482,16 @@ def _share(function, arguments, size, grain, moved):
     if awake:
         _store(team, _JOINED, 0)
         _call_fork(team[_FORK], (team[_JOIN], 0, team[_THEIRS], 0))
-        _store(team, _BUSY, 0)
-        return
-    _add(team, _LOOPS, 1)
-    if wake:
-        for member in range(1, members):
+    else:
+        _add(team, _LOOPS, 1)
+        for member in range(1, members if wake else 1):
             words = _MEMBER + member * _MEMBER_SIZE
             if _load(team, words + _ASLEEP) == 1 and team[words + _ID] != 0:
                 _keep_away(team, member)
             if _swap(team, words + _ASLEEP, 1, 0):
                 _wake(team[words + _LOCK])
-    _work(team, 0, mode)
+        _work(team, 0, mode)
+    # Members may still be at it, after theirs, too: who came late to the loop before.
     looks = 0
     while _load(team, _PENDING) > 0:
         if looks < _LOOK:
