@@ -91,7 +91,7 @@ def walk_loops(dtype, step, note):
     for name, (body, operation) in LOOPS.items():
         if body in sums.PARTS:
             continue
-        if dtype.target == "i":
+        if dtype.kind == "i":
             if name in ("rows", "columns"):
                 continue
             operation = without_numbers(operation)
@@ -201,8 +201,8 @@ def check(name, dtype, x, other, b, got):
     """Against the definition, once for all the prefixes that follow"""
     if name == "to_bits":
         assert b.tobytes() == reference.mask_bits(x).tobytes()
-    target = {} if dtype.target == "i" else {"negative_slope": 0.37}
-    activation = "relu" if dtype.target == "i" else "leaky_relu"
+    target = {} if dtype.kind == "i" else {"negative_slope": 0.37}
+    activation = "relu" if dtype.kind == "i" else "leaky_relu"
     if name in ("forward", "to_bits"):
         expected = reference.forward(activation, x, **target)
     elif name in ("rows", "columns"):
@@ -225,7 +225,7 @@ def walk_functions(dtype, step, note):
     for aligned in (True, False):
         for n, alignment, at_end in places(step, dtype, aligned):
             for name in ("relu", "prelu"):
-                if name == "prelu" and dtype.target == "i":
+                if name == "prelu" and dtype.kind == "i":
                     continue
                 note(dtype.name, name, "aligned" if aligned else "misaligned", n)
                 note.place(alignment, at_end)
@@ -302,7 +302,7 @@ def main(step, path, dtypes):
     threads.ready()
     for dtype in map(dtype_of, dtypes or [*floats_here(), "int8"]):
         walk_loops(dtype, step, note)
-        if dtype.target != "i":
+        if dtype.kind != "i":
             walk_gradients(dtype, step, note)
         walk_functions(dtype, step, note)
 

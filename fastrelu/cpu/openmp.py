@@ -51,7 +51,7 @@ def running(ours: set[int]) -> int:
     def now(thread: int) -> float:
         if read(ctypes.c_int(clock_of(thread)), ctypes.byref(time_)) != 0:
             return 0  # it has ended
-        return time_.seconds + time_.nanoseconds / 1e9
+        return float(time_.seconds) + float(time_.nanoseconds) / 1e9
 
     start, before = time.monotonic(), {thread: now(thread) for thread in threads}
     time.sleep(0.0005)

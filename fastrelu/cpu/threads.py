@@ -22,6 +22,7 @@ Six rules keep it harmless:
 
 import contextlib
 import ctypes
+import functools
 import os
 import sys
 import threading
@@ -626,6 +627,7 @@ def ready(moved: int = 2 * SHARE) -> None:
 
 
 _launched, _torch = sys.intern("_is_initialized"), sys.intern("torch")
+_modules = sys.modules
 _NEVER = -2  # is there anything to look for
 
 
@@ -637,10 +639,20 @@ def _look_for_theirs() -> None:
     if not found or threading.get_ident() != _memory[_OWNER]:
         return
     _memory[[_FORK, _GET_MOST, _GET_PLACE, _GET_TIME]] = found
+    _memory[_JOIN], tell = _for_theirs()
     number = ctypes.CFUNCTYPE(ctypes.c_int)(found[1])()
     ours = {*_memory[_MEMBER + _ID :: _MEMBER_SIZE].tolist(), threading.get_native_id()}
     if 1 < number <= _MOST and openmp.running(ours) >= number - 1:
-        _meet(number, _functions[2].address)
+        _meet(number, tell)
+
+
+@functools.cache
+@shielded
+def _for_theirs() -> tuple[int, int]:
+    """Return what PyTorch's threads are to call: for a loop, and to tell who they are."""
+    made = [compile_and_keep(f, types.void(_word)) for f in (_join, _tell)]
+    _functions.extend(made)
+    return made[0].address, made[1].address
 
 
 def _meet(number: int, tell: int) -> None:
@@ -667,13 +679,10 @@ def _start() -> None:
     if _memory[_SHARE]:  # by another thread, while this one waited
         return
     share = compile_and_keep(_share, types.void(*[_word] * 5))
-    member, join, tell = (
-        compile_and_keep(function, types.void(_word))
-        for function in (_member, _join, _tell)
-    )
+    member = compile_and_keep(_member, types.void(_word))
     if _memory[_SHARE]:  # by a signal's handler, while that was compiled
         return
-    _functions.extend((share, member, tell, join))
+    _functions.extend((share, member))
     if sys.platform == "linux":
         library = ctypes.CDLL(None)
         with contextlib.suppress(AttributeError):  # one that lacks a function
@@ -698,9 +707,9 @@ def _start() -> None:
             _memory[_WORKERS] = me
     _memory[_NUMBA], _memory[_LAUNCHED] = id(vars(parallel)), id(_launched)
     _memory[_TRUE] = id(True)
-    _memory[_ALONE], _memory[_JOIN] = ALONE, join.address
+    _memory[_ALONE] = ALONE
     _memory[_OWNER] = threading.main_thread().ident or 0
-    _memory[_MODULES], _memory[_TORCH] = id(sys.modules), id(_torch)
+    _memory[_MODULES], _memory[_TORCH] = id(_modules), id(_torch)
     if not _memory[_THREAD] or _was_forked:
         _memory[_UNTIL] = _NEVER
     _memory[_SHARE] = share.address
