@@ -258,6 +258,8 @@ def test_when_the_team_is_ready(monkeypatch):
     monkeypatch.setattr(threads, "_memory", memory)
     memory[threads._NUMBA], memory[threads._LAUNCHED] = id(launched), id(name)
     memory[threads._TRUE] = id(True)
+    modules, torch = {}, "torch"
+    memory[threads._MODULES], memory[threads._TORCH] = id(modules), id(torch)
     launched[name] = False
     assert not threads.is_ready()
     memory[threads._SHARE] = 1
@@ -265,6 +267,15 @@ def test_when_the_team_is_ready(monkeypatch):
     launched[name] = True
     assert not threads.is_ready()
     memory[threads._LIMIT] = 12345
+    assert threads.is_ready()
+    # Once PyTorch is there, its threads are to be looked for, by who has any.
+    monkeypatch.setattr(threads, "_own_number", lambda: 7)
+    modules[torch], memory[threads._OWNER] = True, 7
+    memory[threads._UNTIL] = 1
+    assert [threads.is_ready() for _ in "12"] == [True, False]
+    memory[threads._UNTIL], memory[threads._OWNER] = 0, 8
+    assert threads.is_ready()
+    memory[threads._THEIRS], memory[threads._OWNER] = 2, 7
     assert threads.is_ready()
     memory[threads._SHARE] = 0
     assert not threads.is_ready()
