@@ -445,6 +445,26 @@ def test_where_pytorchs_threads_may_trap(team, monkeypatch):
     assert model.workers == {owner}
 
 
+def test_who_they_are(monkeypatch):
+    """Each writes its number to a word of its own, as far as there are any."""
+    interpret(monkeypatch)
+    words, told = [0] * threads._MEMBER, [0] * threads._MOST
+
+    def add(words, i, value):
+        words[i] += value
+        return words[i] - value
+
+    monkeypatch.setattr(threads, "_team", lambda: words)
+    monkeypatch.setattr(threads, "_add", add)
+    monkeypatch.setattr(threads, "_call_int", lambda *_: 42)
+    monkeypatch.setattr(threads, "array_at", lambda address, size, dtype: told)
+    threads._tell(0)
+    threads._tell(0)
+    words[threads._JOINED] = threads._MOST
+    threads._tell(0)
+    assert told == [42, 42] + [0] * (threads._MOST - 2)
+
+
 class Clocks:
     """Threads of PyTorch, and how long each has had a processor"""
 

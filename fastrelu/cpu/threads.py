@@ -664,11 +664,10 @@ def _meet(number: int, tell: int) -> None:
     _memory[_JOINED] = 0
     fork(int(_memory[_FORK]))(tell, told.ctypes.data, number, 0)
     others = [int(i) for i in told[told > 0] if i != threading.get_native_id()]
-    if len(others) == number - 1:
-        clocks = [openmp.clock_of(i) for i in others[:: -(-number // openmp.ASKED)]]
-        _memory[_CLOCKS : _CLOCKS + 2 * openmp.ASKED] = 0
-        _memory[_CLOCKS : _CLOCKS + 2 * len(clocks) : 2] = clocks
-        _memory[_THEIRS] = number
+    clocks = [openmp.clock_of(i) for i in others[:: -(-number // openmp.ASKED)]]
+    _memory[_CLOCKS : _CLOCKS + 2 * openmp.ASKED] = 0
+    _memory[_CLOCKS : _CLOCKS + 2 * len(clocks) : 2] = clocks
+    _memory[_THEIRS] = number if len(others) == number - 1 else 0
 
 
 _pause, _was_forked = 0, False
