@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from fastrelu import nn
-from fastrelu.cli.training import Threads, load_digits, network
+from fastrelu.cli.training import Threads, judge, load_digits, network
 
 BATCH, GOOD, CAREFUL = 64, 0.005, 0.002
 ACTIVATIONS = {
@@ -44,7 +44,7 @@ class Walk:
     def look(self, model):
         """Return the accuracy on the test images, and each layer's dead units"""
         logits = model.forward(self.digits.test_x, training=False)
-        accuracy = (logits.argmax(axis=1) == self.digits.test_y).mean()
+        (_, accuracy), _ = judge(logits, self.digits.test_y)
         dead = nn.dead_units(model, self.digits.train_x)
         return accuracy, [int(units.sum()) for units in dead]
 
@@ -58,8 +58,8 @@ class Walk:
             order = rng.permutation(len(x))
             for rows in np.array_split(order, len(x) // BATCH):
                 with self.threads.step(), np.errstate(over="ignore", invalid="ignore"):
-                    logits = model.forward(x[rows])
-                    model.backward(nn.softmax_cross_entropy(logits, labels[rows])[1])
+                    _, grad = judge(model.forward(x[rows]), labels[rows])
+                    model.backward(grad)
                     optimiser.step()
             yield self.look(model)
 

@@ -14,8 +14,7 @@ def memory() -> Iterator[int]:
     """Yield the bytes of memory that there are, and that each control group may use."""
     with contextlib.suppress(AttributeError, ValueError, OSError):  # not on Windows
         yield os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    files = "memory.max", "memory.limit_in_bytes"
-    for text in _limits("memory", *files):
+    for text in _limits("memory", "memory.max", "memory.limit_in_bytes"):
         with contextlib.suppress(ValueError):  # "max"
             yield int(text)
 
