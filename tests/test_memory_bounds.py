@@ -24,7 +24,7 @@ from reference import assert_same
 from test_paths import LOOPS, run_loop, without_numbers
 
 from fastrelu import activations
-from fastrelu.cpu import build, loops, sums, threads
+from fastrelu.cpu import build, loops, sums, threads, walk
 from fastrelu.cpu.vector import format_of
 
 CANARY = 0xA5
@@ -140,15 +140,21 @@ def walk_gradients(dtype, step, note):
     x, g = normal((most,), dtype), normal((most,), dtype, seed=1)
     weights = np.linspace(-1, 2, TAILS).astype(fmt.product)
     fences = [Fenced(most * dtype.itemsize) for _ in range(5)]
+    axes = np.zeros(walk.RANK + 1, np.int64)
 
-    def run(target, grad, saved, w, y, totals, inner, moved):
+    def run(target, sign, grad, saved, w, y, totals, inner, moved):
+        """Run a loop over arrays that lie as they come, or from back to front."""
         loop = build.compiled(*LOOPS[driver.__name__], fmt, target)
-        places = [a.ctypes.data for a in (grad, saved, w, y, totals)]
+        axes[:4], axes[walk.RANK] = (grad.size, *[sign * dtype.itemsize] * 3), 1
+        grad, saved, y = (a[::sign] for a in (grad, saved, y))
+        places = [a.ctypes.data for a in (grad, saved, w, y, totals, axes)]
         assert loop.ctypes(*places, grad.size, w.size, inner, moved) == 0
 
     for driver in sums.PARTS:
         right = {}  # by shape
-        for target, moved in itertools.product(build.TARGETS, BELIEVED):
+        ways = [(target, 1) for target in (*build.TARGETS, build.APART)]
+        ways.append((build.APART, -1))
+        for (target, sign), moved in itertools.product(ways, BELIEVED):
             in_place = target == build.IN_PLACE
             for tail, alignment, at_end in places(step, dtype, True):
                 if driver is sums.prelu_backward_rows:
@@ -162,10 +168,11 @@ def walk_gradients(dtype, step, note):
                 w = weights[:channels]
                 if shape not in right:
                     y, totals = np.zeros_like(grad), np.zeros((2, channels))
-                    run(build.PLAIN, grad, saved, w, y, totals, inner, 0)
+                    run(build.PLAIN, 1, grad, saved, w, y, totals, inner, 0)
                     check_gradient(shape, y.view(dtype), totals, x, g, w)
                     right[shape] = y, totals
                 y, totals = right[shape]
+                grad, saved, y = (a[::sign].copy() for a in (grad, saved, y))
                 note(dtype.name, driver.__name__, target, moved, *shape)
                 note.place(alignment, at_end)
                 put = [
@@ -180,7 +187,7 @@ def walk_gradients(dtype, step, note):
                 ]
                 if in_place:
                     put[3] = put[0]
-                run(target, *put, inner, moved)
+                run(target, sign, *put, inner, moved)
                 assert fences[0 if in_place else 3].holds(y)
                 assert in_place or fences[0].holds(grad)
                 assert fences[1].holds(saved)

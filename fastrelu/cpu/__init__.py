@@ -16,7 +16,7 @@ import numpy as np
 
 from fastrelu._arguments import generator, is_on_gpu, kind_of, shown
 from fastrelu._dtypes import row_of
-from fastrelu._layout import added_up, channels_of, flat, lay_flat, slopes_of
+from fastrelu._layout import added_up, channels_of, memory_order, slopes_of
 from fastrelu.cpu import abi, libraries, portable
 from fastrelu.cpu.shield import alone as alone
 from fastrelu.mask import ANSWERS
@@ -191,18 +191,15 @@ def prelu_backward(
     if x.size == 0:
         out_weight[...] = 0
         return
-    laid = lay_flat(out, [grad, x], _loops.empty_like, may_wait=False)
-    y, order, (flat_y, flat_grad, flat_x), _ = laid
+    order = memory_order(out.shape, out.strides)
     weight = weight.transpose(order)
-    view = channels_of(y.transpose(order).shape, weight.shape)
+    view = channels_of(out.transpose(order).shape, weight.shape)
     slopes = slopes_of(weight, view, x)
     sums = np.empty((2, view.channels))
     # Nothing may fail once out is written, so that sums of sums are for another array.
     finite = None if view.spread else np.empty(view.span, bool)
-    if view.spread and y is out:
-        y = _loops.empty_like(y)
-        flat_y = flat(y, order)
-    operands = flat_grad, flat_x, slopes, flat_y, view.inner, sums
+    y = _loops.empty_like(out) if view.spread else out
+    operands = grad, x, slopes, y, order, view.inner, sums
     _loops.weight_sums(gradient, *operands)()
     axes = sorted(range(x.ndim), key=order.__getitem__)
     with np.errstate(all="ignore"):

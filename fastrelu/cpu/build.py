@@ -8,7 +8,7 @@ from fastrelu._functions import rebuild
 from fastrelu._spec import Operation
 from fastrelu.cpu import loops, sums
 from fastrelu.cpu.jit import Function, compile_and_keep, inlined, shielded
-from fastrelu.cpu.loops import IN_PLACE, PAST_CACHE, PLAIN, TARGETS
+from fastrelu.cpu.loops import APART, IN_PLACE, PAST_CACHE, PLAIN, TARGETS
 from fastrelu.cpu.vector import (
     Format,
     fence,
@@ -18,7 +18,7 @@ from fastrelu.cpu.vector import (
     stream_strip,
 )
 
-__all__ = ["IN_PLACE", "PAST_CACHE", "PLAIN", "TARGETS", "bound", "compiled"]
+__all__ = ["APART", "IN_PLACE", "PAST_CACHE", "PLAIN", "TARGETS", "bound", "compiled"]
 
 
 def _of_format(fmt: Format) -> dict[str, Any]:
@@ -61,10 +61,11 @@ def bound(body: Function, operation: Operation, fmt: Format, target: str) -> Fun
     if body in sums.PARTS:
         bind("element", sums.ELEMENT_OF[body])
         bind("fill", loops.FILLING[target])
-        part, add_up = sums.PARTS[body]
+        part, apart, add_up = sums.PARTS[body]
         bind("product", sums.product_at)
         bind("add_up", add_up)
-        bind("part", part)
+        bind("carry", sums.carry_elements)
+        bind("part", apart if target == APART else part)
         return build(body)
     bind("numbers_of", loops.OF_NUMBERS[operation.numbers])
     bind("element", loops.ELEMENT_OF[body])

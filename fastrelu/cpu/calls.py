@@ -47,7 +47,13 @@ from fastrelu.cpu.objects import (
 )
 from fastrelu.cpu.pool import SMALLEST
 from fastrelu.cpu.vector import buffer
-from fastrelu.cpu.walk import FLAT, LOOK_SIGNATURE, SIMPLE
+from fastrelu.cpu.walk import (
+    FLAT,
+    LOOK_SIGNATURE,
+    SIMPLE,
+    VIEW_SIGNATURE,
+    axes_buffer,
+)
 
 # Words of what a built-in function is given: who takes what it leaves, and the table.
 FALLBACK, TABLE = range(2)
@@ -63,7 +69,7 @@ ITEM, WEIGHT, WIDEN, ROUND, SINGLE, LOOP = range(1, 7)
 PLAIN, PAST_CACHE, IN_PLACE = range(len(build.TARGETS))  # added to LOOP, as is
 # the place of a body: of one for bits, for columns, and for elements of any weight.
 WITH_BITS = COLUMNS = len(build.TARGETS)
-EACH = 2 * len(build.TARGETS)
+EACH = APART = 2 * len(build.TARGETS)  # APART: sums' loops for rows, and columns
 ROW = LOOP + 3 * len(build.TARGETS)
 
 # Kinds of operands, and what may be missing besides a loop.
@@ -76,7 +82,7 @@ _BEYOND_SINGLE = 2.0**128 - 2.0**103  # rounded to float32, an infinity
 _singles = pointer_to(types.CPointer(types.float32))
 _strides = buffer(64, types.int64)  # NumPy has no more axes
 _call_loop, _call_look = calling(loops.SIGNATURE), calling(LOOK_SIGNATURE)
-_call_sums = calling(sums.SIGNATURE)
+_call_sums, _call_view = calling(sums.SIGNATURE), calling(VIEW_SIGNATURE)
 _call_weights = calling(sums.WEIGHTS_SIGNATURE)
 _address = types.int64
 _malloc = types.ExternalFunction("PyMem_RawMalloc", _address(types.intp))
@@ -482,6 +488,15 @@ def _pair(table, out, which):
     return tuple_item(out, which)
 
 
+@inlined
+def _plan_apart(table, row, w, axes):
+    """Return the place of the loop for sums of elements that lie apart, or 0."""
+    if _call_view(table[WALK], (w.ctypes.data, axes.ctypes.data)) == 0:
+        return 0
+    many, channels, inner = loops.MANY_SUMMED, w[loops.CHANNELS], w[loops.INNER]
+    return row + LOOP + APART + _suits_columns(many, w[loops.SIZE], channels, inner)
+
+
 def call_sums(self, arguments, number):
     """Take (grad_output, inplace, out, x, weight, axis) and return both gradients."""
     own = words(words(self)[DATA])
@@ -507,11 +522,17 @@ def call_sums(self, arguments, number):
     # Each only if there is no MemoryError on its way already.
     y = reference_to(table, grad, result, nbytes)
     dw = reference_to(table, weight, total, length) if y != 0 else 0
-    place = loop = memory = wide = 0
+    place = loop = memory = wide = apart = 0
+    axes = axes_buffer(like)
     if dw != 0:
         place = _plan(table, row, y, result == 0, loops.MANY_SUMMED, w, strides)
         target, into, slopes = w[loops.Y], words(dw)[DATA], w[loops.BESIDE]
-        if w[loops.LOOP] != 0 or overlap(target, nbytes, into, length):
+        reach = nbytes
+        if place != 0 and w[loops.LOOP] != 0:
+            place, apart = _plan_apart(table, row, w, axes), axes.ctypes.data
+            target = _first_byte(w, target, w[loops.Y_STRIDES])
+            reach = _reach(w, w[loops.Y_STRIDES], table[row + ITEM])
+        if overlap(target, reach, into, length):
             place = 0
         if into != slopes and overlap(slopes, length, into, length):
             place = 0
@@ -531,7 +552,8 @@ def call_sums(self, arguments, number):
         if wide != 0:
             slopes = wide
         size, inner, moved = w[loops.SIZE], w[loops.INNER], w[loops.MOVED]
-        operands = start, saved, slopes, target, memory, size, channels, inner, moved
+        arrays = start, saved, slopes, target, memory, apart
+        operands = *arrays, size, channels, inner, moved
         thread = release_gil(moved)
         is_done = _call_sums(loop, operands) == 0
         take_gil(thread)

@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from fastrelu._layout import is_simple, lay_flat, lies_on
+from fastrelu._layout import collapse, flat, is_simple, lay_flat, lies_on
 from fastrelu._spec import ARRAY, BITS, NUMBER, WEIGHT, Operation
-from fastrelu.cpu import build, calls, pool, sums, threads
-from fastrelu.cpu.loops import MANY_SUMMED, TARGETS
+from fastrelu.cpu import build, calls, pool, sums, threads, walk
+from fastrelu.cpu.loops import APART, MANY_SUMMED, TARGETS
 from fastrelu.cpu.pool import empty_bytes, empty_like
 from fastrelu.cpu.quick import Call
 from fastrelu.cpu.vector import format_of
@@ -125,25 +125,38 @@ def weight_sums(
     grad: Array,
     x: Array,
     slopes: Array,
-    y: Array,
+    out: Array,
+    order: Sequence[int],
     inner: int,
     result: Array,
 ) -> Callable[[], None]:
-    """Return what writes the gradient towards x into y, and sums and their errors.
+    """Return what writes the gradient towards x into out, and sums and their errors.
 
-    All arrays are flat.
+    The slopes go with (outer, slope, inner) in this order of the axes, that of out.
     """
+    y = out if _is_written_to(out, [grad, x]) else empty_like(out)
+    arrays = y, *(_taken(each, y) for each in (grad, x))
     operation = Operation(gradient, (ARRAY, ARRAY, WEIGHT))
     moved = 3 * x.nbytes
     number = calls.suits_columns(MANY_SUMMED, x.size, slopes.size, inner)
-    target = TARGETS[calls.target_of(threads.CACHE, moved, y is grad)]
+    target = TARGETS[calls.target_of(threads.CACHE, moved, arrays[1] is y)]
+    axes = np.zeros(walk.RANK + 1, np.int64)
+    if any(flat(each, order) is None for each in arrays):
+        target = APART
+        rank, known = collapse(order, x.shape, [each.strides for each in arrays])
+        fields = np.reshape(known, (-1, rank)).T
+        axes[: walk.RANK].reshape(-1, walk.FIELDS)[:rank, : fields.shape[1]] = fields
+        axes[walk.RANK] = rank
     driver = tuple(sums.PARTS)[number]
     loop = build.compiled(driver, operation, format_of(x.dtype), target)
     threads.ready(moved)
-    addresses = [a.ctypes.data for a in (grad, x, slopes, y, result)]
+    given = *arrays[1:], slopes, y, result, axes
 
     def run() -> None:
-        if loop.ctypes(*addresses, x.size, slopes.size, inner, moved):
+        places = [each.ctypes.data for each in given]
+        if loop.ctypes(*places, x.size, slopes.size, inner, moved):
             raise MemoryError
+        if y is not out:
+            np.copyto(out, y)
 
     return run

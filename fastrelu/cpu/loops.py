@@ -44,6 +44,7 @@ WIDE = 2048  # columns whose weights are laid out at once
 
 # Where a loop writes: to another array, to one beyond the cache, or where it reads.
 TARGETS = PLAIN, PAST_CACHE, IN_PLACE = "plain", "past_cache", "in_place"
+APART = "apart"  # by way of a buffer to elements that are not contiguous: sums only
 
 # The words that a driver is called with.  Arrays are addresses, numbers float64.
 Y, SIZE, MOVED, BESIDE, CHANNELS, INNER, NUMBERS = range(7)  # BESIDE: bits or weights
@@ -250,7 +251,12 @@ def fill_in_place(y, a, b, s):
         write_strip(y, first, buffer)
 
 
-FILLING = {PLAIN: fill_plain, PAST_CACHE: fill_past_cache, IN_PLACE: fill_in_place}
+FILLING = {
+    PLAIN: fill_plain,
+    PAST_CACHE: fill_past_cache,
+    IN_PLACE: fill_in_place,
+    APART: fill_plain,
+}
 
 
 # Bodies ------------------------------------------------------------------------------------

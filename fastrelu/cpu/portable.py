@@ -406,11 +406,17 @@ def weight_sums(
     grad: Array,
     x: Array,
     slopes: Array,
-    y: Array,
+    out: Array,
+    order: Sequence[int],
     inner: int,
     sums: Array,
 ) -> Run:
-    """Return what writes the gradient towards x into y, and sums and their errors."""
+    """Return what writes the gradient towards x into out, and sums and their errors.
+
+    The slopes go with (outer, slope, inner) in this order of the axes, that of out.
+    """
+    laid = lay_flat(out, [grad, x], empty_like, order, may_wait=False)
+    own, _, (y, grad, x), _ = laid
     if slopes.size == 1:
         inner = 1  # any piece of one channel is a row
     width = slopes.size * inner
@@ -425,6 +431,8 @@ def weight_sums(
     def run() -> None:
         loop()
         add_up(parts, sums)
+        if own is not out:
+            np.copyto(out, own)
 
     return run
 

@@ -2,6 +2,7 @@
 
 import functools
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ from fastrelu.cpu.jit import (
 )
 from fastrelu.cpu.objects import dtype_word
 from fastrelu.cpu.vector import format_of
-from fastrelu.cpu.walk import LOOK_SIGNATURE, look, walk
+from fastrelu.cpu.walk import LOOK_SIGNATURE, VIEW_SIGNATURE, look, view, walk
 
 _MOST = 32  # rows: there are fewer dtypes
 _TRIES = 8  # more than there are kinds of what may be missing
@@ -43,7 +44,16 @@ class Call:
     gradients of PReLU are made.
     """
 
-    __slots__ = ("bodies", "call", "kinds", "options", "predicate", "rows", "table")
+    __slots__ = (
+        "call",
+        "kinds",
+        "loops",
+        "operation",
+        "options",
+        "predicate",
+        "rows",
+        "table",
+    )
 
     def __init__(
         self,
@@ -56,9 +66,10 @@ class Call:
     ) -> None:
         self.options: dict[str, Any] = {"masked": masked, "predicate": predicate}
         self.options |= {"flag": flag, "sums": sums}
-        self.bodies = [(body, operation) for body in _bodies_of(operation, sums)]
+        self.operation = operation
+        self.loops = list(_loops_of(operation, sums))
         if masked is not None:
-            self.bodies += [(body, masked) for body in _bodies_of(masked, False)]
+            self.loops += _loops_of(masked, False)
         self.table = np.zeros(calls.ROWS + _MOST * calls.ROW, np.int64)
         self.rows: dict[int, np.dtype[Any]] = {}  # by where they start
         self.predicate = sys.intern(predicate)  # told by identity
@@ -71,11 +82,6 @@ class Call:
         elif masked:
             self.kinds[0] = calls.SAVED
         self.call: Any = _leave_it
-
-    @property
-    def operation(self) -> Operation:
-        """The operation without a mask."""
-        return self.bodies[0][1]
 
     def make_ready(self, dtype: np.dtype[Any], *, integers: bool) -> bool:
         """Make ready what the last call missed; say whether that was something."""
@@ -92,13 +98,15 @@ class Call:
             pool.ready()
         elif missing == calls.LAYOUTS:
             self.table[calls.LOOK] = _compiled(look, LOOK_SIGNATURE).address
-            self.table[calls.WALK] = _compiled(walk, loops.SIGNATURE).address
+            walking = walk, loops.SIGNATURE
+            if self.options["sums"]:
+                walking = view, VIEW_SIGNATURE
+            self.table[calls.WALK] = _compiled(*walking).address
         elif missing:
             row = missing - (missing - calls.ROWS) % calls.ROW
-            number, target = divmod(missing - row - calls.LOOP, len(build.TARGETS))
-            made_of = *self.bodies[number], format_of(self.rows[row])
-            loop = build.compiled(*made_of, build.TARGETS[target])
-            self.table[missing] = loop.address
+            body, operation, target = self.loops[missing - row - calls.LOOP]
+            fmt = format_of(self.rows[row])
+            self.table[missing] = build.compiled(body, operation, fmt, target).address
         return missing != 0
 
     def again(self, x: Any, *others: Any, integers: bool) -> Any:
@@ -142,6 +150,15 @@ class Call:
             self.call = _make(self.options["sums"], table, None)
         table[calls.KNOWN] = len(self.rows) + 1
         self.rows[row] = dtype  # from here on nobody asks again
+
+
+def _loops_of(operation: Operation, summed: bool) -> Iterator[tuple[Any, ...]]:
+    """Go over what loops are made of, in the order of a row of the table."""
+    for body in _bodies_of(operation, summed):
+        for target in build.TARGETS:
+            yield body, operation, target
+    for driver in sums.PARTS if summed else ():
+        yield driver, operation, build.APART
 
 
 def _bodies_of(operation: Operation, summed: bool) -> tuple[Function, ...]:

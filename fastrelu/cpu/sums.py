@@ -12,7 +12,8 @@ partial sums.
 
 A piece of a row is summed and then, while it is in the first cache, gone over again for
 the other gradient, with the loops that write all other results.  Where each column has
-a sum of its own, a strip's two gradients are made together.
+a sum of its own, a strip's two gradients are made together.  Elements that do not lie
+one after another go by way of buffers, in the order in which those do that lie so.
 """
 
 from typing import Any
@@ -29,9 +30,11 @@ from fastrelu.cpu.loops import (
     strip_buffer,
     with_each,
     with_one,
+    words,
 )
 from fastrelu.cpu.threads import spread
 from fastrelu.cpu.vector import STRIP, buffer, round_to_odd
+from fastrelu.cpu.walk import FIELDS, RANK, STRIDE, counts_buffer
 
 SUMMED = 512  # elements that are summed before the rest is done
 LANES = 32  # running sums kept side by side, so that a row's sum is vector work
@@ -43,17 +46,19 @@ BLOCKS = 16  # while there are so many blocks
 SEGMENT_COLUMNS = 1024
 TOGETHER = 256  # columns of short rows that are summed together
 
-SIGNATURE = types.int64(*[types.int64] * 5, *[types.intp] * 4)
+SIGNATURE = types.int64(*[types.int64] * 6, *[types.intp] * 4)
 WEIGHTS_SIGNATURE = types.void(types.int64, types.int64, types.intp)
 
 _malloc = types.ExternalFunction("PyMem_RawMalloc", types.int64(types.intp))
 _free = types.ExternalFunction("PyMem_RawFree", types.void(types.int64))
 sum_buffer = buffer(LANES, numba.float64)
 column_buffer = buffer(SEGMENT_COLUMNS + STRIP, numba.float64)
+line_buffer = buffer(SUMMED)
 
 # The names that are bound later.
 element: Any
 fill: Any
+carry: Any
 cut: Any
 product: Any
 add_up: Any
@@ -117,13 +122,55 @@ def own_weights(g, x, weights, sums, results, at, column, count):
         results[i] = element((grad, saved), slopes, (), i)
 
 
+def carry_elements(axes, k, array, at, count, line, back):
+    """Copy elements of an array from the place `at` on to a line, or back from it.
+
+    Places are counted in the order of y; the array is number k, and y number 0.
+    """
+    w, counts, itemsize = words(axes), counts_buffer(line), line.itemsize
+    last = (w[RANK] - 1) * FIELDS
+    length, step = w[last], w[last + STRIDE + k]
+    column, row, start = at % length, at // length, array.ctypes.data
+    for axis in range(last - FIELDS, -1, -FIELDS):
+        counts[axis // FIELDS] = row % w[axis]
+        start += row % w[axis] * w[axis + STRIDE + k]
+        row //= w[axis]
+    done = 0
+    while done < count:
+        few = smaller(length - column, count - done)
+        here, there = start + column * step, piece(line, done, done + few)
+        if step == itemsize:
+            values = array_at(here, few, storage)
+            for i in range(np.uintp(few)):
+                if back:
+                    values[i] = there[i]
+                else:
+                    there[i] = values[i]
+        else:
+            for i in range(few):
+                value = array_at(here + i * step, 1, storage)
+                if back:
+                    value[0] = there[i]
+                else:
+                    there[i] = value[0]
+        done += few
+        column = 0
+        for axis in range(last - FIELDS, -1, -FIELDS):
+            start += w[axis + STRIDE + k]
+            counts[axis // FIELDS] += 1
+            if counts[axis // FIELDS] < w[axis]:
+                break
+            start -= counts[axis // FIELDS] * w[axis + STRIDE + k]
+            counts[axis // FIELDS] = 0
+
+
 @inlined
 def _clear(sums):
     for i in range(sums.size):
         sums[i] = 0.0
 
 
-def prelu_backward_rows(g, x, w, y, total, size, channels, inner, moved):
+def prelu_backward_rows(g, x, w, y, total, axes, size, channels, inner, moved):
     """One weight a row of `inner` elements."""
     grad, saved = array_at(g, size, storage), array_at(x, size, storage)
     result = array_at(y, size, storage)
@@ -135,7 +182,7 @@ def prelu_backward_rows(g, x, w, y, total, size, channels, inner, moved):
         return 1
     sums = array_at(memory, cells, np.float64)
     errors = array_at(memory + cells * 8, cells, np.float64)
-    operands = grad, saved, weights, result, inner, segments, sums, errors
+    operands = grad, saved, weights, result, axes, inner, segments, sums, errors
     spread(part, operands, cells, 1, moved)
     totals = array_at(total, channels, np.float64)
     lost = array_at(total + channels * 8, channels, np.float64)
@@ -148,15 +195,31 @@ def prelu_backward_rows(g, x, w, y, total, size, channels, inner, moved):
     return 0
 
 
-def _prelu_backward_rows(g, x, w, y, inner, segments, sums, errors, first, last):
+@inlined
+def _segment(cell, inner, segments):
+    """Return where a segment of a row begins and ends."""
+    row = cell // segments
+    begin = row * inner + cell % segments * SEGMENT
+    return begin, smaller(begin + SEGMENT, (row + 1) * inner)
+
+
+@inlined
+def _fold(many, lost):
+    """Add up the sums that were kept side by side."""
+    half = LANES // 2
+    while half > 0:
+        for i in range(half):
+            _add(many, lost, i, many[i + half], lost[i + half])
+        half //= 2
+
+
+def _rows(g, x, w, y, axes, inner, segments, sums, errors, first, last):
     many, lost = sum_buffer(y), sum_buffer(y)
     for cell in range(first, last):
-        row = cell // segments
-        weight = w[row % w.size]
+        begin, end = _segment(cell, inner, segments)
+        weight = w[cell // segments % w.size]
         _clear(many)
         _clear(lost)
-        begin = row * inner + cell % segments * SEGMENT
-        end = smaller(begin + SEGMENT, (row + 1) * inner)
         grad, saved = piece(g, begin, end), piece(x, begin, end)
         result = piece(y, begin, end)
         done = 0
@@ -167,16 +230,32 @@ def _prelu_backward_rows(g, x, w, y, inner, segments, sums, errors, first, last)
             whole = piece(result, done, stop)
             fill(whole, cut((grad, saved), done, stop), weight, ())
             done = stop
-        half = LANES // 2
-        while half > 0:
-            for i in range(half):
-                _add(many, lost, i, many[i + half], lost[i + half])
-            half //= 2
+        _fold(many, lost)
         sums[cell], errors[cell] = many[0], lost[0]
     finished()
 
 
-def prelu_backward_columns(g, x, w, y, total, size, channels, inner, moved):
+def _rows_apart(g, x, w, y, axes, inner, segments, sums, errors, first, last):
+    many, lost = sum_buffer(y), sum_buffer(y)
+    grads, saved, results = line_buffer(y), line_buffer(y), line_buffer(y)
+    for cell in range(first, last):
+        begin, end = _segment(cell, inner, segments)
+        weight = w[cell // segments % w.size]
+        _clear(many)
+        _clear(lost)
+        for start in range(begin, end, SUMMED):
+            count = smaller(SUMMED, end - start)
+            carry(axes, 1, g, start, count, grads, False)
+            carry(axes, 2, x, start, count, saved, False)
+            both = cut((grads, saved), 0, count)
+            add_up(piece(grads, 0, count), piece(saved, 0, count), many, lost)
+            fill(piece(results, 0, count), both, weight, ())
+            carry(axes, 0, y, start, count, results, True)
+        _fold(many, lost)
+        sums[cell], errors[cell] = many[0], lost[0]
+
+
+def prelu_backward_columns(g, x, w, y, total, axes, size, channels, inner, moved):
     """One weight for each `inner` columns; the rows are `channels * inner` long.
 
     Short ones are taken together until the loops over them are worth starting.
@@ -198,7 +277,7 @@ def prelu_backward_columns(g, x, w, y, total, size, channels, inner, moved):
     errors = array_at(start + cells * 8, cells, np.float64)
     wide = array_at(start + cells * 16, copies * width, compute)
     repeat(weights, inner, wide)
-    operands = grad, saved, wide, result, width, rows, sums, errors
+    operands = grad, saved, wide, result, axes, width, rows, sums, errors
     spread(part, operands, cells // width * -(-width // columns), 1, moved)
     totals, lost = piece(sums, 0, length), piece(errors, 0, length)
     for first in range(length, cells, length):
@@ -226,7 +305,7 @@ def _gather(few, totals, errors):
         few[i] = 0.0
 
 
-def _prelu_backward_columns(g, x, wide, y, width, rows, sums, errors, first, last):
+def _columns(g, x, wide, y, axes, width, rows, sums, errors, first, last):
     """Go from strip to strip, and across the ends of rows.
 
     What a strip has of the next row waits behind the sums of this one.
@@ -276,9 +355,38 @@ def _prelu_backward_columns(g, x, wide, y, width, rows, sums, errors, first, las
     finished()
 
 
+def _columns_apart(g, x, wide, y, axes, width, rows, sums, errors, first, last):
+    few = piece(column_buffer(y), 0, smaller(width, SEGMENT_COLUMNS))
+    grads, saved, results = line_buffer(y), line_buffer(y), line_buffer(y)
+    _clear(few)
+    segments = -(-width // SEGMENT_COLUMNS)
+    for cell in range(first, last):
+        block, left = cell // segments, cell % segments * SEGMENT_COLUMNS
+        right = smaller(left + SEGMENT_COLUMNS, width)
+        weights = piece(wide, left, wide.size)
+        totals = piece(sums, block * width + left, block * width + right)
+        lost = piece(errors, block * width + left, block * width + right)
+        _clear(totals)
+        _clear(lost)
+        end = smaller((block + 1) * rows * width, g.size)
+        for done, row in enumerate(range(block * rows * width, end, width)):
+            last_one = smaller(row + right, end)
+            for start in range(row + left, last_one, SUMMED):
+                count = smaller(SUMMED, last_one - start)
+                carry(axes, 1, g, start, count, grads, False)
+                carry(axes, 2, x, start, count, saved, False)
+                column = start - row - left
+                add_up(grads, saved, weights, few, results, 0, column, count)
+                carry(axes, 0, y, start, count, results, True)
+            if (done + 1) % FEW_ROWS == 0:
+                _gather(few, totals, lost)
+        _gather(few, totals, lost)
+
+
+# What works on a part of flat arrays, on one of others, and what adds up.
 PARTS = {
-    prelu_backward_rows: (_prelu_backward_rows, one_weight),
-    prelu_backward_columns: (_prelu_backward_columns, own_weights),
+    prelu_backward_rows: (_rows, _rows_apart, one_weight),
+    prelu_backward_columns: (_columns, _columns_apart, own_weights),
 }
 ELEMENT_OF = {prelu_backward_rows: with_one, prelu_backward_columns: with_each}
 

@@ -43,8 +43,9 @@ STRIDE = 1
 FIELDS = STRIDE + 1 + MOST_ARRAYS + 1
 _BESIDE = FIELDS - 1
 
-_axes = buffer(MOST_AXES * FIELDS, types.int64)
-_counts, _places = buffer(MOST_AXES, types.int64), buffer(FIELDS, types.int64)
+RANK = MOST_AXES * FIELDS  # how many axes there are, behind what is known of them
+axes_buffer = buffer(RANK + 1, types.int64)
+counts_buffer, _places = buffer(MOST_AXES, types.int64), buffer(FIELDS, types.int64)
 _words = buffer(LENGTH, types.int64)
 _lines = buffer((FIELDS - STRIDE) * LINE, types.int64)
 _call_loop = calling(SIGNATURE)
@@ -104,7 +105,7 @@ def look(address):
     A C function of its own, so that its memory on the stack is not a loop's caller's.
     """
     w = words(address)
-    axes = _axes(array_at(address, LENGTH, np.int64))
+    axes = axes_buffer(array_at(address, LENGTH, np.int64))
     rank, itemsize, found = _merge(address, axes), w[ITEMSIZE], FLAT + SIMPLE
     if rank > 1:
         found = SIMPLE
@@ -140,7 +141,7 @@ def _choose_line(axes, rank):
 
 def walk(address):
     w = words(address)
-    axes = _axes(array_at(address, LENGTH, np.int64))
+    axes = axes_buffer(array_at(address, LENGTH, np.int64))
     rank = _merge(address, axes)
     _choose_line(axes, rank)
     spread(walk_part, (address, axes, rank), w[SIZE], TILE, w[MOVED])
@@ -167,12 +168,38 @@ def _move(source, step, target, to_step, count, itemsize):
             array_at(target + i * to_step, 1, np.uint8)[0] = value
 
 
+def view(address, place):
+    """Write the axes to `place`, and among the words with which elements weights go.
+
+    That is (outer, channel, inner), all in the order of y.  Return 0 where there is no
+    such view: the axes along which the weight varies are apart, or in another order.
+    """
+    w, axes = words(address), words(place)
+    axes[RANK] = rank = _merge(address, axes)
+    channels, inner = 1, 1
+    for axis in range(rank - 1, -1, -1):
+        length, step = axes[axis * FIELDS], axes[axis * FIELDS + _BESIDE]
+        if step != 0:
+            if step != channels * w[WEIGHT_SIZE]:
+                return 0
+            channels *= length
+        elif channels == 1:
+            inner *= length
+        elif channels < w[CHANNELS]:
+            return 0
+    w[INNER] = inner
+    return 1
+
+
+VIEW_SIGNATURE = types.int64(types.int64, types.int64)
+
+
 @inlined
 def walk_part(address, axes, rank, start, stop):
     """Go along lines; `places` says where the present one starts in each array."""
     w, itemsize = words(address), words(address)[ITEMSIZE]
     counts, places, line, lines = (
-        _counts(axes),
+        counts_buffer(axes),
         _places(axes),
         _words(axes),
         _lines(axes),
