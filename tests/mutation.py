@@ -370,6 +370,12 @@ FAULTS = {
     ],
     "cpu/calls.py": [
         Fault(
+            "            reach = _reach(w, w[loops.Y_STRIDES], table[row + ITEM])\n        if",
+            "        if",
+            "a sum is written between the elements of the other result",
+            "test_paths.py::test_other_gradients_are_left_to_python",
+        ),
+        Fault(
             "    incref(beside)  # which",
             "    # which",
             "bits go while the loop writes them, if somebody drops the mask",
@@ -555,6 +561,12 @@ FAULTS = {
         ),
     ],
     "cpu/objects.py": [
+        Fault(
+            "            if axis < last:\n",
+            "            if axis < -1:\n",
+            "a mask of C order is taken for one of another order",
+            "test_paths.py::test_other_arguments_are_left_to_python",
+        ),
         Fault(
             "== table[ARRAY] and words(x)[FLAGS] & ALIGNED != 0",
             "== table[ARRAY]",
@@ -756,8 +768,39 @@ FAULTS = {
             "windows that overlap each other pass for an output",
             "test_interpreted.py::test_what_is_left_to_python",
         ),
+        Fault(
+            "few = smaller(length - column, count - done)",
+            "few = smaller(length, count - done)",
+            "elements behind the end of an axis are taken for those of a line",
+            "test_paths.py::test_gradients_of_other_layouts_are_not_copied",
+            "crashes",
+        ),
+        Fault(
+            "line[BESIDE] = w[BESIDE] + at // 8",
+            "line[BESIDE] = w[BESIDE] + start // 8",
+            "all lines of a part have the bits of its first",
+            "test_paths.py::test_masks_of_other_layouts_are_not_copied",
+        ),
+        Fault(
+            "            ordered = 0\n",
+            "            pass\n",
+            "bits in the order of one array are taken for those of another",
+            "test_paths.py::test_other_arguments_are_left_to_python",
+        ),
+        Fault(
+            "if step != channels * w[WEIGHT_SIZE]:",
+            "if step < 0:",
+            "weights in another order than the axes are taken for a view",
+            "test_paths.py::test_other_gradients_are_left_to_python",
+        ),
     ],
     "cpu/fast.py": [
+        Fault(
+            "    y = out if _is_written_to(out, [grad, x]) else empty_like(out)\n    arrays",
+            "    y = out\n    arrays",
+            "a gradient is written over what is still to be read",
+            "test_arguments.py::test_overlap",
+        ),
         Fault(
             "own = np.array(bits) if np.may_share_memory(bits, out) else bits",
             "own = bits",
@@ -1285,7 +1328,20 @@ FAULTS = {
     ],
     "cpu/sums.py": [
         Fault(
-            "        _gather(few, totals, lost)\n    finished()",
+            "column = start - row - left",
+            "column = start - row",
+            "columns far to the right add to the sums of others",
+            "test_prelu.py",
+            "crashes",
+        ),
+        Fault(
+            "            _scatter(axes, y, start, count, results)\n        _fold",
+            "        _fold",
+            "rows of elements that lie apart are not written",
+            "test_paths.py::test_gradients_of_other_layouts_are_not_copied",
+        ),
+        Fault(
+            "        _keep(few, totals, lost)\n    finished()",
             "    finished()",
             "the last rows add nothing to the sums",
             "test_interpreted.py::test_channels",

@@ -292,6 +292,7 @@ def interpret(monkeypatch):
         "_places": buffer(walk.FIELDS, np.int64),
         "_words": buffer(loops.LENGTH, np.int64),
         "_lines": buffer((walk.FIELDS - 1) * walk.LINE, np.int64),
+        "_long_lines": buffer((1 + loops.MOST_ARRAYS) * walk.LONG_LINE, np.int64),
         "_strides": buffer(64, np.int64),
         "_operands": buffer(loops.LENGTH + 5, np.int64),
     }

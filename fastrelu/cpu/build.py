@@ -64,7 +64,6 @@ def bound(body: Function, operation: Operation, fmt: Format, target: str) -> Fun
         part, apart, add_up = sums.PARTS[body]
         bind("product", sums.product_at)
         bind("add_up", add_up)
-        bind("carry", sums.carry_elements)
         bind("part", apart if target == APART else part)
         return build(body)
     bind("numbers_of", loops.OF_NUMBERS[operation.numbers])

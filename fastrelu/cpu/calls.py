@@ -50,6 +50,7 @@ from fastrelu.cpu.vector import buffer
 from fastrelu.cpu.walk import (
     FLAT,
     LOOK_SIGNATURE,
+    ORDERED,
     SIMPLE,
     VIEW_SIGNATURE,
     axes_buffer,
@@ -359,13 +360,14 @@ def _plan(table, row, y, fresh, many, w, strides):
     nbytes, start = w[loops.SIZE] * itemsize, w[loops.ARRAYS]
     w[loops.Y], w[loops.Y_STRIDES] = words(y)[DATA], words(y)[STRIDES]
     flat, target = w[_ORDER] & words(y)[FLAGS] & ANY_ORDER != 0, w[loops.Y]
+    in_order = True
     low, reach = target, nbytes
     if table[WALK] == 0 and (not flat or w[_VIEW] == 2):
         table[MISSING] = LAYOUTS
         return 0
     if not flat:
         found = _call_look(table[LOOK], (w.ctypes.data,))
-        flat = found & FLAT != 0
+        flat, in_order = found & FLAT != 0, found & ORDERED != 0
         if not fresh and found & SIMPLE == 0:
             return 0
         low = _first_byte(w, target, w[loops.Y_STRIDES])
@@ -384,7 +386,7 @@ def _plan(table, row, y, fresh, many, w, strides):
         length = size_of(beside)
         if weighted:
             length *= _weight_size(table, row, beside)
-        elif not flat:
+        elif w[_NEW_BITS] < 0 and not in_order:  # those of a mask lie as x does
             return 0
         if overlap(low, reach, w[loops.BESIDE], length):
             return 0
@@ -447,7 +449,7 @@ def call(self, arguments, number):
     beside = w[_OBJECT]
     incref(beside)  # which others may take out of a mask while the loop runs
     if bits != 0:
-        y = with_mask(table, table[PREDICATE], y, bits, x, strides)
+        y = with_mask(table, table[PREDICATE], y, bits, strides)
     if y != 0 and loop != 0:
         if wide != 0:
             w[loops.BESIDE] = wide

@@ -249,6 +249,19 @@ def _tuple_of(numbers, count):
 
 
 @inlined
+def _is_ascending(x, order):
+    """Say whether an order of the axes is C order: those of length 1 do not matter."""
+    last = -1
+    for k in range(ndim_of(x)):
+        axis = order[k]
+        if words(words(x)[SHAPE])[axis] != 1:
+            if axis < last:
+                return False
+            last = axis
+    return True
+
+
+@inlined
 def bits_of(table, predicate, mask, x, order):
     """Return the bits of a mask that was made of an array that lies as x, or 0.
 
@@ -262,24 +275,26 @@ def bits_of(table, predicate, mask, x, order):
     if is_c_order(x):
         return words(mask)[MASK_BITS] if axes == table[NONE] else 0
     memory_order(x, order)
+    if axes == table[NONE]:
+        return words(mask)[MASK_BITS] if _is_ascending(x, order) else 0
     if not _is_tuple_of(table, axes, order.ctypes.data, ndim_of(x)):
         return 0
     return words(mask)[MASK_BITS]
 
 
 @inlined
-def with_mask(table, predicate, y, bits, x, order):
+def with_mask(table, predicate, y, bits, order):
     """Return (y, mask), or 0 where there is no memory; y and bits are given away.
 
     Other threads find every object there is as soon as the GIL is released, or while the
     next one is made: each is whole by then.
     """
-    axes, shape = table[NONE], _tuple_of(words(x)[SHAPE], ndim_of(x))
-    if shape != 0 and is_c_order(x):
+    axes, shape = table[NONE], _tuple_of(words(y)[SHAPE], ndim_of(y))
+    if shape != 0 and is_c_order(y):
         incref(axes)
     elif shape != 0:
-        memory_order(x, order)
-        axes = _tuple_of(order.ctypes.data, ndim_of(x))
+        memory_order(y, order)
+        axes = _tuple_of(order.ctypes.data, ndim_of(y))
     mask = _new_object(table[MASK], 0) if shape != 0 and axes != 0 else 0
     if mask == 0:
         if shape != 0:

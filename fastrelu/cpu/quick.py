@@ -98,10 +98,10 @@ class Call:
             pool.ready()
         elif missing == calls.LAYOUTS:
             self.table[calls.LOOK] = _compiled(look, LOOK_SIGNATURE).address
-            walking = walk, loops.SIGNATURE
             if self.options["sums"]:
-                walking = view, VIEW_SIGNATURE
-            self.table[calls.WALK] = _compiled(*walking).address
+                self.table[calls.WALK] = _compiled(view, VIEW_SIGNATURE).address
+            else:
+                self.table[calls.WALK] = _compiled(walk, loops.SIGNATURE).address
         elif missing:
             row = missing - (missing - calls.ROWS) % calls.ROW
             body, operation, target = self.loops[missing - row - calls.LOOP]

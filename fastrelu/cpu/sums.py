@@ -30,11 +30,10 @@ from fastrelu.cpu.loops import (
     strip_buffer,
     with_each,
     with_one,
-    words,
 )
 from fastrelu.cpu.threads import spread
 from fastrelu.cpu.vector import STRIP, buffer, round_to_odd
-from fastrelu.cpu.walk import FIELDS, RANK, STRIDE, counts_buffer
+from fastrelu.cpu.walk import RANK, carry
 
 SUMMED = 512  # elements that are summed before the rest is done
 LANES = 32  # running sums kept side by side, so that a row's sum is vector work
@@ -58,7 +57,6 @@ line_buffer = buffer(SUMMED)
 # The names that are bound later.
 element: Any
 fill: Any
-carry: Any
 cut: Any
 product: Any
 add_up: Any
@@ -122,46 +120,18 @@ def own_weights(g, x, weights, sums, results, at, column, count):
         results[i] = element((grad, saved), slopes, (), i)
 
 
-def carry_elements(axes, k, array, at, count, line, back):
-    """Copy elements of an array from the place `at` on to a line, or back from it.
+@inlined
+def _gather(axes, k, array, at, count, line):
+    """Copy elements of array number k from the place `at` on to a line."""
+    known, item = array_at(axes, RANK + 1, np.int64), line.itemsize
+    carry(known, k, array.ctypes.data, at, count, line.ctypes.data, item, False)
 
-    Places are counted in the order of y; the array is number k, and y number 0.
-    """
-    w, counts, itemsize = words(axes), counts_buffer(line), line.itemsize
-    last = (w[RANK] - 1) * FIELDS
-    length, step = w[last], w[last + STRIDE + k]
-    column, row, start = at % length, at // length, array.ctypes.data
-    for axis in range(last - FIELDS, -1, -FIELDS):
-        counts[axis // FIELDS] = row % w[axis]
-        start += row % w[axis] * w[axis + STRIDE + k]
-        row //= w[axis]
-    done = 0
-    while done < count:
-        few = smaller(length - column, count - done)
-        here, there = start + column * step, piece(line, done, done + few)
-        if step == itemsize:
-            values = array_at(here, few, storage)
-            for i in range(np.uintp(few)):
-                if back:
-                    values[i] = there[i]
-                else:
-                    there[i] = values[i]
-        else:
-            for i in range(few):
-                value = array_at(here + i * step, 1, storage)
-                if back:
-                    value[0] = there[i]
-                else:
-                    there[i] = value[0]
-        done += few
-        column = 0
-        for axis in range(last - FIELDS, -1, -FIELDS):
-            start += w[axis + STRIDE + k]
-            counts[axis // FIELDS] += 1
-            if counts[axis // FIELDS] < w[axis]:
-                break
-            start -= counts[axis // FIELDS] * w[axis + STRIDE + k]
-            counts[axis // FIELDS] = 0
+
+@inlined
+def _scatter(axes, y, at, count, line):
+    """Copy a line to y, from the place `at` on."""
+    known, item = array_at(axes, RANK + 1, np.int64), line.itemsize
+    carry(known, 0, y.ctypes.data, at, count, line.ctypes.data, item, True)
 
 
 @inlined
@@ -245,12 +215,12 @@ def _rows_apart(g, x, w, y, axes, inner, segments, sums, errors, first, last):
         _clear(lost)
         for start in range(begin, end, SUMMED):
             count = smaller(SUMMED, end - start)
-            carry(axes, 1, g, start, count, grads, False)
-            carry(axes, 2, x, start, count, saved, False)
+            _gather(axes, 1, g, start, count, grads)
+            _gather(axes, 2, x, start, count, saved)
             both = cut((grads, saved), 0, count)
             add_up(piece(grads, 0, count), piece(saved, 0, count), many, lost)
             fill(piece(results, 0, count), both, weight, ())
-            carry(axes, 0, y, start, count, results, True)
+            _scatter(axes, y, start, count, results)
         _fold(many, lost)
         sums[cell], errors[cell] = many[0], lost[0]
 
@@ -298,7 +268,7 @@ def prelu_backward_columns(g, x, w, y, total, axes, size, channels, inner, moved
 
 
 @inlined
-def _gather(few, totals, errors):
+def _keep(few, totals, errors):
     """Add sums of a few products, and start them anew."""
     for i in range(totals.size):
         _add(totals, errors, i, few[i], -0.0)
@@ -345,13 +315,13 @@ def _columns(g, x, wide, y, axes, width, rows, sums, errors, first, last):
             if column >= columns:
                 done += 1
                 if done % FEW_ROWS == 0:
-                    _gather(few, totals, lost)
+                    _keep(few, totals, lost)
                 column -= columns
                 for i in range(column):
                     few[i] += few[columns + i]
                     few[columns + i] = 0.0
                 at += width - columns
-        _gather(few, totals, lost)
+        _keep(few, totals, lost)
     finished()
 
 
@@ -373,14 +343,14 @@ def _columns_apart(g, x, wide, y, axes, width, rows, sums, errors, first, last):
             last_one = smaller(row + right, end)
             for start in range(row + left, last_one, SUMMED):
                 count = smaller(SUMMED, last_one - start)
-                carry(axes, 1, g, start, count, grads, False)
-                carry(axes, 2, x, start, count, saved, False)
+                _gather(axes, 1, g, start, count, grads)
+                _gather(axes, 2, x, start, count, saved)
                 column = start - row - left
                 add_up(grads, saved, weights, few, results, 0, column, count)
-                carry(axes, 0, y, start, count, results, True)
+                _scatter(axes, y, start, count, results)
             if (done + 1) % FEW_ROWS == 0:
-                _gather(few, totals, lost)
-        _gather(few, totals, lost)
+                _keep(few, totals, lost)
+        _keep(few, totals, lost)
 
 
 # What works on a part of flat arrays, on one of others, and what adds up.

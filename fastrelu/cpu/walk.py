@@ -2,7 +2,8 @@
 
 Axes that lie behind one another in every array are merged.  What is left is gone over
 line by line, along the innermost axis: each line is given to a loop over flat arrays.
-Elements that are not contiguous go by way of a buffer that fits the first cache.
+Elements that are not contiguous go by way of a buffer that fits the first cache.  Where
+the order matters, of a mask's bits and of sums, all elements do, in that order.
 """
 
 import numpy as np
@@ -12,6 +13,7 @@ from fastrelu.cpu.jit import array_at, calling, inlined, smaller
 from fastrelu.cpu.loops import (
     ARRAYS,
     BESIDE,
+    BESIDE_STRIDES,
     CHANNELS,
     COUNT,
     INNER,
@@ -36,6 +38,7 @@ from fastrelu.cpu.threads import spread
 from fastrelu.cpu.vector import buffer
 
 LINE = 128  # elements of a line that go through the buffers at once
+LONG_LINE = 512  # and of all lines together, where their order matters
 BRIEF = 16  # an axis shorter than this is no line if there is a longer one
 MOST_AXES = 48  # longer than 1: with more, an array would have 2^48 elements
 # What is known of an axis: its length, and the strides of y, the arrays, and the weights.
@@ -48,6 +51,7 @@ axes_buffer = buffer(RANK + 1, types.int64)
 counts_buffer, _places = buffer(MOST_AXES, types.int64), buffer(FIELDS, types.int64)
 _words = buffer(LENGTH, types.int64)
 _lines = buffer((FIELDS - STRIDE) * LINE, types.int64)
+_long_lines = buffer((1 + MOST_ARRAYS) * LONG_LINE, types.int64)
 _call_loop = calling(SIGNATURE)
 
 
@@ -95,30 +99,94 @@ def _merge(address, axes):
     return last + 1 if rank > 0 else 0
 
 
+@inlined
+def _move_as(dtype, width, source, step, target, to_step, count):
+    if step == width and to_step == width:
+        values, copies = array_at(source, count, dtype), array_at(target, count, dtype)
+        for i in range(np.uintp(count)):
+            copies[i] = values[i]
+    else:
+        for i in range(count):
+            value = array_at(source + i * step, 1, dtype)[0]
+            array_at(target + i * to_step, 1, dtype)[0] = value
+
+
+@inlined
+def _move(source, step, target, to_step, count, itemsize):
+    """Copy elements of so many bytes from one line to another."""
+    if itemsize == 4:
+        _move_as(np.uint32, 4, source, step, target, to_step, count)
+    elif itemsize == 8:
+        _move_as(np.uint64, 8, source, step, target, to_step, count)
+    elif itemsize == 2:
+        _move_as(np.uint16, 2, source, step, target, to_step, count)
+    else:
+        _move_as(np.uint8, 1, source, step, target, to_step, count)
+
+
+@inlined
+def carry(axes, k, start, at, count, line, itemsize, back):
+    """Copy elements from the place `at` on to a line, or back from it.
+
+    Places are counted in the order of the axes.  The array is number k, and y number 0.
+    """
+    counts = counts_buffer(axes)
+    last = (axes[RANK] - 1) * FIELDS
+    length, step = axes[last], axes[last + STRIDE + k]
+    column, row = at % length, at // length
+    for axis in range(last - FIELDS, -1, -FIELDS):
+        counts[axis // FIELDS] = row % axes[axis]
+        start += row % axes[axis] * axes[axis + STRIDE + k]
+        row //= axes[axis]
+    done = 0
+    while done < count:
+        few = smaller(length - column, count - done)
+        here, there = start + column * step, line + done * itemsize
+        if back:
+            _move(there, itemsize, here, step, few, itemsize)
+        else:
+            _move(here, step, there, itemsize, few, itemsize)
+        done += few
+        column = 0
+        for axis in range(last - FIELDS, -1, -FIELDS):
+            start += axes[axis + STRIDE + k]
+            counts[axis // FIELDS] += 1
+            if counts[axis // FIELDS] < axes[axis]:
+                break
+            start -= counts[axis // FIELDS] * axes[axis + STRIDE + k]
+            counts[axis // FIELDS] = 0
+
+
 # What `look` finds, added up.
-FLAT, SIMPLE = 1, 2
+FLAT, SIMPLE, ORDERED = 1, 2, 4
 
 
 def look(address):
-    """Say whether all arrays lie flat along y, and each axis of y steps over the finer.
+    """Say how all arrays lie: flat along y, and in its order as far as the first does.
+
+    SIMPLE says that each axis of y steps over the finer ones.
 
     A C function of its own, so that its memory on the stack is not a loop's caller's.
     """
     w = words(address)
     axes = axes_buffer(array_at(address, LENGTH, np.int64))
-    rank, itemsize, found = _merge(address, axes), w[ITEMSIZE], FLAT + SIMPLE
+    rank, itemsize, found = _merge(address, axes), w[ITEMSIZE], FLAT
     if rank > 1:
-        found = SIMPLE
+        found = 0
     for k in range(w[COUNT] + 1 if rank == 1 else 0):
         if axes[STRIDE + k] != itemsize:
-            found = SIMPLE
-    reach = itemsize
+            found = 0
+    reach, beyond, simple, ordered = itemsize, 0, SIMPLE, ORDERED
     for axis in range(rank - 1, -1, -1):
         stride = _magnitude(axes[axis * FIELDS + STRIDE])
         if stride < reach:
-            return found - SIMPLE
+            simple = 0
         reach += stride * (axes[axis * FIELDS] - 1)
-    return found
+        stride = _magnitude(axes[axis * FIELDS + STRIDE + 1])
+        if stride <= beyond:
+            ordered = 0
+        beyond = stride
+    return found + simple + ordered
 
 
 LOOK_SIGNATURE = types.int64(types.int64)
@@ -142,30 +210,33 @@ def _choose_line(axes, rank):
 def walk(address):
     w = words(address)
     axes = axes_buffer(array_at(address, LENGTH, np.int64))
-    rank = _merge(address, axes)
+    axes[RANK] = rank = _merge(address, axes)
+    if w[BESIDE] != 0 and w[BESIDE_STRIDES] == 0:
+        spread(walk_along_bits, (address, axes), w[SIZE], TILE, w[MOVED])
+        return
     _choose_line(axes, rank)
     spread(walk_part, (address, axes, rank), w[SIZE], TILE, w[MOVED])
 
 
 @inlined
-def _move(source, step, target, to_step, count, itemsize):
-    """Copy elements of so many bytes from one line to another."""
-    if itemsize == 4:
-        for i in range(count):
-            value = array_at(source + i * step, 1, np.uint32)[0]
-            array_at(target + i * to_step, 1, np.uint32)[0] = value
-    elif itemsize == 8:
-        for i in range(count):
-            value = array_at(source + i * step, 1, np.uint64)[0]
-            array_at(target + i * to_step, 1, np.uint64)[0] = value
-    elif itemsize == 2:
-        for i in range(count):
-            value = array_at(source + i * step, 1, np.uint16)[0]
-            array_at(target + i * to_step, 1, np.uint16)[0] = value
-    else:
-        for i in range(count):
-            value = array_at(source + i * step, 1, np.uint8)[0]
-            array_at(target + i * to_step, 1, np.uint8)[0] = value
+def walk_along_bits(address, axes, start, stop):
+    """Go along the bits of a mask, which are in the order of the axes."""
+    w, itemsize = words(address), words(address)[ITEMSIZE]
+    line, lines = _words(axes), _long_lines(axes)
+    for k in range(MOST_NUMBERS):
+        line[NUMBERS + k] = w[NUMBERS + k]
+    line[MOVED], line[INNER], line[Y] = 0, 1, lines.ctypes.data
+    for k in range(w[COUNT]):
+        line[ARRAYS + k] = lines.ctypes.data + (1 + k) * 8 * LONG_LINE
+    for at in range(start, stop, LONG_LINE):
+        count = smaller(stop - at, LONG_LINE)
+        line[SIZE] = line[CHANNELS] = count
+        line[BESIDE] = w[BESIDE] + at // 8
+        for k in range(w[COUNT]):
+            source, target = w[ARRAYS + k], line[ARRAYS + k]
+            carry(axes, 1 + k, source, at, count, target, itemsize, False)
+        _call_loop(w[LOOP], (line.ctypes.data,))
+        carry(axes, 0, w[Y], at, count, line[Y], itemsize, True)
 
 
 def view(address, place):
