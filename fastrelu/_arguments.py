@@ -216,8 +216,11 @@ def number(name: str, value: Any) -> Number:
 
 def _real(name: str, value: Any) -> Any:
     """Return a real number that compares with floats exactly, or refuse it."""
-    if _is(value, np.ndarray) and value.ndim == 0:
-        value = value[()]
+    if _is(value, np.ndarray):
+        value = value[()] if value.ndim == 0 else value
+    elif hasattr(type(value), "__dlpack__"):
+        with contextlib.suppress(*ANSWERS):  # it may be on a GPU
+            value = np.asarray(value)[()] if value.shape == () else value
     if _is(value, np.generic):
         row = row_of(value.dtype)
         real = row is not None or _is(value, np.longdouble)

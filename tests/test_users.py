@@ -1,5 +1,7 @@
 """Arguments as people have them: plain numbers, other dtypes, other libraries' arrays."""
 
+import importlib.util
+import subprocess
 import sys
 import types
 
@@ -147,9 +149,9 @@ class Metres(np.ndarray):
         self.unit = getattr(other, "unit", "m")
 
 
-def of_package(name):
+def of_package(name, kind="Labelled"):
     """An array-like whose class is some package's"""
-    kind = type("Labelled", (), {"__module__": name, "__array__": lambda *_: X})
+    kind = type(kind, (), {"__module__": name, "__array__": lambda *_: X})
     return kind()
 
 
@@ -161,7 +163,10 @@ def of_package(name):
         (of_package("dask.dataframe"), "to_dask_array"),
         (of_package("pandas.core.series"), "to_numpy"),
         (of_package("pint.registry"), "magnitude"),
-        (of_package("polars.series.series"), "to_numpy"),
+        (of_package("jax._src.core"), "pure_callback"),
+        (of_package("polars.series.series"), "its .to_numpy"),
+        (of_package("polars.lazyframe.frame", "LazyFrame"), "collect"),
+        (of_package("pyarrow.lib", "Table"), "each column"),
         (of_package("pyarrow.lib"), "to_numpy"),
         (of_package("sparse.numba_backend"), "todense"),
         (of_package("tensorflow.python"), r"\.numpy"),
@@ -195,6 +200,10 @@ class Theirs:
         }
         return types.SimpleNamespace(**functions)
 
+    @property
+    def shape(self):
+        return self.array.shape
+
     def __dlpack__(self, **more):
         return self.array.__dlpack__(**more)
 
@@ -219,6 +228,115 @@ def test_arrays_of_other_libraries_come_back_as_theirs(dtype):
         x = Theirs(own.copy())
         assert F.relu(x, inplace=True) is x
         assert_same(x.array, F.relu(own))
+
+
+def test_a_slope_that_another_library_keeps_in_an_array():
+    slope = np.array(0.1, np.float32)
+    assert_same(F.leaky_relu(X, Theirs(slope)), F.leaky_relu(X, slope))
+    with pytest.raises(TypeError, match="must be a real number, got Theirs"):
+        F.leaky_relu(X, Theirs(X))
+    assert_same(F.leaky_relu_backward(X, X, Theirs(slope)), F.leaky_relu(X, slope))
+
+
+# Each in a process of its own: JAX has threads, and does not bear a fork.
+LIBRARIES = {
+    "jax": """
+        import jax, jax.numpy as jnp
+        for dtype in (jnp.float32, jnp.bfloat16, jnp.int32):
+            x = jnp.array([[-1, 0, 2]], dtype)
+            y, mask = F.relu(x, return_mask=True)
+            assert isinstance(y, jax.Array) and y.dtype == dtype and (y == x * (x > 0)).all()
+            assert (F.relu_backward(x, mask) == y).all()
+        x = jnp.array([[-1.0, 0.0, 2.0]])
+        weight = jnp.array([0.1, 0.2, 0.3])
+        assert (F.prelu(x, weight) == jnp.where(x > 0, x, weight * x)).all()
+        dx, dw = F.prelu_backward(x, x, weight)
+        assert isinstance(dw, jax.Array) and dw.tolist() == [1, 0, 0]
+        for slope in (jnp.float32(0.1), jnp.array(0.1), jnp.bfloat16(0.1)):
+            assert isinstance(F.leaky_relu(np.ones(3), slope), np.ndarray)
+            assert F.leaky_relu(x, slope)[0, 0] == -jnp.float32(slope)
+        refuse("writeable", F.relu, x, inplace=True)
+        refuse("writeable", F.relu, np.zeros((1, 3), np.float32), out=x)
+        refuse("pure_callback", jax.jit(F.relu), x)
+        refuse("pure_callback", jax.grad(lambda x: F.relu(x).sum()), x)
+        traced = jax.jit(lambda x: jax.pure_callback(F.relu, x, x))
+        assert (traced(x) == jax.nn.relu(x)).all()
+    """,
+    "pandas": """
+        import pandas
+        series = pandas.Series([-1.0, 2.0])
+        for value in (series, series.to_frame(), pandas.Index(series), pandas.array(series)):
+            refuse("to_numpy", F.relu, value)
+            assert type(F.relu(value.to_numpy())) is np.ndarray
+        refuse("to_numpy", F.relu, np.ones(2), out=series)
+        refuse("to_numpy", F.relu_backward, np.ones(2), series)
+        refuse("to_numpy", F.prelu, np.ones((1, 2)), series)
+    """,
+    "polars": """
+        import polars
+        frame = polars.DataFrame({"a": [-1.0, 2.0]})
+        for value in (frame, frame["a"]):
+            refuse("take its .to_numpy()", F.relu, value)
+            assert F.relu(value.to_numpy()).ravel().tolist() == [0, 2]
+        refuse("take its .collect().to_numpy()", F.relu, frame.lazy())
+        assert F.relu(frame.lazy().collect().to_numpy()).ravel().tolist() == [0, 2]
+    """,
+    "pyarrow": """
+        import pyarrow
+        array = pyarrow.array([-1.0, 2.0])
+        for value in (array, pyarrow.chunked_array([array])):
+            refuse("take its .to_numpy()", F.relu, value)
+            assert F.relu(value.to_numpy()).tolist() == [0, 2]
+        refuse("each column", F.relu, pyarrow.table({"a": array}))
+    """,
+    "astropy": """
+        import astropy.units
+        metres = np.array([-1.0, 2.0]) * astropy.units.m
+        refuse("take its .value", F.relu, metres)
+        refuse("take its .value", F.relu, metres, out=metres.to("cm"))
+        assert F.relu(metres.value).tolist() == [0, 2]
+    """,
+    "pint": """
+        import pint
+        metres = np.array([-1.0, 2.0]) * pint.UnitRegistry().m
+        refuse("take its .magnitude", F.relu, metres)
+        assert F.relu(metres.magnitude).tolist() == [0, 2]
+    """,
+    "sparse": """
+        import sparse
+        value = sparse.COO.from_numpy(np.array([-1.0, 2.0]))
+        refuse("take its .todense()", F.relu, value)
+        assert F.relu(value.todense()).tolist() == [0, 2]
+    """,
+    "array_api_strict": """
+        import array_api_strict as xp
+        x = xp.asarray([[-1.0, 2.0]])
+        assert type(F.relu(x)) is type(x)
+        assert xp.all(F.prelu(x, xp.asarray([0.5, 0.5])) == xp.asarray([[-0.5, 2.0]]))
+        assert type(F.leaky_relu(x, xp.asarray(0.5))) is type(x)
+    """,
+}
+
+
+@pytest.mark.parametrize("name", LIBRARIES)
+def test_libraries_as_they_are(name):
+    if importlib.util.find_spec(name) is None:
+        pytest.skip(f"{name} is not installed")
+    script = """if True:
+        import numpy as np
+        import fastrelu as F
+
+        def refuse(said, function, *arguments, **options):
+            try:
+                function(*arguments, **options)
+            except (TypeError, ValueError) as error:
+                assert said in str(error), error
+            else:
+                raise AssertionError(f"not refused: {said}")
+    """
+    command = [sys.executable, "-c", script + LIBRARIES[name]]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 class TestTensors:

@@ -17,15 +17,19 @@ from fastrelu.mask import has_gaps
 
 Array = Any
 
-# What to write instead, by the package that a type is of.
+# What to write instead, by the package that a type is of, or for one type of it.
 _REMEDIES = {
     "astropy": "take its .value",
     "awkward": "take awkward.to_numpy of it",
     "dask": "take its .to_dask_array(), or dask.array.from_delayed of it",
+    "jax": "call this by way of jax.pure_callback where JAX traces",
     "pandas": "take its .to_numpy()",
     "pint": "take its .magnitude",
     "polars": "take its .to_numpy()",
+    "polars.LazyFrame": "take its .collect().to_numpy()",
     "pyarrow": "take its .to_numpy()",
+    "pyarrow.RecordBatch": "take the .to_numpy() of each column",
+    "pyarrow.Table": "take the .to_numpy() of each column",
     "quantities": "take its .magnitude",
     "sparse": "take its .todense()",
     "scipy": "take its .toarray()",
@@ -35,14 +39,11 @@ _REMEDIES = {
 }
 
 
-def _package(value: Any) -> str:
-    return str(type(value).__module__).partition(".")[0]
-
-
 def refuse(value: Any) -> None:
     """Refuse what carries more than numbers, which a result would not have."""
     type_ = type(value)
-    remedy = _REMEDIES.get(_package(value))
+    package = str(type_.__module__).partition(".")[0]
+    remedy = _REMEDIES.get(f"{package}.{type_.__name__}", _REMEDIES.get(package))
     if has_gaps(type_):
         remedy = "fill its gaps first"
     elif issubclass(type_, np.ndarray) and remedy is None:
