@@ -14,6 +14,7 @@ import copy
 from pathlib import Path
 
 import numpy as np
+from report import STYLE
 
 from fastrelu import nn
 from fastrelu.cli.training import Threads, judge, load_digits, network
@@ -25,6 +26,7 @@ ACTIVATIONS = {
     "Leaky ReLU, slope 0.1": lambda: nn.LeakyReLU(0.1),
     "PReLU, slopes from 0.25": nn.PReLU,
 }
+LOOKS = ("o", "#2380cc"), ("s", "#9a7d0a"), ("D", "#00936b"), ("^", "#d55e00")
 
 
 def with_activation(model, make):
@@ -75,16 +77,18 @@ def draw(path, histories):
 
     figure = Figure(figsize=(5, 6), layout="constrained")
     dead, accuracy = figure.subplots(2, 1, sharex=True)
-    for (name, history), marker in zip(histories.items(), "osD^", strict=True):
-        accuracy.plot([of for of, _ in history], marker=marker, label=name)
-        dead.plot([sum(units) for _, units in history], marker=marker, label=name)
+    for (name, history), (marker, color) in zip(histories.items(), LOOKS, strict=True):
+        look = {"marker": marker, "color": color, "label": name}
+        accuracy.plot([of for of, _ in history], **look)
+        dead.plot([sum(units) for _, units in history], **look)
     dead.set_ylabel("dead units")
     dead.set_yscale("log")
-    dead.legend()
+    accuracy.legend(frameon=False)
     accuracy.set_ylabel("test accuracy")
     accuracy.yaxis.set_major_formatter(PercentFormatter(1))
     accuracy.set_xlabel(f"epochs at learning rate {CAREFUL}")
-    figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
+    date = {"Date": None} if path.suffix == ".svg" else None
+    figure.savefig(path, transparent=True, metadata=date)
 
 
 def main():
@@ -124,7 +128,10 @@ def main():
         found = f"{sum(dead):,} | {left} | {before:.1%} | {after:.1%}"
         print(f"| {name} | {found} |", flush=True)
     if args.plot:
-        draw(args.plot, histories)
+        import matplotlib as mpl
+
+        with mpl.rc_context(STYLE):
+            draw(args.plot, histories)
 
 
 RATES = [GOOD, 0.02, 0.05, 0.1, 0.2]

@@ -65,6 +65,8 @@ LIMIT = {"color": GREY, "linewidth": 2, "zorder": 1}
 LIMIT["linestyle"] = (0, (7, 3))
 GREYED = ("text.color", "axes.labelcolor", "axes.edgecolor", "grid.color")
 GREYED += ("xtick.color", "ytick.color")
+STYLE = dict.fromkeys(GREYED, GREY) | {"svg.hashsalt": "fastrelu"}
+STYLE |= {"axes.spines.top": False, "axes.spines.right": False}
 
 
 class Place(NamedTuple):
@@ -515,9 +517,7 @@ def draw(results: Results, folder: Path) -> None:
     """Write time.svg and bandwidth.svg, with the same bytes for the same figures."""
     import matplotlib as mpl
 
-    style = dict.fromkeys(GREYED, GREY) | {"svg.hashsalt": "fastrelu"}
-    style |= {"axes.spines.top": False, "axes.spines.right": False}
-    with mpl.rc_context(style):
+    with mpl.rc_context(STYLE):
         for name, plot in (("time", plot_time), ("bandwidth", plot_bandwidth)):
             picture = panels(results, plot)
             path = folder / f"{place(results).prefix}{name}.svg"
