@@ -551,16 +551,22 @@ def by_element_backward(
 ) -> Any:
     """Return the gradient."""
     _refuse(inplace, out)
-    named = {"grad_output": grad, "x": x}
-    if not _arguments.is_scalar(slopes):
-        named["slopes"] = slopes
-    arrays = [_read(name, value) for name, value in named.items()]
-    first, *others = _models(*arrays)
-    first = _arguments.accepted("grad_output", first)
-    for name, other in zip([*named][1:], others, strict=True):
-        _arguments.like(name, other, "grad_output", first)
-    operands = _unified(**dict(zip(named, arrays, strict=True)))
-    if "slopes" not in named:
-        operands += _numbers(["slopes"], [slopes], first)
-    call = functools.partial(_call, function)
-    return _mapped("rrelu_backward", call, operands[0], operands, first.dtype)
+    operands = {"grad_output": grad, "x": x, "slopes": slopes}
+    arrays = operands.copy()
+    if is_number(grad):
+        del arrays["grad_output"]
+    if _arguments.is_scalar(slopes):
+        del arrays["slopes"]
+    arrays = {name: _read(name, value) for name, value in arrays.items()}
+    models = dict(zip(arrays, _models(*arrays.values()), strict=True))
+    given = models.get("grad_output")
+    if given is None:
+        given = _arguments.spread("grad_output", grad, models["x"])
+    given = _arguments.accepted("grad_output", given)
+    for name, model in models.items():
+        _arguments.like(name, model, "grad_output", given)
+    operands |= zip(arrays, _unified(**arrays), strict=True)
+    if "slopes" not in arrays:
+        (operands["slopes"],) = _numbers(["slopes"], [slopes], given)
+    call, each = functools.partial(_call, function), list(operands.values())
+    return _mapped("rrelu_backward", call, operands["x"], each, given.dtype)

@@ -460,6 +460,8 @@ class _ByElementBackward(_Function):
         super().__init__(spec, Operation(spec.of_saved, (ARRAY, ARRAY, ARRAY)))
 
     def long(self, grad: Any, inplace: Any, out: Any, x: Any, slopes: Any) -> Any:
+        if _stands_for_all(grad, inplace, x):
+            return self._spread("x", grad, inplace, out, x, slopes)
         spec, others, numbers = self.spec, [("x", x)], [("slopes", slopes)]
         if not _arguments.is_scalar(slopes):
             others, numbers = others + numbers, []

@@ -1178,8 +1178,9 @@ def rrelu_backward(
 
     Parameters
     ----------
-    grad_output : array
-        The gradient towards rrelu's output; dtypes as for `rrelu`.
+    grad_output : array or float
+        The gradient towards rrelu's output; dtypes as for `rrelu`.  One number stands
+        for the gradient of every element, and takes no array.
     x : array
         The input of the forward pass; of grad_output's shape and dtype.
     slopes : array or float

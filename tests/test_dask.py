@@ -253,6 +253,9 @@ def test_random_slopes():
     assert_same(
         F.rrelu_backward(G, X, slopes).compute(), F.rrelu_backward(G, X, values)
     )
+    for grad, given, own in ((1.0, slopes, values), (2.0, 0.5, 0.5), (G, 0.5, 0.5)):
+        dx = F.rrelu_backward(grad, x, given).compute()
+        assert_same(dx, F.rrelu_backward(grad, X, own))
     assert_same(F.rrelu(x).compute(), F.rrelu(X))
     rng = np.random.default_rng(3)
     first, second = (F.rrelu(x, training=True, rng=rng)[1].compute() for _ in "12")
@@ -342,7 +345,7 @@ REFUSED = [
     (lambda x: F.prelu_backward(x, x.astype("f8"), 1), TypeError, "x must have the"),
     (lambda x: F.rrelu(x, training=True, rng="a"), TypeError, "rng must be"),
     (lambda x: F.rrelu_backward(x, x, x[1:]), ValueError, "slopes must have the s"),
-    (lambda x: F.rrelu_backward(1.0, x, 0.5), TypeError, "x must have the dtype"),
+    (lambda x: F.rrelu_backward(1.0, x, x[1:]), ValueError, "slopes must have the s"),
     (lambda x: F.squared_relu_backward(x, x.astype("f8")), TypeError, "x must have"),
     (
         lambda x: F.squared_relu_backward(x, F.relu(x, return_mask=True)[1]),

@@ -114,6 +114,9 @@ def test_one_number_for_all_gradients():
     expected = F.prelu_backward(np.ones_like(X), X, np.array([0.1, 0.2, 0.3], X.dtype))
     assert_same(dx, expected[0])
     assert_same(dw, expected[1])
+    for slopes in (0.5, np.full_like(X, 0.5)):
+        dx = F.rrelu_backward(2.0, X, slopes)
+        assert_same(dx, F.leaky_relu_backward(2.0, X, 0.5))
     with pytest.raises(TypeError, match="grad_output must be an array"):
         F.relu_backward(1.0, X, inplace=True)
     with pytest.raises(TypeError, match="inplace must be True or False"):
