@@ -1,4 +1,4 @@
-"""Right after a matrix product, all in one process: where activations are called.
+"""Right after a matrix product or convolution, in one process: where activations are called.
 
 The threads of the product's library are still awake then, and look for work.  Each round
 times one call of each contender, each on what a product has just made.
@@ -14,11 +14,16 @@ from fastrelu.cli.peers.cases import Case
 from fastrelu.cli.peers.libraries import FastRelu, NumPy, Torch
 from fastrelu.cli.peers.worker import SLOPE
 
-PRODUCTS = {"torch.mm": (FastRelu, Torch), "@": (FastRelu, NumPy, Torch)}
+PRODUCTS = {
+    "torch.mm": (FastRelu, Torch),
+    "torch.conv1d": (FastRelu, Torch),
+    "@": (FastRelu, NumPy, Torch),
+}
 OPS = ("relu", "relu_backward"), ("fresh", "out", "inplace")
 SIZES = ("1k", "16k", "128k", "1M", "16M")
 MODES = {"inplace": "in place"}
 ROUNDS, SECONDS, INNER = 101, 5.0, 64
+CHANNELS, WIDTH = 8, 9
 
 
 def pytest_generate_tests(metafunc):
@@ -44,7 +49,13 @@ def product_into(target, after):
     b = rng.standard_normal((INNER, rows.shape[1]), np.float32)
     if after == "@":
         return lambda: np.matmul(a, b, out=rows)
+    if after == "torch.conv1d":  # which takes no `out`: its result is copied
+        rows = np.asarray(target).reshape(1, CHANNELS, -1)
+        a = rng.standard_normal(rows.shape, np.float32)
+        b = rng.standard_normal((CHANNELS, CHANNELS, WIDTH), np.float32)
     a, b, rows = map(torch.from_numpy, (a, b, rows))
+    if after == "torch.conv1d":
+        return lambda: rows.copy_(torch.conv1d(a, b, padding=WIDTH // 2))
     return lambda: torch.mm(a, b, out=rows)
 
 

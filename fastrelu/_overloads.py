@@ -5,9 +5,10 @@ an entry point for that, but it would import fastrelu into every process that co
 anything; and whoever names a function of fastrelu has imported it.  Numba's CUDA target
 looks where its CPU target does, so that numba-cuda need not be imported for that either.
 
-What is compiled is a formula of the catalogue for numbers, and for arrays the loops of
-`cpu.portable`, on one thread: the caller's own, who may be within a parallel loop.  Types
-decide, while the caller is compiled, which loop it is:
+What is compiled is a formula of the catalogue for numbers, and for arrays a loop on one
+thread: the caller's own, who may be within a parallel loop.  Loops are those of `cpu.loops`
+and `cpu.sums`, or of `cpu.portable` where the fast ones are not in use.  Types decide, while
+the caller is compiled, which loop it is:
 
 - A fresh result is in Fortran's order if that is the order of its models' types, else in
   C order.
@@ -32,10 +33,10 @@ from numba.core.errors import TypingError
 from numba.core.target_extension import current_target
 from numba.extending import overload
 
-from fastrelu import _arguments, _dispatch
+from fastrelu import _arguments, _dispatch, cpu
 from fastrelu._dtypes import BY_NAME
 from fastrelu._functions import rebuild
-from fastrelu._spec import Spec
+from fastrelu._spec import ARRAY, BITS, NUMBER, WEIGHT, Operation, Spec
 from fastrelu.activations import ACTIVATIONS, Row
 from fastrelu.cpu import portable, templates
 
@@ -199,7 +200,12 @@ def _target(
 
 
 def _elementwise(
-    operands: Any, kinds: Sequence[Any], y: Any, fresh: bool, **names: Any
+    operands: Any,
+    kinds: Sequence[Any],
+    y: Any,
+    fresh: bool,
+    inplace: bool | None = None,
+    **names: Any,
 ) -> Any:
     """Return ``run(a, y, s)`` for arrays of any layout."""
     lay, get, meets_any = operands
@@ -214,6 +220,9 @@ def _elementwise(
         at, run = templates.line, templates.by_lines
     names |= {"at": _made(at), "get": _made(get, **names)}
     names |= {"plain": _made(portable._plain, **names), "lay": _made(lay, **names)}
+    with_strips = inplace is not None and y.aligned and cpu.is_fast()
+    if run is templates.at_once and with_strips:
+        run, names = templates.by_strips, names | _strips(inplace, len(kinds) + 1)
     made = _made(run, **names)
     if fresh:
         return made
@@ -228,6 +237,18 @@ def _elementwise(
     )
 
 
+@functools.cache
+def _strips(inplace: bool, moved: int) -> dict[str, Any]:
+    """Return what writes strips, in place or past the cache, of so many arrays."""
+    from fastrelu.cpu import loops, threads, vector
+
+    names = {"moved": moved, "least": 0 if inplace else threads.CACHE}
+    names |= {"strip_size": vector.STRIP, "strip_buffer": loops.strip_buffer}
+    names["write_strip"] = vector.store_strip if inplace else vector.stream_strip
+    names["finished"] = _made(templates.skip) if inplace else vector.fence
+    return names
+
+
 def _dense(x: Any, order: str) -> Any:
     """Return the type of an array that `_like` makes."""
     return x.copy(layout="F" if order == "F" else "C", readonly=False)
@@ -240,10 +261,35 @@ def _copy(x: Any, y: Any) -> Any:
     return _elementwise(templates.ONE, (x,), y, True, **names)
 
 
-def _with_bits(loop: Function, x: Any, y: Any, fresh: bool, **names: Any) -> Any:
+def _inside(name: str, operation: Operation, dtype: str) -> Any:
+    """Return a body of the fast loops, or one of their drivers of sums."""
+    from fastrelu.cpu import build, loops, sums, vector
+
+    body = getattr(loops, name, None) or getattr(sums, name)
+    return build.inside(body, operation, vector.format_of(np.dtype(dtype)))
+
+
+def _by_channel(loops: tuple[str, str], many: str, of: Operation, dtype: str) -> Any:
+    """Return the bodies for rows and columns, and what chooses between them."""
+    from fastrelu.cpu import calls
+    from fastrelu.cpu import loops as known
+
+    rows, columns = (_inside(name, of, dtype) for name in loops)
+    suits = _made(calls.suits_columns)
+    more = {"suits_columns": suits, "many": getattr(known, many)}
+    return {"rows": rows, "columns": columns, **more}
+
+
+def _with_bits(
+    loop: Function, of: Operation, x: Any, y: Any, fresh: bool, **names: Any
+) -> Any:
     """Return ``run(x, bits, y, s, size)``, with a loop over bits in C order."""
-    get = _made(portable._get_one, **names)
-    run = _made(templates.bits_at_once, loop=_made(loop, get=get, **names))
+    if y.aligned and cpu.is_fast():
+        body = _inside(loop.__name__[1:], of, _dtype(y))
+        run = _made(templates.bits_in_strips, body=body)
+    else:
+        get = _made(portable._get_one, **names)
+        run = _made(templates.bits_at_once, loop=_made(loop, get=get, **names))
     z = _dense(x, "C")
     copies = {"copy_in": _copy(x, z), "copy_out": _copy(z, y)}
     copied = _made(templates.bits_of_copy, run=run, **copies, **_like("C", _dtype(x)))
@@ -268,11 +314,13 @@ def _forward_body(spec: Spec, given: dict[str, Any]) -> Any:
     y, take = _target("x", x, inplace, out, dtype)
     fresh = inplace or _is_none(out)  # x alone meets itself in each element
     if not want_bits:
-        apart = _elementwise(templates.ONE, (x,), y, fresh, **names)
+        apart = _elementwise(templates.ONE, (x,), y, fresh, inplace, **names)
         return _made(templates.forward, take=take, apart=apart, **names)
     names["active"] = _made(spec.active)
     names["kept"] = _made(portable._KEEP[len(spec.numbers_kept)])
-    run = _with_bits(portable._to_bits, x, y, fresh, **names)
+    kinds = ARRAY, *(NUMBER for _ in spec.numbers)
+    of = Operation(spec.formula, kinds, spec.active, len(spec.numbers_kept))
+    run = _with_bits(portable._to_bits, of, x, y, fresh, **names)
     return _made(templates.forward_bits, take=take, run=run, **names)
 
 
@@ -318,7 +366,8 @@ def _backward_body(spec: Spec, given: dict[str, Any]) -> Any:
     msg = f"{name} must have the shape of grad_output"
     if name == "saved" and not spread and _are_bits(saved, g):
         msg = "saved must be bits, one for each element of grad_output"
-        run = _with_bits(portable._from_bits, g, y, fresh, **names)
+        of = Operation(spec.gradient, (ARRAY, BITS, *(NUMBER for _ in numbers)))
+        run = _with_bits(portable._from_bits, of, g, y, fresh, **names)
         return _made(templates.backward_bits, take=take, run=run, message=msg, **names)
     for each in () if spread else (saved, *slopes):
         if each.ndim != g.ndim:
@@ -330,7 +379,7 @@ def _backward_body(spec: Spec, given: dict[str, Any]) -> Any:
         templates.SPREAD if spread else templates.SLOPES if slopes else templates.SAVED
     )
     kinds = (saved,) if spread else (g, saved, *slopes)
-    apart = _elementwise(operands, kinds, y, fresh, **names)
+    apart = _elementwise(operands, kinds, y, fresh, inplace, **names)
     template = (
         templates.backward_spread
         if spread
@@ -433,13 +482,19 @@ def _weighted_body(spec: Spec, given: dict[str, Any]) -> Any:
     names = _of(dtype) | _like(order, dtype)
     names["formula"] = _made(spec.formula)
     view = _weight_view(x, weight, given["axis"], order)
-    one, two = (_made(get, **names) for get in portable._GET[:2])
-    run = _made(
-        templates.weighted,
-        at=_made(templates.flat_fortran if order == "F" else templates.flat_c),
-        rows=_made(portable._rows, get=one, **names),
-        plain=_made(portable._plain, get=two, **names),
-    )
+    at = _made(templates.flat_fortran if order == "F" else templates.flat_c)
+    if y.aligned and cpu.is_fast():
+        of = Operation(spec.formula, (ARRAY, WEIGHT))
+        loops = _by_channel(("rows", "columns"), "MANY", of, dtype)
+        run = _made(templates.weighted_in_strips, at=at, **loops)
+    else:
+        one, two = (_made(get, **names) for get in portable._GET[:2])
+        run = _made(
+            templates.weighted,
+            at=at,
+            rows=_made(portable._rows, get=one, **names),
+            plain=_made(portable._plain, get=two, **names),
+        )
     fresh, z = inplace or _is_none(out), _dense(x, order)
     names |= {"copy_in": _copy(x, z), "copy_out": _copy(z, y)}
     run = _without_overlap(
@@ -493,7 +548,14 @@ def _both_body(spec: Spec, given: dict[str, Any]) -> Any:
         "at": _made(templates.flat_fortran if order == "F" else templates.flat_c)
     }
     names["formula"] = _made(spec.of_saved)
-    run = _made(templates.both, loop=_made(portable._prelu_backward, **names), **names)
+    if all(each.aligned for each in (g, x, y)) and cpu.is_fast():
+        of = Operation(spec.of_saved, (ARRAY, ARRAY, WEIGHT))
+        loops = "prelu_backward_rows", "prelu_backward_columns"
+        found = _by_channel(loops, "MANY_SUMMED", of, dtype)
+        run = _made(templates.both_in_strips, **names, **found)
+    else:
+        loop = _made(portable._prelu_backward, **names)
+        run = _made(templates.both, loop=loop, **names)
     z = _dense(x, order)
     names |= {"copy_in": _copy(g, z), "copy_too": _copy(x, z), "copy_out": _copy(z, y)}
     run = _without_overlap(

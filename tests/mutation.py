@@ -1750,6 +1750,18 @@ FAULTS = {
     ],
     "cpu/templates.py": [
         Fault(
+            "1, lead + whole * strip_size, flat.size)",
+            "1, lead + whole * strip_size, lead)",
+            "what is behind the last whole line is not written",
+            "test_inside_numba.py::test_in_strips_it_writes_where_it_is_told",
+        ),
+        Fault(
+            "lead = min(-flat.ctypes.data % 64 // flat.itemsize, flat.size)",
+            "lead = 0",
+            "lines are written past the cache that do not start one",
+            "test_inside_numba.py::test_in_strips_it_writes_where_it_is_told",
+        ),
+        Fault(
             "    return overlap(x, y) and not (same and x.strides == y.strides)",
             "    return False",
             "an input is read after it was overwritten",

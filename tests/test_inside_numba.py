@@ -11,6 +11,7 @@ import numba
 import numpy as np
 import pytest
 import reference
+import twins
 from conftest import (
     LAYOUTS,
     OUT_LAYOUTS,
@@ -29,6 +30,7 @@ from reference import assert_same, assert_weight_gradient
 import fastrelu as F
 from fastrelu import _functions, _overloads
 from fastrelu.activations import ACTIVATIONS as ROWS
+from fastrelu.cpu import build, sums, threads, vector
 
 njit = numba.njit
 TYPES = "float32", "float64"
@@ -51,6 +53,24 @@ def type_of(value):
     if isinstance(value, (bool, np.bool_)):
         return types.literal(value)
     return types.none if value is None else numba.typeof(value)
+
+
+@pytest.fixture
+def plainly(monkeypatch):
+    """With the loops in plain Numba alone"""
+    monkeypatch.setattr(_overloads.cpu, "is_fast", lambda: False)
+
+
+@pytest.fixture
+def in_strips(monkeypatch):
+    """With the fast loops as Python, for which nothing fits the cache"""
+    twins.interpret(monkeypatch)
+    monkeypatch.setattr(threads, "CACHE", 0)
+    monkeypatch.setattr(build, "inside", build.inside.__wrapped__)
+    monkeypatch.setattr(_overloads, "_strips", _overloads._strips.__wrapped__)
+    format_of = vector.format_of
+    twin = lambda dtype: twins.twin_of(format_of(dtype))
+    monkeypatch.setattr(vector, "format_of", twin)
 
 
 @pytest.fixture
@@ -87,7 +107,7 @@ def inside(monkeypatch):
 @pytest.mark.parametrize("name", ROWS)
 @in_turn("layout", KNOWN)
 @in_turn("shape", SHAPES)
-def test_as_python_it_computes_the_same(name, dtype, layout, shape, inside):
+def test_as_python_it_computes_the_same(name, dtype, layout, shape, plainly, inside):
     row, x = ROWS[name], sample(shape, np.dtype(dtype))
     x = place(x, layout)[0]
     g = place(sample(x.shape, x.dtype, 1), "c")[0]
@@ -113,9 +133,23 @@ def test_as_python_it_computes_the_same(name, dtype, layout, shape, inside):
 @pytest.mark.parametrize("name", ROWS)
 @in_turn("layout", OUT_LAYOUTS)
 @in_turn("way", ["out", "inplace", "shifted"])
-def test_as_python_it_writes_where_it_is_told(name, layout, way, inside):
+def test_as_python_it_writes_where_it_is_told(name, layout, way, plainly, inside):
+    written_where_told(name, layout, way, (4, 3), inside)
+
+
+@pytest.mark.parametrize("name", ROWS)
+@in_turn("shape", [(4, 3), (33, 7), (3, 100)])
+@in_turn("layout", ["c", "fortran"])
+@in_turn("way", ["out", "inplace", "shifted"])
+def test_in_strips_it_writes_where_it_is_told(
+    name, layout, way, shape, in_strips, inside
+):
+    written_where_told(name, layout, way, shape, inside)
+
+
+def written_where_told(name, layout, way, shape, inside):
     row, dtype = ROWS[name], np.dtype("float32")
-    x, g = sample((4, 3), dtype), sample((4, 3), dtype, 1)
+    x, g = sample(shape, dtype), sample(shape, dtype, 1)
     slopes = slopes_for(name, x)
     forward, backward = taken(row.forward, slopes), taken(row.backward, slopes)
     calls = [(row.forward, (x,), forward), (row.backward, (g, x), backward)]
@@ -126,11 +160,12 @@ def test_as_python_it_writes_where_it_is_told(name, layout, way, inside):
     for function, arrays, more in calls:
         given = list(arrays)
         expected = first(inside(function)(*given, **more))
-        memory = place(np.zeros((4, 3), dtype), layout)[0]
+        memory = place(np.zeros(shape, dtype), layout)[0]
         if way == "shifted":  # what is written next is still to be read
             which = -1 if arrays[-1].ndim > 1 else 0
-            wide = place(np.zeros((4, 4), dtype), layout)[0]
-            memory, given[which] = wide[:, 1:], wide[:, :3]
+            rows, length = shape
+            wide = place(np.zeros((rows, length + 1), dtype), layout)[0]
+            memory, given[which] = wide[:, 1:], wide[:, :-1]
             given[which][...] = arrays[which]
         if way == "inplace":
             memory[...] = arrays[0]
@@ -142,7 +177,23 @@ def test_as_python_it_writes_where_it_is_told(name, layout, way, inside):
         assert_same(np.array(memory), np.array(expected))
 
 
-def test_as_python_what_lies_flat_and_overlaps(inside):
+def test_as_python_what_lies_flat_and_overlaps(plainly, inside):
+    flat_and_overlapping(inside)
+
+
+def test_in_strips_what_lies_flat_and_overlaps(in_strips, inside):
+    flat_and_overlapping(inside)
+
+
+def test_in_strips_without_memory(in_strips, inside, monkeypatch):
+    monkeypatch.setattr(sums, "_malloc", lambda size: 0)
+    x = normal((4, 3), np.float32)
+    for weight in (normal(3, np.float32), normal(4, np.float32)[:, None]):
+        with pytest.raises(MemoryError):
+            inside(F.prelu_backward)(x, x, weight)
+
+
+def flat_and_overlapping(inside):
     memory, g = sample((9, 3), np.dtype(np.float32)), normal((8, 3), np.float32)
     x = memory[1:].copy()
     bits = inside(F.relu)(memory[1:], out=memory[:-1], return_mask=True)[1]
@@ -176,7 +227,7 @@ WEIGHTS = {  # the shapes of weights for x of shape (4, 3, 5), and an axis
 
 @pytest.mark.parametrize("layout", ["c", "fortran", "step"])
 @in_turn("kind", WEIGHTS)
-def test_as_python_weights_of_all_shapes(kind, layout, inside):
+def test_as_python_weights_of_all_shapes(kind, layout, plainly, inside):
     shape, axis = WEIGHTS[kind]
     x, g = (place(normal((4, 3, 5), np.float32, seed), layout)[0] for seed in (0, 1))
     weight = np.array(normal(shape, np.float32, 2))
@@ -193,7 +244,7 @@ def test_as_python_weights_of_all_shapes(kind, layout, inside):
     assert_same(np.array(into[1]), np.array(dw))
 
 
-def test_as_python_a_number_for_a_weight(inside):
+def test_as_python_a_number_for_a_weight(plainly, inside):
     x, g = normal((4, 3), np.float32), normal((4, 3), np.float32, 1)
     assert_same(inside(F.prelu)(x, 0.3), F.prelu(x, 0.3))
     dx, dw = inside(F.prelu_backward)(g, x, 0.3)
@@ -214,7 +265,7 @@ SAVED = {
 
 @pytest.mark.parametrize("kind", SAVED)
 @in_turn("name", ["relu", "leaky_relu"])
-def test_as_python_what_may_be_saved(kind, name, inside):
+def test_as_python_what_may_be_saved(kind, name, plainly, inside):
     row, x, g = ROWS[name], *(normal((3, 4), np.float32, seed) for seed in (0, 1))
     saved = SAVED[kind](x)
     assert_same(inside(row.backward)(g, saved), row.backward(g, saved))
@@ -226,7 +277,7 @@ def test_as_python_what_may_be_saved(kind, name, inside):
 
 
 @pytest.mark.parametrize("dtype", ["int8", "uint8", "int64", "uint64"])
-def test_as_python_integers(dtype, inside):
+def test_as_python_integers(dtype, plainly, inside):
     x, g = sample((9,), np.dtype(dtype)), sample((9,), np.dtype(dtype), 1)
     assert_same(inside(F.relu)(x), F.relu(x))
     assert_same(inside(F.relu_backward)(g, x), F.relu_backward(g, x))  # uint8: no bits
@@ -234,7 +285,7 @@ def test_as_python_integers(dtype, inside):
     assert inside(F.relu_backward)(1, x).tolist() == F.relu_backward(1, x).tolist()
 
 
-def test_as_python_slopes_of_each_element(inside):
+def test_as_python_slopes_of_each_element(plainly, inside):
     x, g, slopes = (normal((3, 4), np.float32, seed) for seed in range(3))
     expected = F.rrelu_backward(g, x, slopes)
     assert_same(inside(F.rrelu_backward)(g, x, slopes), expected)

@@ -30,11 +30,10 @@ def _of_format(fmt: Format) -> dict[str, Any]:
     }
 
 
-def bound(body: Function, operation: Operation, fmt: Format, target: str) -> Function:
-    """Return a driver whose open names are bound, for Numba to compile.
-
-    In the place of a body may be one of the drivers in `sums.PARTS`, which have none.
-    """
+def _names(
+    body: Function, operation: Operation, fmt: Format, target: str
+) -> dict[str, Any]:
+    """Return the names that a body leaves open, or one of the drivers in `sums.PARTS`."""
     stream = stream_halves if fmt.name == "float16" else stream_strip
     names: dict[str, Any] = {
         **_of_format(fmt),
@@ -42,14 +41,10 @@ def bound(body: Function, operation: Operation, fmt: Format, target: str) -> Fun
         "write_strip": stream if target == PAST_CACHE else store_strip,
         "formula": _functions.bound(operation.function, inlined),
     }
-    parts = body.__name__, operation.function.__name__, fmt.name, target
 
     def bind(name: str, template: Any) -> None:
         """Bind one more name; the template may use those before it."""
         names[name] = inlined(rebuild(template, name, names))
-
-    def build(driver: Function) -> Function:
-        return rebuild(driver, "_".join(parts), names)
 
     arrays = operation.arrays - 1
     bind("get", loops.GET[arrays])
@@ -65,19 +60,52 @@ def bound(body: Function, operation: Operation, fmt: Format, target: str) -> Fun
         bind("product", sums.product_at)
         bind("add_up", add_up)
         bind("part", apart if target == APART else part)
-        return build(body)
-    bind("numbers_of", loops.OF_NUMBERS[operation.numbers])
+        return names
     bind("element", loops.ELEMENT_OF[body])
     bind("fill", loops.FILLING[target])
-    bind("arrays_of", loops.OF_ARRAYS[arrays])
-    bind("beside", loops.BESIDE_OF[body])
     if operation.active is not None:
         names["active"] = _functions.bound(operation.active, inlined)
         bind("kept", loops.KEEP[operation.kept])
         bind("bit", loops.bit_at)
     bind("body", body)
-    bind("part", loops.flat_part)
-    return build(loops.flat)
+    return names
+
+
+def bound(body: Function, operation: Operation, fmt: Format, target: str) -> Function:
+    """Return a driver whose open names are bound, for Numba to compile.
+
+    In the place of a body may be one of the drivers in `sums.PARTS`, which have none.
+    """
+    names = _names(body, operation, fmt, target)
+    name = f"{body.__name__}_{operation.function.__name__}_{fmt.name}_{target}"
+    if body in sums.PARTS:
+        return rebuild(body, name, names)
+    more: dict[str, Function] = {
+        "numbers_of": loops.OF_NUMBERS[operation.numbers],
+        "arrays_of": loops.OF_ARRAYS[operation.arrays - 1],
+        "beside": loops.BESIDE_OF[body],
+        "part": loops.flat_part,
+    }
+    for each, template in more.items():
+        names[each] = inlined(rebuild(template, each, names))
+    return rebuild(loops.flat, name, names)
+
+
+@functools.cache
+def inside(body: Function, operation: Operation, fmt: Format) -> Any:
+    """Return a body, or a driver of sums, for a thread that works on all of it alone.
+
+    It writes to other arrays or in place.
+    """
+    names = _names(body, operation, fmt, IN_PLACE)
+    if body not in sums.PARTS:
+        return names["body"]
+    names["spread"] = inlined(_on_one_thread)
+    return inlined(rebuild(body, body.__name__, names))
+
+
+def _on_one_thread(part, operands, size, grain, moved):  # type: ignore[no-untyped-def]
+    part(*operands, 0, size)
 
 
 # The outer cache answers at once.  The inner one knows what came of a call that was

@@ -140,12 +140,13 @@ def weight_sums(
     moved = 3 * x.nbytes
     number = calls.suits_columns(MANY_SUMMED, x.size, slopes.size, inner)
     target = TARGETS[calls.target_of(threads.CACHE, moved, arrays[1] is y)]
-    axes = np.zeros(walk.RANK + 1, np.int64)
+    axes = np.empty(walk.RANK + 1, np.int64)
     if any(flat(each, order) is None for each in arrays):
         target = APART
         rank, known = collapse(order, x.shape, [each.strides for each in arrays])
-        fields = np.reshape(known, (-1, rank)).T
-        axes[: walk.RANK].reshape(-1, walk.FIELDS)[:rank, : fields.shape[1]] = fields
+        for place, value in enumerate(known):
+            field, axis = divmod(place, rank)
+            axes[axis * walk.FIELDS + field] = value
         axes[walk.RANK] = rank
     driver = tuple(sums.PARTS)[number]
     loop = build.compiled(driver, operation, format_of(x.dtype), target)

@@ -1,8 +1,8 @@
 """What goes into the functions of users that Numba compiles: templates.
 
-Those with a name that is left open are bound to a formula of the catalogue, to loops of
-`portable` or to each other, as the types of the arguments want it: `_overloads` does.
-Where one is called that leaves nothing open, its name is all that it takes.
+Those with a name that is left open are bound to a formula of the catalogue, to loops, or to
+each other, as the types of the arguments want it: `_overloads` does.  Where one is called
+that leaves nothing open, its name is all that it takes.
 """
 
 from typing import Any
@@ -17,23 +17,30 @@ from fastrelu.cpu.portable import share_of
 active: Any
 apart: Any
 at: Any
+body: Any
 check: Any
+columns: Any
 copied: Any
 copy: Any
 copy_in: Any
 copy_out: Any
 copy_too: Any
+finished: Any
 finite: Any
 first_out: Any
 formula: Any
+get: Any
 gradient: Any
 lay: Any
+least: Any
 like: Any
 load: Any
 loop: Any
+many: Any
 meets_any: Any
 message: Any
 middle: Any
+moved: Any
 passes: Any
 plain: Any
 result: Any
@@ -44,10 +51,14 @@ run: Any
 scalar: Any
 second_out: Any
 store: Any
+strip_buffer: Any
+strip_size: Any
+suits_columns: Any
 take: Any
 take_weight: Any
 value_of: Any
 view: Any
+write_strip: Any
 
 
 # Numbers ------------------------------------------------------------------------------
@@ -229,6 +240,29 @@ def at_once(a, y, s):
     plain(lay(a, 0), None, at(y, 0), s, 1, 0, y.size)
 
 
+def by_strips(a, y, s):
+    """Write cache lines made in a buffer if the arrays take more than so many bytes.
+
+    That is to memory, past a cache that they do not fit, or in place: there the compiler
+    would store each element on a condition, which takes three times as long.
+    """
+    parts, flat = lay(a, 0), at(y, 0)
+    lead, whole = flat.size, 0
+    if moved * flat.nbytes > least:
+        lead = min(-flat.ctypes.data % 64 // flat.itemsize, flat.size)
+        whole = (flat.size - lead) // strip_size
+    plain(parts, None, flat, s, 1, 0, lead)
+    buffer = strip_buffer(flat)
+    for strip in range(np.uintp(whole)):
+        first = np.uintp(lead) + strip * np.uintp(strip_size)
+        for j in range(np.uintp(strip_size)):
+            buffer[j] = store(formula(*(get(parts, first + j) + s)))
+        write_strip(flat, first, buffer)
+    if lead < flat.size:
+        finished()
+        plain(parts, None, flat, s, 1, lead + whole * strip_size, flat.size)
+
+
 def by_lines(a, y, s):
     for where in np.ndindex(y.shape[:-1]):
         plain(lay(a, where), None, at(y, where), s, 1, 0, y.shape[-1])
@@ -372,6 +406,10 @@ def bits_at_once(x, bits, y, s, size):
     loop((x.reshape(x.size),), bits, y.reshape(y.size), s, 1, 0, size)
 
 
+def bits_in_strips(x, bits, y, s, size):
+    body((x.reshape(x.size),), bits, y.reshape(y.size), s, 1, 0)
+
+
 def bits_of_copy(x, bits, y, s, size):
     z = like(x)
     copy_in((x,), z, ())
@@ -479,6 +517,14 @@ def weighted(x, y, slopes, inner):
             plain((part, slopes), None, part_y, (), 1, 0, size)
 
 
+def weighted_in_strips(x, y, slopes, inner):
+    flat, flat_y = (at(x, 0),), at(y, 0)
+    if suits_columns(many, y.size, slopes.size, inner):
+        columns(flat, slopes, flat_y, (), inner, 0)
+    else:
+        rows(flat, slopes, flat_y, (), inner, 0)
+
+
 def weighted_copy(x, y, slopes, inner):
     z = like(x)
     copy_in((x,), z, ())
@@ -513,6 +559,22 @@ def prelu_backward(g, x, weight, axis, out):
 def both(g, x, slopes, inner, y, sums):
     outer = y.size // (inner * slopes.size)
     loop(at(g, 0), at(x, 0), slopes, at(y, 0), sums, inner, outer, 0, 1)
+
+
+def both_in_strips(g, x, slopes, inner, y, sums):
+    where = (
+        np.int64(at(g, 0).ctypes.data),
+        np.int64(at(x, 0).ctypes.data),
+        np.int64(slopes.ctypes.data),
+        np.int64(at(y, 0).ctypes.data),
+        np.int64(sums.ctypes.data),
+    )
+    if suits_columns(many, y.size, slopes.size, inner):
+        failed = columns(*where, 0, y.size, slopes.size, inner, 0)
+    else:
+        failed = rows(*where, 0, y.size, slopes.size, inner, 0)
+    if failed:
+        raise MemoryError
 
 
 def both_copies(g, x, slopes, inner, y, sums):
@@ -568,6 +630,10 @@ def second_of(x):
 
 def nothing(x):
     return None
+
+
+def skip():
+    pass
 
 
 def one_element(weight, out):

@@ -101,6 +101,7 @@ def _merge(address, axes):
 
 @inlined
 def _move_as(dtype, width, source, step, target, to_step, count):
+    """Copy elements of a dtype that is so many bytes wide."""
     if step == width and to_step == width:
         values, copies = array_at(source, count, dtype), array_at(target, count, dtype)
         for i in range(np.uintp(count)):
