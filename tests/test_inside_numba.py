@@ -187,10 +187,20 @@ def test_in_strips_what_lies_flat_and_overlaps(in_strips, inside):
 
 def test_in_strips_without_memory(in_strips, inside, monkeypatch):
     monkeypatch.setattr(sums, "_malloc", lambda size: 0)
-    x = normal((4, 3), np.float32)
-    for weight in (normal(3, np.float32), normal(4, np.float32)[:, None]):
+    for shape in (4, 3), (2, 3, 100):
+        x = normal(shape, np.float32)
         with pytest.raises(MemoryError):
-            inside(F.prelu_backward)(x, x, weight)
+            inside(F.prelu_backward)(x, x, normal(3, np.float32))
+
+
+def test_in_strips_rows_of_one_weight(in_strips, inside):
+    x, g = normal((2, 3, 100), np.float32), normal((2, 3, 100), np.float32, 1)
+    weight = normal(3, np.float32, 2)
+    assert_same(inside(F.prelu)(x, weight), F.prelu(x, weight))
+    dx, dw = inside(F.prelu_backward)(g, x, weight)
+    expected = F.prelu_backward(g, x, weight)
+    assert_same(dx, expected[0])
+    assert_same(dw, expected[1])
 
 
 def flat_and_overlapping(inside):
