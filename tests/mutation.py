@@ -451,10 +451,10 @@ FAULTS = {
             "test_interpreted.py::test_what_is_left_to_python",
         ),
         Fault(
-            "        elif not flat:",
-            "        if False:",
-            "bits go with elements that do not lie flat",
-            "test_interpreted.py::test_what_is_left_to_python",
+            "        elif w[_NEW_BITS] < 0 and not in_order:",
+            "        elif False:",
+            "bits go with elements that lie in another order",
+            "test_paths.py::test_other_arguments_are_left_to_python",
         ),
         Fault(
             "if size_of(value) != (size + 7) >> 3:",
@@ -505,8 +505,8 @@ FAULTS = {
             "test_interpreted.py::test_gradients_that_are_left_to_python",
         ),
         Fault(
-            "if w[loops.LOOP] != 0 or overlap(target, nbytes, into, length):",
-            "if w[loops.LOOP] != 0:",
+            "        if overlap(target, reach, into, length):",
+            "        if False:",
             "both gradients are written to the same memory",
             "test_interpreted.py::test_gradients_that_are_left_to_python",
         ),
@@ -1390,8 +1390,8 @@ FAULTS = {
             "test_interpreted.py::test_channels",
         ),
         Fault(
-            "end = smaller(begin + SEGMENT, (row + 1) * inner)",
-            "end = (row + 1) * inner",
+            "return begin, smaller(begin + SEGMENT, (row + 1) * inner)",
+            "return begin, (row + 1) * inner",
             "parts of long rows overlap",
             "test_interpreted.py::test_channels",
         ),
