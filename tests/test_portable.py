@@ -136,6 +136,17 @@ def test_weights(dtype, shape, interpreted):
         assert_weight_gradient(dw, g, x, weight)
 
 
+def test_gradients_of_other_layouts(interpreted):
+    x, g = normal((4, 6, 5), np.float32), normal((4, 6, 5), np.float32, seed=1)
+    weight = normal(6, np.float32, seed=2)
+    expected, sums = F.prelu_backward(g, x, weight)
+    wide, out = np.repeat(x, 2, -1)[..., ::2], np.zeros((4, 6, 10), np.float32)
+    for into in None, (out[..., ::2], None):
+        dx, dw = F.prelu_backward(g, wide, weight, out=into)
+        assert_same(np.array(dx), expected)
+        assert_same(dw, sums)
+
+
 def test_every_half_float(interpreted):
     bits = np.arange(1 << 16, dtype=np.uint16)
     values = bits.view(np.float16).astype(np.float32)
