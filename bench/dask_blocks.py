@@ -22,6 +22,7 @@ import fastrelu
 
 BLOCKS = 1000
 CHUNK = 1 << 24  # bytes
+SCALED = {"relu": fastrelu.relu, "numpy.maximum": lambda x: np.maximum(x, 0)}
 
 
 def seconds(work):
@@ -70,16 +71,13 @@ def scaling(turns):
         options = {"n_workers": workers, "threads_per_worker": 1}
         with LocalCluster(**options, dashboard_address=":0") as own, Client(own):
             kept = (x - np.float32(0.5)).persist()
-            for name, relu in (
-                ("relu", fastrelu.relu),
-                ("numpy.maximum", lambda x: np.maximum(x, 0)),
-            ):
+            for name, relu in SCALED.items():
                 y = relu(relu(kept) - kept)[:, ::4096].sum()
                 y.compute()
                 times[name, workers] = [seconds(y.compute) for _ in range(turns)]
     return {
         name: [a / b for a, b in zip(times[name, 1], times[name, 2], strict=True)]
-        for name in ("relu", "numpy.maximum")
+        for name in SCALED
     }
 
 

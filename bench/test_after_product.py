@@ -49,14 +49,19 @@ def product_into(target, after):
     b = rng.standard_normal((INNER, rows.shape[1]), np.float32)
     if after == "@":
         return lambda: np.matmul(a, b, out=rows)
-    if after == "torch.conv1d":  # which takes no `out`: its result is copied
-        rows = np.asarray(target).reshape(1, CHANNELS, -1)
-        a = rng.standard_normal(rows.shape, np.float32)
-        b = rng.standard_normal((CHANNELS, CHANNELS, WIDTH), np.float32)
     a, b, rows = map(torch.from_numpy, (a, b, rows))
-    if after == "torch.conv1d":
-        return lambda: rows.copy_(torch.conv1d(a, b, padding=WIDTH // 2))
     return lambda: torch.mm(a, b, out=rows)
+
+
+def convolution_into(target):
+    """The same of a convolution, which takes no `out`: its result is copied"""
+    import torch
+
+    rng, rows = np.random.default_rng(0), np.asarray(target).reshape(1, CHANNELS, -1)
+    a = rng.standard_normal(rows.shape, np.float32)
+    b = rng.standard_normal((CHANNELS, CHANNELS, WIDTH), np.float32)
+    a, b, rows = map(torch.from_numpy, (a, b, rows))
+    return lambda: rows.copy_(torch.conv1d(a, b, padding=WIDTH // 2))
 
 
 class Contender:
@@ -67,7 +72,11 @@ class Contender:
         data = peer.data(case, SLOPE)
         self.call = peer.call(case, data)
         passes = case.row.passes
-        self.before = product_into(data.g if passes == "backward" else data.x, after)
+        target = data.g if passes == "backward" else data.x
+        if after == "torch.conv1d":
+            self.before = convolution_into(target)
+        else:
+            self.before = product_into(target, after)
 
     def time(self):
         self.before()
