@@ -22,6 +22,7 @@ the caller is compiled, which loop it is:
 
 import functools
 import inspect
+import sys
 from collections.abc import Callable, Sequence
 from types import FunctionType, SimpleNamespace
 from typing import Any
@@ -242,11 +243,15 @@ def _strips(inplace: bool, moved: int) -> dict[str, Any]:
     """Return what writes strips, in place or past the cache, of so many arrays."""
     from fastrelu.cpu import loops, threads, vector
 
-    names = {"moved": moved, "least": 0 if inplace else threads.CACHE}
-    names |= {"strip_size": vector.STRIP, "strip_buffer": loops.strip_buffer}
-    names["write_strip"] = vector.store_strip if inplace else vector.stream_strip
-    names["finished"] = _made(templates.skip) if inplace else vector.fence
-    return names
+    return {
+        "moved": moved,
+        "cache": sys.maxsize if inplace else threads.CACHE,  # in place all stays there
+        "strip_size": vector.STRIP,
+        "strip_buffer": loops.strip_buffer,
+        "store_strip": vector.store_strip,
+        "stream_strip": vector.stream_strip,
+        "fence": vector.fence,
+    }
 
 
 def _dense(x: Any, order: str) -> Any:

@@ -18,6 +18,7 @@ active: Any
 apart: Any
 at: Any
 body: Any
+cache: Any
 check: Any
 columns: Any
 copied: Any
@@ -25,14 +26,13 @@ copy: Any
 copy_in: Any
 copy_out: Any
 copy_too: Any
-finished: Any
+fence: Any
 finite: Any
 first_out: Any
 formula: Any
 get: Any
 gradient: Any
 lay: Any
-least: Any
 like: Any
 load: Any
 loop: Any
@@ -51,6 +51,8 @@ run: Any
 scalar: Any
 second_out: Any
 store: Any
+store_strip: Any
+stream_strip: Any
 strip_buffer: Any
 strip_size: Any
 suits_columns: Any
@@ -58,7 +60,6 @@ take: Any
 take_weight: Any
 value_of: Any
 view: Any
-write_strip: Any
 
 
 # Numbers ------------------------------------------------------------------------------
@@ -241,26 +242,27 @@ def at_once(a, y, s):
 
 
 def by_strips(a, y, s):
-    """Write cache lines made in a buffer if the arrays take more than so many bytes.
+    """Write cache lines made in a buffer: to memory, past a cache that they do not fit.
 
-    That is to memory, past a cache that they do not fit, or in place: there the compiler
-    would store each element on a condition, which takes three times as long.
+    Where y is one of the arrays that are read, the compiler would store each element on
+    a condition without the buffer, which takes three times as long.
     """
     parts, flat = lay(a, 0), at(y, 0)
-    lead, whole = flat.size, 0
-    if moved * flat.nbytes > least:
-        lead = min(-flat.ctypes.data % 64 // flat.itemsize, flat.size)
-        whole = (flat.size - lead) // strip_size
+    lead = min(-flat.ctypes.data % 64 // flat.itemsize, flat.size)
+    whole, past = (flat.size - lead) // strip_size, moved * flat.nbytes > cache
     plain(parts, None, flat, s, 1, 0, lead)
     buffer = strip_buffer(flat)
     for strip in range(np.uintp(whole)):
         first = np.uintp(lead) + strip * np.uintp(strip_size)
         for j in range(np.uintp(strip_size)):
             buffer[j] = store(formula(*(get(parts, first + j) + s)))
-        write_strip(flat, first, buffer)
-    if lead < flat.size:
-        finished()
-        plain(parts, None, flat, s, 1, lead + whole * strip_size, flat.size)
+        if past:
+            stream_strip(flat, first, buffer)
+        else:
+            store_strip(flat, first, buffer)
+    if past:
+        fence()
+    plain(parts, None, flat, s, 1, lead + whole * strip_size, flat.size)
 
 
 def by_lines(a, y, s):
@@ -630,10 +632,6 @@ def second_of(x):
 
 def nothing(x):
     return None
-
-
-def skip():
-    pass
 
 
 def one_element(weight, out):
