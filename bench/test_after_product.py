@@ -5,6 +5,7 @@ times one call of each contender, each on what a product has just made.
 """
 
 import time
+from functools import partial
 from itertools import product
 
 import numpy as np
@@ -53,35 +54,40 @@ def product_into(target, after):
     return lambda: torch.mm(a, b, out=rows)
 
 
-def convolution_into(target):
-    """The same of a convolution, which takes no `out`: its result is copied"""
+def convolution_like(target):
+    """Return a call that returns a convolution's result, a new array each time"""
     import torch
 
-    rng, rows = np.random.default_rng(0), np.asarray(target).reshape(1, CHANNELS, -1)
-    a = rng.standard_normal(rows.shape, np.float32)
+    rng = np.random.default_rng(0)
+    a = rng.standard_normal((1, CHANNELS, target.size // CHANNELS), np.float32)
     b = rng.standard_normal((CHANNELS, CHANNELS, WIDTH), np.float32)
-    a, b, rows = map(torch.from_numpy, (a, b, rows))
-    return lambda: rows.copy_(torch.conv1d(a, b, padding=WIDTH // 2))
+    a, b = map(torch.from_numpy, (a, b))
+    convolve = partial(torch.conv1d, a, b, padding=WIDTH // 2)
+    return lambda: convolve().numpy().reshape(target.shape)
 
 
 class Contender:
-    """A peer, its call, and the product before it: of its input, or of its gradient"""
+    """A peer and what it takes right after a product: of its input, or of its gradient"""
 
     def __init__(self, peer, case, after):
         self.name, self.seconds = peer.name, []
-        data = peer.data(case, SLOPE)
-        self.call = peer.call(case, data)
-        passes = case.row.passes
-        target = data.g if passes == "backward" else data.x
+        self.peer, self.case, self.data = peer, case, peer.data(case, SLOPE)
+        self.given = "g" if case.row.passes == "backward" else "x"
+        target = getattr(self.data, self.given)
         if after == "torch.conv1d":
-            self.before = convolution_into(target)
+            self.product = convolution_like(target)
         else:
-            self.before = product_into(target, after)
+            multiply = product_into(target, after)
+            self.product = lambda: (multiply(), target)[1]
 
     def time(self):
-        self.before()
+        made = self.product()
+        setattr(self.data, self.given, made)
+        if self.case.mode == "inplace":
+            self.data.target = made
+        call = self.peer.call(self.case, self.data)
         start = time.perf_counter()
-        self.call()
+        call()
         return time.perf_counter() - start
 
 

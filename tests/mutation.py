@@ -1539,23 +1539,54 @@ FAULTS = {
     ],
     "cpu/threads.py": [
         Fault(
-            "awake = team[k + 1] > now",
-            "awake = True",
+            "return team[k + 1] > now",
+            "return True",
             "who was awake for a moment passes for awake",
             "test_team_model.py::test_who_is_awake",
         ),
         Fault(
-            "if now == before or now < 0:",
+            "if now < 0 or now == before:",
             "if now < 0:",
             "who sleeps is asked twice",
             "test_team_model.py::test_who_is_awake",
         ),
         Fault(
-            "if _own_number() != team[_OWNER] or _call_int(",
-            "if _call_int(",
-            "each thread takes the main thread's for its own",
+            "if _own_number() != team[_OWNER]:",
+            "if False:",
+            "each thread takes another's for its own",
             "test_team_model.py::test_for_whom_they_are_awake "
             "test_openmp.py::test_each_thread_has_others_of_its_own",
+        ),
+        Fault(
+            "if sure >= 0 and sure % _AGAIN != 0:",
+            "if sure >= 0:",
+            "once all came, clocks are never read again",
+            "test_team_model.py::test_after_loops_that_went_well_they_are_looked_at_now_and_"
+            "then",
+        ),
+        Fault(
+            "team[_LATE] = _load(team, _JOINED) < team[_THEIRS]",
+            "team[_LATE] = 0",
+            "nobody learns that somebody came late",
+            "test_team_model.py::test_whether_somebody_was_late",
+        ),
+        Fault(
+            "team[_WELL], team[_LEFT] = 0, team[_BREAK]",
+            "team[_WELL], team[_LEFT] = 0, 0",
+            "who came late is asked at once again",
+            "test_team_model.py::test_after_loops_that_somebody_was_late_for",
+        ),
+        Fault(
+            "if team[_WELL] >= _PAID:",
+            "if False:",
+            "one delay in hours counts as much as one in milliseconds",
+            "test_team_model.py::test_after_loops_that_somebody_was_late_for",
+        ),
+        Fault(
+            "        if team[_OTHERS] >= _FORGOTTEN:\n",
+            "        if False:\n",
+            "the first to have threads is the only one for ever",
+            "test_openmp.py::test_a_thread_that_is_not_the_main_one",
         ),
         Fault(
             "        if after != mode:  # it is theirs again\n",

@@ -271,14 +271,11 @@ def test_when_the_team_is_ready(monkeypatch):
     assert not threads.is_ready()
     memory[threads._LIMIT] = 12345
     assert threads.is_ready()
-    # Once PyTorch is there, its threads are to be looked for, by who has any.
-    monkeypatch.setattr(threads, "_own_number", lambda: 7)
-    modules[torch], memory[threads._OWNER] = True, 7
+    # Once PyTorch is there, its threads are to be looked for.
+    modules[torch] = True
     memory[threads._UNTIL] = 1
     assert [threads.is_ready() for _ in "12"] == [True, False]
-    memory[threads._UNTIL], memory[threads._OWNER] = 0, 8
-    assert threads.is_ready()
-    memory[threads._THEIRS], memory[threads._OWNER] = 2, 7
+    memory[threads._UNTIL], memory[threads._THEIRS] = 0, 2
     assert threads.is_ready()
     memory[threads._SHARE] = 0
     assert not threads.is_ready()

@@ -20,7 +20,10 @@ PRELUDE = """
     import fastrelu as F
     from fastrelu.cpu import threads
     torch.set_num_threads(2)
-    words, weights = threads._memory, torch.ones(512, 512)
+    words = threads._memory
+    # Not of torch.ones, which has threads: beside the main thread's, OpenMP lets another
+    # thread's look for work for a moment only.
+    weights = torch.from_numpy(np.ones((512, 512), np.float32))
     x = np.linspace(-1, 1, 1 << 20, dtype=np.float32)
     y, expected = np.empty_like(x), np.maximum(x, 0)
     def loop():
@@ -63,8 +66,9 @@ def test_who_is_counted():
         return openmp.running({here})
     print(until(product))
     time.sleep(0.1)
-    real, gone = openmp.os.listdir, str(here + 100_000)
-    openmp.os.listdir = lambda folder: [*real(folder), gone, str(int(gone) + 1)]
+    # So many that one is asked before all of those that there are.
+    real, gone = openmp.os.listdir, [str(here + 100_000 + i) for i in range(64)]
+    openmp.os.listdir = lambda folder: [*real(folder), *gone]
     print(openmp.running({here}))
     """
     assert ask(script) == "0\n1\n0\n"
@@ -120,6 +124,47 @@ def test_each_thread_has_others_of_its_own():
     other.join()
     """
     assert ask(script) == "2\nTrue\n"
+
+
+def test_a_thread_that_is_not_the_main_one():
+    """Its own are got to know, and another's once most loops come from there."""
+    script = """
+    def serve():
+        print(until(know), until(after_product))
+        print(words[threads._OWNER] == threading.get_ident())
+    other = threading.Thread(target=serve)
+    other.start()
+    other.join()
+    for _ in range(threads._FORGOTTEN):
+        loop()
+    print(int(words[threads._THEIRS]))
+    serve()
+    """
+    assert ask(script) == "2 2\nTrue\n0\n2 2\nTrue\n"
+
+
+def test_two_threads_that_look_at_once():
+    """One does, and the other goes on; who comes in between finds what it found."""
+    script = """
+    from fastrelu.cpu import openmp
+    loop()
+    real = openmp.running
+    def meanwhile(ours):
+        words[threads._UNTIL] = -1
+        threads.ready()
+        print(int(words[threads._THEIRS]))
+        return real(ours)
+    openmp.running = meanwhile
+    torch.mm(weights, weights)
+    words[threads._UNTIL] = -1
+    threads.ready()
+    openmp.running = real
+    print(until(know))
+    words[threads._UNTIL] = -1
+    openmp.running = meanwhile  # is not asked
+    threads.ready()
+    """
+    assert ask(script) == "0\n2\n"
 
 
 def test_whoever_takes_a_piece_has_the_mode_of_whoever_brought_the_loop():

@@ -494,6 +494,14 @@ class Clocks:
         del self.asked[:]
         return threads._are_awake(self.words)
 
+    def loop(self, late=False):
+        """Say whether it is theirs"""
+        awake = self.are_awake()
+        if awake:
+            self.words[threads._LATE] = late
+            threads._learn(self.words)
+        return awake
+
 
 @pytest.fixture
 def clocks(monkeypatch):
@@ -527,6 +535,69 @@ def test_for_whom_they_are_awake(clocks):
     del found.nanoseconds[-10]  # it has ended
     assert not found.are_awake()
     assert found.words[threads._THEIRS] == 0
+
+
+def test_after_loops_that_went_well_they_are_looked_at_now_and_then(clocks):
+    found = clocks(2)
+    found.words[threads._NEEDED] = threads._FEW
+    looked = []
+    for _ in range(threads._FEW + 2 * threads._AGAIN):
+        assert found.loop()
+        looked.append(bool(found.asked))
+    now_and_then = [True] + [False] * (threads._AGAIN - 1)
+    assert looked == [True] * threads._FEW + 2 * now_and_then
+    assert found.loop()
+    found.goes_on.clear()  # they fall asleep, and are late once, or are seen to sleep
+    for _ in range(threads._AGAIN - 1):
+        assert found.loop()
+    assert not found.loop()
+    assert not found.loop()
+    assert found.words[threads._NEEDED] == threads._FEW
+
+
+def test_after_loops_that_somebody_was_late_for(clocks):
+    found = clocks(2)
+    found.words[threads._NEEDED] = needed = threads._FEW
+    # If they were looked at, the next loops are left to others: ever more.
+    for left in (1, 3, 7, 15, 31, 63, 127, 255, 511, 1023, 1023):
+        assert found.loop(late=True)
+        assert [found.loop() for _ in range(left)] == [False] * left
+    for _ in range(threads._PAID):
+        assert found.loop()
+    assert found.loop(late=True)
+    assert found.loop(late=True)
+    assert [found.loop() for _ in "12"] == [False, True]  # as in the beginning
+    # If not, more must go well before they are not looked at.
+    found = clocks(2)
+    found.words[threads._NEEDED] = needed
+    while needed < threads._MANY:
+        for _ in range(needed + 1):
+            assert found.loop()
+        looks = found.words[threads._NEEDED]
+        assert looks == needed
+        assert found.loop(late=True)
+        needed = found.words[threads._NEEDED]
+        assert needed in (8 * looks, threads._MANY, threads._FEW)
+        if needed == threads._FEW:
+            assert looks >= threads._PAID
+            break
+
+
+def test_whether_somebody_was_late(team):
+    """Who has not come when the owner finds no piece left."""
+    for late in (False, True):
+
+        def choose(model, ready, late=late):
+            theirs = [task for task in ready if task in model.theirs]
+            others = [task for task in ready if task not in theirs]
+            return ((others or theirs) if late else (theirs or others))[0]
+
+        model = team(2, choose)
+        with_theirs(model, 2)
+        model.owner((8, 1, MUCH, 1))
+        model.run()
+        assert model.words.peek(threads._LATE) == late
+        assert model.words.peek(threads._WELL) == (not late)
 
 
 def test_a_mode_that_must_stay_with_its_thread(team):

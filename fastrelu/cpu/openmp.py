@@ -6,7 +6,8 @@ whoever calls them waits until the last of them has come, which takes millisecon
 one sleeps and another program has its processor.  So they are asked only while each of
 them runs, which Linux tells by the time that a thread has had a processor.
 
-OpenMP gives each thread that calls it others of its own.  Here that is the main thread.
+OpenMP gives each thread that calls it others of its own.  One thread's are known at a
+time: those of whoever brings loops.
 """
 
 import ctypes

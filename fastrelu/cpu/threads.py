@@ -102,6 +102,13 @@ _LOOK = 3000
 _SOON = 8  # loops that a member must have found awake for its waking to have paid
 _LONGEST_PAUSE = 63  # loops that are left alone after wakings that did not
 
+# Loops on PyTorch's threads: see `_are_awake` and `_learn`.
+_FEW, _MANY = 8, 4096  # in a row for which all came, until it is not asked each time
+_AGAIN = 16  # from one time that it is asked to the next, then
+_PAID = 512  # that saved what one loses for which somebody came late
+_LONGEST_BREAK = 1023  # left to others after that
+_FORGOTTEN = 64  # of other threads than their owner's, until it is another's turn
+
 # The team's memory, in words of 8 bytes; what several threads write has a cache line
 # (8 words) of its own.
 _BUSY = 0  # 1 while somebody's loop runs
@@ -125,6 +132,10 @@ _FORK, _GET_MOST, _GET_PLACE, _GET_TIME, _JOIN = range(83, 88)
 _MODULES, _TORCH = 89, 90  # see `is_ready`
 _TIME = 91  # and 92: seconds and nanoseconds
 _CLOCKS = 96
+# Loops on them: in a row for which all came, and how many there must be; whether somebody
+# came late to the last; how many are left to others after such a one, and still are.
+_WELL, _NEEDED, _LATE, _BREAK, _LEFT = range(104, 109)
+_OTHERS = 109  # loops of other threads since their owner's last
 _MEMBER, _MEMBER_SIZE = 112, 32  # the first member's words; the next has the next 32
 _ASLEEP, _LOCK = 8, 9  # after its part: (first piece << 32) + the piece after the last
 _ID, _FORBIDDEN = 10, 11  # to Linux, and the processor it must not use, or -1
@@ -401,26 +412,68 @@ def _time_of(team, clock):
 
 
 @inlined
-def _are_awake(team):
-    """Say whether each of PyTorch's threads has a processor right now.
+def _goes_on(team, k):
+    """Say whether the thread whose clock is word k has a processor right now.
 
-    They work for their owner alone, who is here: so they look for work.  Whose clock has
-    not moved since it was last looked at sleeps; else it must go on while that is done.
+    If the clock has not moved since it was last read, it sleeps; else it must move now.
     """
-    if _own_number() != team[_OWNER] or _call_int(team[_GET_MOST], ()) != team[_THEIRS]:
+    before, now = team[k + 1], _time_of(team, team[k])
+    if now < 0:
+        team[_THEIRS] = 0  # it has ended: there may be others
+    if now < 0 or now == before:
         return False
-    awake = True
+    team[k + 1] = _time_of(team, team[k])
+    return team[k + 1] > now
+
+
+@inlined
+def _are_awake(team):
+    """Say whether each of PyTorch's threads has a processor, as far as that is known.
+
+    They work for their owner alone, who is here: so they look for work.  To read a clock
+    twice takes 7 microseconds after a product, which has had the caches to itself, and a
+    loop over `ENOUGH` takes 15.  So once all came to some in a row, clocks are read now
+    and then only.
+    """
+    if _own_number() != team[_OWNER]:
+        team[_OTHERS] += 1
+        if team[_OTHERS] >= _FORGOTTEN:
+            team[_THEIRS] = 0
+        return False
+    team[_OTHERS] = 0
+    if _call_int(team[_GET_MOST], ()) != team[_THEIRS]:
+        return False
+    if team[_LEFT] > 0:
+        team[_LEFT] -= 1
+        return False
+    sure = team[_WELL] - team[_NEEDED]
+    if sure >= 0 and sure % _AGAIN != 0:
+        return True
     for k in range(_CLOCKS, _CLOCKS + 2 * openmp.ASKED, 2):
-        if awake and team[k] != 0:
-            before, now = team[k + 1], _time_of(team, team[k])
-            if now == before or now < 0:
-                awake = False
-            else:
-                team[k + 1] = _time_of(team, team[k])
-                awake = team[k + 1] > now
-            if now < 0:
-                team[_THEIRS] = 0  # it has ended: there may be others
-    return awake
+        if team[k] != 0 and not _goes_on(team, k):
+            team[_WELL] = 0
+            return False
+    return True
+
+
+@inlined
+def _learn(team):
+    """Note how a loop on PyTorch's threads went.
+
+    Whoever came late slept, or somebody else had its processor: another program, or
+    OpenBLAS after a product of NumPy's.  For that the owner has waited, for milliseconds
+    at worst.  Where it happens again, it is asked for longer, or if it was, others work.
+    """
+    if team[_LATE] == 0:
+        team[_WELL] += 1
+        return
+    if team[_WELL] >= _PAID:
+        team[_NEEDED], team[_BREAK] = _FEW, 0
+    elif team[_WELL] >= team[_NEEDED]:
+        team[_NEEDED] = smaller(8 * team[_NEEDED], _MANY)
+    else:
+        team[_BREAK] = smaller(2 * team[_BREAK] + 1, _LONGEST_BREAK)
+    team[_WELL], team[_LEFT] = 0, team[_BREAK]
 
 
 def _join(address):
@@ -435,6 +488,8 @@ def _join(address):
         after = _work(team, me, mode)
         if after != mode:  # it is theirs again
             _set_mode(mode)
+    if me == 0:  # the owner, who has found no piece left
+        team[_LATE] = _load(team, _JOINED) < team[_THEIRS]
 
 
 def _tell(address):
@@ -483,6 +538,7 @@ def _share(function, arguments, size, grain, moved):
     if awake:
         _store(team, _JOINED, 0)
         _call_fork(team[_FORK], (team[_JOIN], 0, team[_THEIRS], 0))
+        _learn(team)
     else:
         _add(team, _LOOPS, 1)
         for member in range(1, members if wake else 1):
@@ -592,8 +648,7 @@ def is_ready():
         return False
     unknown = team[_THEIRS] == 0 and team[_UNTIL] >= 0
     if unknown and _dict_item(team[_MODULES], team[_TORCH]) != 0:
-        if _own_number() == team[_OWNER]:
-            team[_UNTIL] -= 1
+        team[_UNTIL] -= 1
         if team[_UNTIL] < 0:
             return False
     return team[_LIMIT] != 0 or _dict_item(team[_NUMBA], team[_LAUNCHED]) != team[_TRUE]
@@ -629,6 +684,7 @@ def ready(moved: int = 2 * SHARE) -> None:
 _launched, _torch = sys.intern("_is_initialized"), sys.intern("torch")
 _modules = sys.modules
 _NEVER = -2  # is there anything to look for
+_looking = threading.Lock()
 
 
 def _look_for_theirs() -> None:
@@ -636,14 +692,37 @@ def _look_for_theirs() -> None:
     global _pause
     _memory[_UNTIL] = _pause = min(2 * _pause + 1, 1023)
     found = openmp.functions()
-    if not found or threading.get_ident() != _memory[_OWNER]:
+    if not found or not _looking.acquire(blocking=False):
         return
-    _memory[[_FORK, _GET_MOST, _GET_PLACE, _GET_TIME]] = found
+    try:
+        ours = {*_memory[_MEMBER + _ID :: _MEMBER_SIZE].tolist()}
+        ours.add(threading.get_native_id())
+        number = ctypes.CFUNCTYPE(ctypes.c_int)(found[1])()
+        if not _memory[_THEIRS] and 1 < number <= _MOST:  # another thread's, by now
+            _memory[[_FORK, _GET_MOST, _GET_PLACE, _GET_TIME]] = found
+            if openmp.running(ours) >= number - 1:
+                _meet(number)
+    finally:
+        _looking.release()
+
+
+def _meet(number: int) -> None:
+    """Have so many threads tell what Linux calls them, and keep some of their clocks."""
     _memory[_JOIN], tell = _for_theirs()
-    number = ctypes.CFUNCTYPE(ctypes.c_int)(found[1])()
-    ours = {*_memory[_MEMBER + _ID :: _MEMBER_SIZE].tolist(), threading.get_native_id()}
-    if 1 < number <= _MOST and openmp.running(ours) >= number - 1:
-        _meet(number, tell)
+    told = np.zeros(_MOST, np.int64)
+    _memory[_JOINED] = 0
+    fork = ctypes.CFUNCTYPE(
+        None, ctypes.c_void_p, ctypes.c_void_p, *[ctypes.c_uint] * 2
+    )
+    fork(int(_memory[_FORK]))(tell, told.ctypes.data, number, 0)
+    others = [int(i) for i in told[told > 0] if i != threading.get_native_id()]
+    if len(others) == number - 1:
+        clocks = [openmp.clock_of(i) for i in others[:: -(-number // openmp.ASKED)]]
+        _memory[_CLOCKS : _CLOCKS + 2 * openmp.ASKED] = 0
+        _memory[_CLOCKS : _CLOCKS + 2 * len(clocks) : 2] = clocks
+        _memory[_WELL : _OTHERS + 1] = 0
+        _memory[_NEEDED] = _FEW
+        _memory[_OWNER], _memory[_THEIRS] = threading.get_ident(), number
 
 
 @functools.cache
@@ -653,21 +732,6 @@ def _for_theirs() -> tuple[int, int]:
     made = [compile_and_keep(f, types.void(_word)) for f in (_join, _tell)]
     _functions.extend(made)
     return made[0].address, made[1].address
-
-
-def _meet(number: int, tell: int) -> None:
-    """Have so many threads tell what Linux calls them, and keep some of their clocks."""
-    fork = ctypes.CFUNCTYPE(
-        None, ctypes.c_void_p, ctypes.c_void_p, *[ctypes.c_uint] * 2
-    )
-    told = np.zeros(_MOST, np.int64)
-    _memory[_JOINED] = 0
-    fork(int(_memory[_FORK]))(tell, told.ctypes.data, number, 0)
-    others = [int(i) for i in told[told > 0] if i != threading.get_native_id()]
-    clocks = [openmp.clock_of(i) for i in others[:: -(-number // openmp.ASKED)]]
-    _memory[_CLOCKS : _CLOCKS + 2 * openmp.ASKED] = 0
-    _memory[_CLOCKS : _CLOCKS + 2 * len(clocks) : 2] = clocks
-    _memory[_THEIRS] = number if len(others) == number - 1 else 0
 
 
 _pause, _was_forked = 0, False
@@ -707,7 +771,6 @@ def _start() -> None:
     _memory[_NUMBA], _memory[_LAUNCHED] = id(vars(parallel)), id(_launched)
     _memory[_TRUE] = id(True)
     _memory[_ALONE] = ALONE
-    _memory[_OWNER] = threading.main_thread().ident or 0
     _memory[_MODULES], _memory[_TORCH] = id(_modules), id(_torch)
     if not _memory[_THREAD] or _was_forked:
         _memory[_UNTIL] = _NEVER
