@@ -1627,6 +1627,18 @@ FAULTS = {
             "test_team_model.py",
         ),
         Fault(
+            "if _load(team, _PENDING) == 0:  # those",
+            "if False:  # those",
+            "members are woken for what others have done",
+            "test_team_model.py::test_no_more_are_woken_than_there_is_work_for",
+        ),
+        Fault(
+            "int(number * _PATIENCE / max(min(seconds), 1e-6))",
+            "int(number * _PATIENCE / max(max(seconds), 1e-6))",
+            "a team that was started on a busy machine sleeps at once for ever",
+            "test_team_model.py::test_how_often_one_looks_for_work",
+        ),
+        Fault(
             "_store(team, words + _ASLEEP, 1)",
             "_store(team, words + _ASLEEP, 0)",
             "a member sleeps for ever",

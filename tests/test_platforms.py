@@ -333,7 +333,7 @@ def test_there_is_no_team_before_a_large_array():
     F.relu(x, inplace=True)
     print(state(), np.array_equal(x, expected))
     """
-    assert run(PRELUDE + script) == "(0, False, 0)\n(2, True, 1) True\n"
+    assert run(PRELUDE + script) == "(0, False, 0)\n(3, True, 1) True\n"
 
 
 @pytest.mark.parametrize("by", STARTS)
@@ -346,7 +346,7 @@ def test_a_team_is_started_once_by(by):
         members -= pool._DEFAULT._words[blocks.BELL] != 0
         assert members == threads._memory[threads._WORKERS]
     """
-    assert run(PRELUDE + BLOCKED + STARTS[by] + script) == "True 2\n"
+    assert run(PRELUDE + BLOCKED + STARTS[by] + script) == "True 3\n"
 
 
 def test_a_call_that_leaves_checked_arrays_to_python():

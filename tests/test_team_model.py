@@ -106,6 +106,7 @@ class Model:
     def __init__(self, members, choose):
         self.words = Words(self, threads._MEMBER + members * threads._MEMBER_SIZE)
         self.words.poke(threads._WORKERS, members - 1)
+        self.words.poke(threads._LOOKS, 1)
         self.words.poke(threads._THREAD, members % 2)  # numbers, as on Linux, or none
         self.held, self.loops = set(), []
         for me in range(members):
@@ -321,7 +322,6 @@ class Model:
 def team(monkeypatch):
     """Return `team(members, choose)`; what the members do is Python."""
     interpret(monkeypatch)
-    monkeypatch.setattr(threads, "_LOOK", 1)
 
     def make(members, choose):
         model = Model(members, choose)
@@ -634,6 +634,47 @@ def test_random_schedules_of_many(team, seed):
                 )
             )
         model.run()
+
+
+@pytest.mark.parametrize("members", [16, 64, 256])
+def test_a_large_team(team, members):
+    """As on machines with so many processors."""
+    rng = random.Random(members)
+    calm = 1 - 1 / members
+    choose = lambda model, ready: ready[0] if rng.random() < calm else rng.choice(ready)
+    model = team(members, choose)
+    for _ in range(2):
+        model.owner((3 * members + 1, 1, members * threads.SHARE + MUCH, 1))
+    model.run()
+    assert model.workers & {*model.members}
+
+
+def test_no_more_are_woken_than_there_is_work_for(team, monkeypatch):
+    """Each is woken by whoever brings the loop: 255 would take longer than most loops."""
+    woken = []
+
+    def choose(model, ready):
+        members = [task for task in ready if task in model.members]
+        return (members or ready)[0]  # whoever is woken does it all at once
+
+    model = team(8, choose)
+    monkeypatch.setattr(
+        threads, "_wake", lambda lock: (woken.append(lock), model.wake(lock))
+    )
+    model.owner((8, 1, MUCH, 1))
+    model.run()
+    assert len(woken) == 1
+
+
+@pytest.mark.parametrize(
+    ("seconds", "looks"), [(1e-3, 100), (100e-6, 750), (20e-6, 3750), (0, 75_000)]
+)
+def test_how_often_one_looks_for_work(monkeypatch, seconds, looks):
+    """As often as a moment allows, by the quickest of three tries."""
+    now = iter((0, 5 * seconds, 10, 10 + seconds, 20, 20 + 2 * seconds))
+    monkeypatch.setattr(threads.time, "perf_counter", lambda: next(now))
+    monkeypatch.setattr(threads, "_PATIENCE", 75e-6)
+    assert threads._count_looks(lambda number: None) == pytest.approx(looks, abs=1)
 
 
 def test_a_limit_is_kept(team):

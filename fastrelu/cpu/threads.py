@@ -26,6 +26,8 @@ import functools
 import os
 import sys
 import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -95,10 +97,10 @@ ENOUGH = 1 << 20
 
 _STACK = 1 << 20  # bytes of a member's, many times what the loops' buffers take
 _PIECES = 4  # of each member's part: what another may take over
-# Times that a thread looks for work before it sleeps: about 50 us, as long as waking it
-# takes.  The others' last pieces must be done in less: a team that falls asleep between
-# the loops of a burst made each take twice as long.
-_LOOK = 3000
+# Seconds that a thread looks for work before it sleeps: as long as waking it takes.  The
+# others' last pieces must be done in less: a team that falls asleep between the loops of
+# a burst made each take twice as long.
+_PATIENCE = 75e-6
 _SOON = 8  # loops that a member must have found awake for its waking to have paid
 _LONGEST_PAUSE = 63  # loops that are left alone after wakings that did not
 
@@ -136,6 +138,7 @@ _CLOCKS = 96
 # came late to the last; how many are left to others after such a one, and still are.
 _WELL, _NEEDED, _LATE, _BREAK, _LEFT = range(104, 109)
 _OTHERS = 109  # loops of other threads since their owner's last
+_LOOKS = 110  # how often one looks for work in `_PATIENCE`
 _MEMBER, _MEMBER_SIZE = 112, 32  # the first member's words; the next has the next 32
 _ASLEEP, _LOCK = 8, 9  # after its part: (first piece << 32) + the piece after the last
 _ID, _FORBIDDEN = 10, 11  # to Linux, and the processor it must not use, or -1
@@ -542,6 +545,8 @@ def _share(function, arguments, size, grain, moved):
     else:
         _add(team, _LOOPS, 1)
         for member in range(1, members if wake else 1):
+            if _load(team, _PENDING) == 0:  # those before have done it all
+                break
             words = _MEMBER + member * _MEMBER_SIZE
             if _load(team, words + _ASLEEP) == 1 and team[words + _ID] != 0:
                 _keep_away(team, member)
@@ -549,16 +554,29 @@ def _share(function, arguments, size, grain, moved):
                 _wake(team[words + _LOCK])
         _work(team, 0, mode)
     # Members may still be at it, after theirs, too: who came late to the loop before.
-    looks = 0
+    looks = team[_LOOKS]
     while _load(team, _PENDING) > 0:
-        if looks < _LOOK:
-            looks += 1
+        if looks > 0:
+            looks -= 1
             _look_away()
             continue
         _store(team, _WAITING, 1)
         if _load(team, _PENDING) > 0 or not _swap(team, _WAITING, 1, 0):
             _sleep(team[_MEMBER + _LOCK], 1)
     _store(team, _BUSY, 0)
+
+
+@inlined
+def _look(team, seen, looks):
+    """Wait for a loop after so many, but no longer than for so many looks."""
+    while looks > 0 and _load(team, _LOOPS) == seen:
+        looks -= 1
+        _look_away()
+
+
+def _look_in_vain(looks):
+    """Wait for the first loop, before there is a team: to see how long that takes."""
+    _look(_team(), 0, looks)
 
 
 def _member(me):
@@ -568,11 +586,9 @@ def _member(me):
     if team[_THREAD] != 0:
         team[words + _ID] = _call_int(team[_THREAD], ())
     seen, mode = 0, -1  # whatever it was started in
+    patience = team[_LOOKS]
     while True:
-        looks = 0
-        while _load(team, _LOOPS) == seen and looks < _LOOK:
-            looks += 1
-            _look_away()
+        _look(team, seen, patience)
         loops = _load(team, _LOOPS)
         if loops != seen:
             seen = loops
@@ -737,15 +753,32 @@ def _for_theirs() -> tuple[int, int]:
 _pause, _was_forked = 0, False
 
 
+def _count_looks(look: Callable[[int], None]) -> int:
+    """Return how often one looks for work in `_PATIENCE`.
+
+    What tells a processor to give way for a moment costs up to 140 cycles, or just one.
+    """
+    seconds, number = [], 1000
+    for _ in range(3):
+        start = time.perf_counter()
+        look(number)
+        seconds.append(time.perf_counter() - start)
+    return max(100, int(number * _PATIENCE / max(min(seconds), 1e-6)))
+
+
 @shielded
 def _start() -> None:
     if _memory[_SHARE]:  # by another thread, while this one waited
         return
     share = compile_and_keep(_share, types.void(*[_word] * 5))
     member = compile_and_keep(_member, types.void(_word))
+    look = compile_and_keep(_look_in_vain, types.void(_word))
     if _memory[_SHARE]:  # by a signal's handler, while that was compiled
         return
-    _functions.extend((share, member))
+    _functions.extend((share, member, look))
+    _memory[_LOOKS] = _count_looks(
+        ctypes.PYFUNCTYPE(None, ctypes.c_int64)(look.address)
+    )
     if sys.platform == "linux":
         library = ctypes.CDLL(None)
         with contextlib.suppress(AttributeError):  # one that lacks a function
