@@ -649,6 +649,15 @@ def test_a_large_team(team, members):
     assert model.workers & {*model.members}
 
 
+@pytest.mark.parametrize("shares", [2, 16, 24, 63, 64, 1000])
+def test_pieces_are_of_two_shares_where_that_is_many(team, shares):
+    model = team(2, lambda model, ready: ready[-1])
+    model.owner((320, 1, shares * threads.SHARE, 1))
+    model.run()
+    pieces = min(max(shares // 2, 8), 32)
+    assert model.words.peek(threads._PIECE) == -(-320 // (pieces // 2 * 2))
+
+
 def test_no_more_are_woken_than_there_is_work_for(team, monkeypatch):
     """Each is woken by whoever brings the loop: 255 would take longer than most loops."""
     woken = []

@@ -96,7 +96,10 @@ MUCH = 8 << 20
 ENOUGH = 1 << 20
 
 _STACK = 1 << 20  # bytes of a member's, many times what the loops' buffers take
-_PIECES = 4  # of each member's part: what another may take over
+# Of each member's part, what another may take over: at least so many, and at most so many
+# of two shares each.  Of loops that compute much, the last of four took longer than the
+# others' patience; each costs a sixth of a microsecond.
+_PIECES, _MOST_PIECES = 4, 16
 # Seconds that a thread looks for work before it sleeps: as long as waking it takes.  The
 # others' last pieces must be done in less: a team that falls asleep between the loops of
 # a burst made each take twice as long.
@@ -529,7 +532,9 @@ def _share(function, arguments, size, grain, moved):
         _store(team, _BUSY, 0)
         _call_loop(function, (arguments, 0, size))
         return
-    piece = -(-size // (_PIECES * members * grain)) * grain
+    each = smaller(moved // (2 * members * SHARE), _MOST_PIECES)
+    each = _PIECES if each < _PIECES else each
+    piece = -(-size // (each * members * grain)) * grain
     pieces = -(-size // piece)
     team[_FUNCTION], team[_ARGUMENTS] = function, arguments
     team[_SIZE], team[_PIECE], team[_MODE] = size, piece, mode
