@@ -533,7 +533,7 @@ def _share(function, arguments, size, grain, moved):
         _call_loop(function, (arguments, 0, size))
         return
     each = smaller(moved // (2 * members * SHARE), _MOST_PIECES)
-    each = _PIECES if each < _PIECES else each
+    each = _PIECES if each < _PIECES else each  # noqa: FURB136
     piece = -(-size // (each * members * grain)) * grain
     pieces = -(-size // piece)
     team[_FUNCTION], team[_ARGUMENTS] = function, arguments
