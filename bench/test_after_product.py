@@ -32,7 +32,7 @@ def pytest_generate_tests(metafunc):
     sizes = SIZES if full else ("1M",)
     pairs = [
         (f"{op}-{mode}-float32-{n}", after, peer)
-        for op, mode, n, after in product(*OPS, sizes, PRODUCTS)
+        for after, op, mode, n in product(PRODUCTS, *OPS, sizes)
         for peer in PRODUCTS[after]
         if not peer.missing() and not Torch.missing()
     ]

@@ -1571,16 +1571,17 @@ FAULTS = {
             "test_team_model.py::test_whether_somebody_was_late",
         ),
         Fault(
-            "team[_WELL], team[_LEFT] = 0, team[_BREAK]",
-            "team[_WELL], team[_LEFT] = 0, 0",
-            "who came late is asked at once again",
-            "test_team_model.py::test_after_loops_that_somebody_was_late_for",
+            "team[_WELL], team[_DOUBT] = 0, _DOUBTFUL",
+            "team[_WELL] = 0",
+            "who came late passes for awake although others have its processor",
+            "test_team_model.py::test_after_a_loop_that_somebody_came_late_to",
         ),
         Fault(
             "if team[_WELL] >= _PAID:",
             "if False:",
             "one delay in hours counts as much as one in milliseconds",
-            "test_team_model.py::test_after_loops_that_somebody_was_late_for",
+            "test_team_model.py::test_loops_that_somebody_came_late_to_while_no_clock_was_"
+            "read",
         ),
         Fault(
             "        if team[_OTHERS] >= _FORGOTTEN:\n",

@@ -473,9 +473,10 @@ class Clocks:
         words[threads._OWNER], words[threads._THEIRS] = 77, number
         self.most, self.me, self.nanoseconds = number, 77, {}
         for k in range(min(number - 1, openmp.ASKED)):
-            words[threads._CLOCKS + 2 * k] = -9 - k
+            words[threads._CLOCKS + threads._CLOCK_SIZE * k] = -9 - k
             self.nanoseconds[-9 - k] = 3_000_000_000 + k
         self.goes_on, self.asked = set(self.nanoseconds), []
+        self.nanoseconds[openmp.WALL] = 7_000_000_000
         monkeypatch.setattr(threads, "_own_number", lambda: self.me)
         monkeypatch.setattr(threads, "_call_int", lambda *_: self.most)
         monkeypatch.setattr(threads, "_address", lambda words, i: i)
@@ -483,9 +484,10 @@ class Clocks:
 
     def call_clock(self, function, arguments):
         clock, at = arguments
-        self.asked.append(clock)
         if clock not in self.nanoseconds:
             return -1
+        if clock != openmp.WALL:
+            self.asked.append(clock)
         self.nanoseconds[clock] += 400 if clock in self.goes_on else 0
         self.words[at : at + 2] = divmod(self.nanoseconds[clock], 1_000_000_000)
         return 0
@@ -547,7 +549,7 @@ def test_after_loops_that_went_well_they_are_looked_at_now_and_then(clocks):
     now_and_then = [True] + [False] * (threads._AGAIN - 1)
     assert looked == [True] * threads._FEW + 2 * now_and_then
     assert found.loop()
-    found.goes_on.clear()  # they fall asleep, and are late once, or are seen to sleep
+    found.goes_on.clear()  # they fall asleep
     for _ in range(threads._AGAIN - 1):
         assert found.loop()
     assert not found.loop()
@@ -555,32 +557,47 @@ def test_after_loops_that_went_well_they_are_looked_at_now_and_then(clocks):
     assert found.words[threads._NEEDED] == threads._FEW
 
 
-def test_after_loops_that_somebody_was_late_for(clocks):
+def test_after_a_loop_that_somebody_came_late_to(clocks):
+    """Whoever is to come must have had a processor since it was last looked at."""
     found = clocks(2)
-    found.words[threads._NEEDED] = needed = threads._FEW
-    # If they were looked at, the next loops are left to others: ever more.
-    for left in (1, 3, 7, 15, 31, 63, 127, 255, 511, 1023, 1023):
-        assert found.loop(late=True)
-        assert [found.loop() for _ in range(left)] == [False] * left
-    for _ in range(threads._PAID):
-        assert found.loop()
+    (clock,) = found.goes_on
+    found.words[threads._NEEDED] = 10**9  # clocks are read each time
     assert found.loop(late=True)
-    assert found.loop(late=True)
-    assert [found.loop() for _ in "12"] == [False, True]  # as in the beginning
-    # If not, more must go well before they are not looked at.
+
+    def later(share):
+        """Say whether a loop is theirs who had a processor for this share of a while"""
+        found.nanoseconds[openmp.WALL] += 10**6
+        found.nanoseconds[clock] += int(share * 10**6)
+        return found.loop()
+
+    for _ in range(3):
+        assert not later(0.5)
+    for _ in range(threads._DOUBTFUL):
+        assert later(1)
+        assert not later(0.8) or found.words[threads._DOUBT] == 0
+    assert later(0.5)
+
+
+def test_loops_that_somebody_came_late_to_while_no_clock_was_read(clocks):
+    """The more there are, the longer clocks are read before that is so again."""
     found = clocks(2)
-    found.words[threads._NEEDED] = needed
-    while needed < threads._MANY:
-        for _ in range(needed + 1):
+    found.words[threads._NEEDED] = threads._FEW
+
+    def run(well):
+        """So many loops that go well, and one that does not"""
+        for _ in range(well):
+            found.nanoseconds[openmp.WALL] += 800
             assert found.loop()
-        looks = found.words[threads._NEEDED]
-        assert looks == needed
         assert found.loop(late=True)
-        needed = found.words[threads._NEEDED]
-        assert needed in (8 * looks, threads._MANY, threads._FEW)
-        if needed == threads._FEW:
-            assert looks >= threads._PAID
-            break
+        return found.words[threads._NEEDED]
+
+    few = threads._FEW
+    assert run(few - 1) == few  # clocks were read
+    assert run(few + 1) == 8 * few
+    assert run(8 * few - 1) == 8 * few
+    assert run(8 * few) == threads._MANY
+    assert run(threads._PAID - 1) == threads._MANY
+    assert run(threads._PAID) == few
 
 
 def test_whether_somebody_was_late(team):

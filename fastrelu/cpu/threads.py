@@ -108,10 +108,10 @@ _SOON = 8  # loops that a member must have found awake for its waking to have pa
 _LONGEST_PAUSE = 63  # loops that are left alone after wakings that did not
 
 # Loops on PyTorch's threads: see `_are_awake` and `_learn`.
-_FEW, _MANY = 8, 4096  # in a row for which all came, until it is not asked each time
-_AGAIN = 16  # from one time that it is asked to the next, then
+_FEW, _MANY = 8, 512  # in a row for which all came, until clocks are read now and then
+_AGAIN = 16  # from one such time to the next
 _PAID = 512  # that saved what one loses for which somebody came late
-_LONGEST_BREAK = 1023  # left to others after that
+_DOUBTFUL = 64  # for which clocks must say more, after that
 _FORGOTTEN = 64  # of other threads than their owner's, until it is another's turn
 
 # The team's memory, in words of 8 bytes; what several threads write has a cache line
@@ -136,13 +136,12 @@ _THEIRS, _OWNER, _UNTIL, _JOINED = 80, 81, 82, 88
 _FORK, _GET_MOST, _GET_PLACE, _GET_TIME, _JOIN = range(83, 88)
 _MODULES, _TORCH = 89, 90  # see `is_ready`
 _TIME = 91  # and 92: seconds and nanoseconds
-_CLOCKS = 96
+_CLOCKS, _CLOCK_SIZE = 96, 3  # a clock, what it showed last, and when
 # Loops on them: in a row for which all came, and how many there must be; whether somebody
-# came late to the last; how many are left to others after such a one, and still are.
-_WELL, _NEEDED, _LATE, _BREAK, _LEFT = range(104, 109)
-_OTHERS = 109  # loops of other threads since their owner's last
-_LOOKS = 110  # how often one looks for work in `_PATIENCE`
-_MEMBER, _MEMBER_SIZE = 112, 32  # the first member's words; the next has the next 32
+# came late to the last, and for how many that counts; and other threads' since the last.
+_WELL, _NEEDED, _LATE, _DOUBT, _OTHERS = range(108, 113)
+_LOOKS = 113  # how often one looks for work in `_PATIENCE`
+_MEMBER, _MEMBER_SIZE = 128, 32  # the first member's words; the next has the next 32
 _ASLEEP, _LOCK = 8, 9  # after its part: (first piece << 32) + the piece after the last
 _ID, _FORBIDDEN = 10, 11  # to Linux, and the processor it must not use, or -1
 _OURS = 16  # the mask that was set for it then
@@ -419,16 +418,22 @@ def _time_of(team, clock):
 
 @inlined
 def _goes_on(team, k):
-    """Say whether the thread whose clock is word k has a processor right now.
+    """Say whether the thread whose clock is at word k has a processor right now.
 
     If the clock has not moved since it was last read, it sleeps; else it must move now.
+    In doubt, it must have gone all the time: others who look for work, too, leave the
+    thread its processor half of the time, and it may be about to lose it.
     """
-    before, now = team[k + 1], _time_of(team, team[k])
+    before, passed, now = team[k + 1], -team[k + 2], _time_of(team, team[k])
     if now < 0:
         team[_THEIRS] = 0  # it has ended: there may be others
     if now < 0 or now == before:
         return False
     team[k + 1] = _time_of(team, team[k])
+    team[k + 2] = _time_of(team, openmp.WALL)
+    passed += team[k + 2]
+    if team[_DOUBT] > 0 and team[k + 1] - before < passed - (passed >> 3):
+        return False
     return team[k + 1] > now
 
 
@@ -449,13 +454,10 @@ def _are_awake(team):
     team[_OTHERS] = 0
     if _call_int(team[_GET_MOST], ()) != team[_THEIRS]:
         return False
-    if team[_LEFT] > 0:
-        team[_LEFT] -= 1
-        return False
     sure = team[_WELL] - team[_NEEDED]
     if sure >= 0 and sure % _AGAIN != 0:
         return True
-    for k in range(_CLOCKS, _CLOCKS + 2 * openmp.ASKED, 2):
+    for k in range(_CLOCKS, _CLOCKS + openmp.ASKED * _CLOCK_SIZE, _CLOCK_SIZE):
         if team[k] != 0 and not _goes_on(team, k):
             team[_WELL] = 0
             return False
@@ -468,18 +470,18 @@ def _learn(team):
 
     Whoever came late slept, or somebody else had its processor: another program, or
     OpenBLAS after a product of NumPy's.  For that the owner has waited, for milliseconds
-    at worst.  Where it happens again, it is asked for longer, or if it was, others work.
+    at worst.  If no clock was read, more loops must go well before that is so again.
     """
     if team[_LATE] == 0:
         team[_WELL] += 1
+        if team[_DOUBT] > 0:
+            team[_DOUBT] -= 1
         return
     if team[_WELL] >= _PAID:
-        team[_NEEDED], team[_BREAK] = _FEW, 0
+        team[_NEEDED] = _FEW
     elif team[_WELL] >= team[_NEEDED]:
         team[_NEEDED] = smaller(8 * team[_NEEDED], _MANY)
-    else:
-        team[_BREAK] = smaller(2 * team[_BREAK] + 1, _LONGEST_BREAK)
-    team[_WELL], team[_LEFT] = 0, team[_BREAK]
+    team[_WELL], team[_DOUBT] = 0, _DOUBTFUL
 
 
 def _join(address):
@@ -739,9 +741,8 @@ def _meet(number: int) -> None:
     others = [int(i) for i in told[told > 0] if i != threading.get_native_id()]
     if len(others) == number - 1:
         clocks = [openmp.clock_of(i) for i in others[:: -(-number // openmp.ASKED)]]
-        _memory[_CLOCKS : _CLOCKS + 2 * openmp.ASKED] = 0
-        _memory[_CLOCKS : _CLOCKS + 2 * len(clocks) : 2] = clocks
-        _memory[_WELL : _OTHERS + 1] = 0
+        _memory[_CLOCKS : _OTHERS + 1] = 0
+        _memory[_CLOCKS : _CLOCKS + len(clocks) * _CLOCK_SIZE : _CLOCK_SIZE] = clocks
         _memory[_NEEDED] = _FEW
         _memory[_OWNER], _memory[_THEIRS] = threading.get_ident(), number
 
