@@ -348,7 +348,7 @@ class _Forward(_Function):
             spec,
             Operation(spec.formula, kinds),
             flag=True,
-            **_masked(spec, spec.formula, kinds, spec.active, len(spec.numbers_kept)),
+            **_masked(spec, spec.to_bits),
         )
 
     def long(
@@ -376,7 +376,7 @@ class _Backward(_Function):
         super().__init__(
             spec,
             Operation(spec.of_saved, (ARRAY, ARRAY, *numbers)),
-            **_masked(spec, spec.gradient, (ARRAY, BITS, *numbers)),
+            **_masked(spec, spec.from_bits),
         )
 
     def long(self, grad: Any, inplace: Any, out: Any, saved: Any, *numbers: Any) -> Any:
@@ -401,11 +401,11 @@ class _Backward(_Function):
         )
 
 
-def _masked(spec: Spec, *operation: Any) -> dict[str, Any]:
+def _masked(spec: Spec, operation: Operation) -> dict[str, Any]:
     """Return what a quick call is told of masks."""
     if spec.active is None:
         return {}
-    return {"masked": Operation(*operation), "predicate": spec.predicate}
+    return {"masked": operation, "predicate": spec.predicate}
 
 
 class _ByChannel(_Function):

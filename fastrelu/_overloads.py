@@ -37,7 +37,7 @@ from numba.extending import overload
 from fastrelu import _arguments, _dispatch, cpu
 from fastrelu._dtypes import BY_NAME
 from fastrelu._functions import rebuild
-from fastrelu._spec import ARRAY, BITS, NUMBER, WEIGHT, Operation, Spec
+from fastrelu._spec import ARRAY, WEIGHT, Operation, Spec
 from fastrelu.activations import ACTIVATIONS, Row
 from fastrelu.cpu import portable, templates
 
@@ -286,15 +286,16 @@ def _by_channel(loops: tuple[str, str], many: str, of: Operation, dtype: str) ->
 
 
 def _with_bits(
-    loop: Function, of: Operation, x: Any, y: Any, fresh: bool, **names: Any
+    name: str, of: Operation, x: Any, y: Any, fresh: bool, **names: Any
 ) -> Any:
-    """Return ``run(x, bits, y, s, size)``, with a loop over bits in C order."""
+    """Return ``run(x, bits, y, s, size)``, with the loop of a name over bits in C order."""
     if y.aligned and cpu.is_fast():
-        body = _inside(loop.__name__[1:], of, _dtype(y))
+        body = _inside(name, of, _dtype(y))
         run = _made(templates.bits_in_strips, body=body)
     else:
         get = _made(portable._get_one, **names)
-        run = _made(templates.bits_at_once, loop=_made(loop, get=get, **names))
+        loop = _made(getattr(portable, f"_{name}"), get=get, **names)
+        run = _made(templates.bits_at_once, loop=loop)
     z = _dense(x, "C")
     copies = {"copy_in": _copy(x, z), "copy_out": _copy(z, y)}
     copied = _made(templates.bits_of_copy, run=run, **copies, **_like("C", _dtype(x)))
@@ -323,9 +324,7 @@ def _forward_body(spec: Spec, given: dict[str, Any]) -> Any:
         return _made(templates.forward, take=take, apart=apart, **names)
     names["active"] = _made(spec.active)
     names["kept"] = _made(portable._KEEP[len(spec.numbers_kept)])
-    kinds = ARRAY, *(NUMBER for _ in spec.numbers)
-    of = Operation(spec.formula, kinds, spec.active, len(spec.numbers_kept))
-    run = _with_bits(portable._to_bits, of, x, y, fresh, **names)
+    run = _with_bits("to_bits", spec.to_bits, x, y, fresh, **names)
     return _made(templates.forward_bits, take=take, run=run, **names)
 
 
@@ -371,8 +370,7 @@ def _backward_body(spec: Spec, given: dict[str, Any]) -> Any:
     msg = f"{name} must have the shape of grad_output"
     if name == "saved" and not spread and _are_bits(saved, g):
         msg = "saved must be bits, one for each element of grad_output"
-        of = Operation(spec.gradient, (ARRAY, BITS, *(NUMBER for _ in numbers)))
-        run = _with_bits(portable._from_bits, of, g, y, fresh, **names)
+        run = _with_bits("from_bits", spec.from_bits, g, y, fresh, **names)
         return _made(templates.backward_bits, take=take, run=run, message=msg, **names)
     for each in () if spread else (saved, *slopes):
         if each.ndim != g.ndim:

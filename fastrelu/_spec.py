@@ -61,6 +61,18 @@ class Spec:
         """The names of the numbers that `gradient` and `active` take."""
         return self.numbers[: self.kept]
 
+    @property
+    def to_bits(self) -> Operation:
+        """The formula, with the bits of a mask."""
+        kinds = ARRAY, *(NUMBER for _ in self.numbers)
+        return Operation(self.formula, kinds, self.active, len(self.numbers_kept))
+
+    @property
+    def from_bits(self) -> Operation:
+        """The gradient as a function of g, a mask's bits and the numbers."""
+        kinds = ARRAY, BITS, *(NUMBER for _ in self.numbers_kept)
+        return Operation(self.gradient, kinds)
+
     @functools.cached_property
     def of_saved(self) -> Function:
         """The gradient as a function of g, the saved array and the numbers."""
