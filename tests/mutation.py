@@ -1558,6 +1558,12 @@ FAULTS = {
             "test_openmp.py::test_each_thread_has_others_of_its_own",
         ),
         Fault(
+            "openmp.dismiss(pause)",
+            "pass",
+            "a thread without products is given threads of OpenMP's, which slows down all",
+            "test_openmp.py::test_a_thread_without_products_is_given_no_threads",
+        ),
+        Fault(
             "if sure >= 0 and sure % _AGAIN != 0:",
             "if sure >= 0:",
             "once all came, clocks are never read again",

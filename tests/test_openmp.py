@@ -143,6 +143,36 @@ def test_a_thread_that_is_not_the_main_one():
     assert ask(script) == "2 2\nTrue\n0\n2 2\nTrue\n"
 
 
+def test_a_thread_without_products_is_given_no_threads():
+    """While another's are awake: OpenMP makes some for whoever asks."""
+    script = """
+    met, real, stop = [], threads._meet, threading.Event()
+    def meet(*arguments):
+        met.append(real(*arguments))
+    threads._meet = meet
+    def multiply():
+        while not stop.is_set():
+            torch.mm(weights, weights)
+    other = threading.Thread(target=multiply)
+    other.start()
+    loop()
+    time.sleep(0.1)
+    before = set(os.listdir("/proc/self/task"))
+    def ask():
+        words[threads._UNTIL] = -1
+        threads.ready()
+        return len(met) > 2
+    print(until(ask), int(words[threads._THEIRS]))
+    stop.set()
+    other.join()
+    end = time.monotonic() + 60
+    while not set(os.listdir("/proc/self/task")) <= before and time.monotonic() < end:
+        pass
+    print(set(os.listdir("/proc/self/task")) <= before)
+    """
+    assert ask(script) == "True 0\nTrue\n"
+
+
 def test_two_threads_that_look_at_once():
     """One does, and the other goes on; who comes in between finds what it found."""
     script = """

@@ -7,7 +7,8 @@ one sleeps and another program has its processor.  So they are asked only while 
 them runs, which Linux tells by the time that a thread has had a processor.
 
 OpenMP gives each thread that calls it others of its own.  One thread's are known at a
-time: those of whoever brings loops.
+time: those of whoever brings loops.  A thread that had none is given some when it calls,
+and then all of the process's look for work more briefly: they are dismissed again.
 """
 
 import ctypes
@@ -18,7 +19,11 @@ from pathlib import Path
 
 ASKED = 4  # of their clocks, at most: the others are taken to be like these
 WALL = getattr(time, "CLOCK_MONOTONIC", 1)  # the clock that always goes
-_GOMP = "GOMP_parallel", "omp_get_max_threads", "omp_get_thread_num"
+_GOMP = (
+    *("GOMP_parallel", "omp_get_max_threads", "omp_get_thread_num"),
+    "omp_pause_resource_all",
+)
+_SOFT = 1  # to OpenMP: threads end, settings stay
 
 
 class _Time(ctypes.Structure):
@@ -37,6 +42,16 @@ def functions() -> list[int]:
     return [ctypes.cast(function, ctypes.c_void_p).value or 0 for function in found]
 
 
+def threads() -> set[int]:
+    """Return what Linux calls the threads of this process."""
+    return {int(name) for name in os.listdir("/proc/self/task")}
+
+
+def dismiss(pause: int) -> None:
+    """Have OpenMP's threads for this one end, by its function for that."""
+    ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_int)(pause)(_SOFT)
+
+
 def clock_of(thread: int) -> int:
     """Return Linux's number of the clock that goes while a thread has a processor."""
     return ~thread << 3 | 6
@@ -48,14 +63,14 @@ def running(ours: set[int]) -> int:
     Those that look for work do not, for much longer than this takes.
     """
     read, time_ = ctypes.CDLL(None).clock_gettime, _Time()
-    threads = {int(name) for name in os.listdir("/proc/self/task")} - ours
+    others = threads() - ours
 
     def now(thread: int) -> float:
         if read(ctypes.c_int(clock_of(thread)), ctypes.byref(time_)) != 0:
             return 0  # it has ended
         return float(time_.seconds) + float(time_.nanoseconds) / 1e9
 
-    start, before = time.monotonic(), {thread: now(thread) for thread in threads}
+    start, before = time.monotonic(), {thread: now(thread) for thread in others}
     time.sleep(0.0005)
     half = (time.monotonic() - start) / 2
     return sum(now(thread) - was > half for thread, was in before.items())

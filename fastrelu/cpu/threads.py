@@ -720,26 +720,29 @@ def _look_for_theirs() -> None:
     try:
         ours = {*_memory[_MEMBER + _ID :: _MEMBER_SIZE].tolist()}
         ours.add(threading.get_native_id())
-        number = ctypes.CFUNCTYPE(ctypes.c_int)(found[1])()
+        *called, pause, clock = found
+        number = ctypes.CFUNCTYPE(ctypes.c_int)(called[1])()
         if not _memory[_THEIRS] and 1 < number <= _MOST:  # another thread's, by now
-            _memory[[_FORK, _GET_MOST, _GET_PLACE, _GET_TIME]] = found
+            _memory[[_FORK, _GET_MOST, _GET_PLACE, _GET_TIME]] = *called, clock
             if openmp.running(ours) >= number - 1:
-                _meet(number)
+                _meet(number, pause)
     finally:
         _looking.release()
 
 
-def _meet(number: int) -> None:
+def _meet(number: int, pause: int) -> None:
     """Have so many threads tell what Linux calls them, and keep some of their clocks."""
     _memory[_JOIN], tell = _for_theirs()
-    told = np.zeros(_MOST, np.int64)
+    told, known = np.zeros(_MOST, np.int64), openmp.threads()
     _memory[_JOINED] = 0
     fork = ctypes.CFUNCTYPE(
         None, ctypes.c_void_p, ctypes.c_void_p, *[ctypes.c_uint] * 2
     )
     fork(int(_memory[_FORK]))(tell, told.ctypes.data, number, 0)
     others = [int(i) for i in told[told > 0] if i != threading.get_native_id()]
-    if len(others) == number - 1:
+    if not known.issuperset(others):  # those awake are another thread's
+        openmp.dismiss(pause)
+    elif len(others) == number - 1:
         clocks = [openmp.clock_of(i) for i in others[:: -(-number // openmp.ASKED)]]
         _memory[_CLOCKS : _OTHERS + 1] = 0
         _memory[_CLOCKS : _CLOCKS + len(clocks) * _CLOCK_SIZE : _CLOCK_SIZE] = clocks
