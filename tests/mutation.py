@@ -31,6 +31,28 @@ class Fault(NamedTuple):
 
 
 FAULTS = {
+    "cuda/launch.py": [
+        Fault(
+            "driver.cuCtxPopCurrent()",
+            "pass",
+            "a call leaves another device the current one",
+            "test_driver.py::test_streams_and_devices",
+        ),
+    ],
+    "cuda/__init__.py": [
+        Fault(
+            "return [compute(value) for",
+            "return [float(compute(value)) for",
+            "numbers come to a kernel twice as wide as it reads them",
+            "test_driver.py::test_what_reaches_the_driver",
+        ),
+        Fault(
+            "for stream in streams:\n                launch.wait(stream, work.stream)",
+            "for stream in ():\n                launch.wait(stream, work.stream)",
+            "another stream goes on before its array is written",
+            "test_driver.py::test_streams_and_devices",
+        ),
+    ],
     "activations.py": [
         Fault(
             "return type(x)(0) if x <= 0 else x  # not",
