@@ -1593,6 +1593,12 @@ FAULTS = {
             "then",
         ),
         Fault(
+            "looks = team[_LOOKS] // _GRACE",
+            "looks = 0",
+            "on many processors somebody always is late",
+            "test_team_model.py::test_whether_somebody_was_late",
+        ),
+        Fault(
             "team[_LATE] = _load(team, _JOINED) < team[_THEIRS]",
             "team[_LATE] = 0",
             "nobody learns that somebody came late",

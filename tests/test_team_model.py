@@ -600,21 +600,26 @@ def test_loops_that_somebody_came_late_to_while_no_clock_was_read(clocks):
     assert run(threads._PAID) == few
 
 
-def test_whether_somebody_was_late(team):
-    """Who has not come when the owner finds no piece left."""
-    for late in (False, True):
+@pytest.mark.parametrize("comes", ["at once", "in a moment", "late"])
+def test_whether_somebody_was_late(team, monkeypatch, comes):
+    """Who has not come some time after the owner finds no piece left."""
+    looks = []
 
-        def choose(model, ready, late=late):
-            theirs = [task for task in ready if task in model.theirs]
-            others = [task for task in ready if task not in theirs]
-            return ((others or theirs) if late else (theirs or others))[0]
+    def choose(model, ready):
+        theirs = [task for task in ready if task in model.theirs]
+        others = [task for task in ready if task not in theirs]
+        first = comes == "at once" or (comes == "in a moment" and looks)
+        return ((theirs or others) if first else (others or theirs))[0]
 
-        model = team(2, choose)
-        with_theirs(model, 2)
-        model.owner((8, 1, MUCH, 1))
-        model.run()
-        assert model.words.peek(threads._LATE) == late
-        assert model.words.peek(threads._WELL) == (not late)
+    model = team(2, choose)
+    monkeypatch.setattr(threads, "_look_away", lambda: looks.append(1))
+    model.words.poke(threads._LOOKS, 3 * threads._GRACE)
+    with_theirs(model, 2)
+    model.owner((8, 1, MUCH, 1))
+    model.run()
+    assert len(looks) >= {"at once": 0, "in a moment": 1, "late": 3}[comes]
+    assert model.words.peek(threads._LATE) == (comes == "late")
+    assert model.words.peek(threads._WELL) == (comes != "late")
 
 
 def test_a_mode_that_must_stay_with_its_thread(team):

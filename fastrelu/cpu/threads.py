@@ -113,6 +113,7 @@ _AGAIN = 16  # from one such time to the next
 _PAID = 512  # that saved what one loses for which somebody came late
 _DOUBTFUL = 64  # for which clocks must say more, after that
 _FORGOTTEN = 64  # of other threads than their owner's, until it is another's turn
+_GRACE = 8  # who has not come after this part of the owner's patience is late
 
 # The team's memory, in words of 8 bytes; what several threads write has a cache line
 # (8 words) of its own.
@@ -496,7 +497,11 @@ def _join(address):
         after = _work(team, me, mode)
         if after != mode:  # it is theirs again
             _set_mode(mode)
-    if me == 0:  # the owner, who has found no piece left
+    if me == 0:  # the owner, who has found no piece left, and must wait for all
+        looks = team[_LOOKS] // _GRACE
+        while looks > 0 and _load(team, _JOINED) < team[_THEIRS]:
+            looks -= 1
+            _look_away()
         team[_LATE] = _load(team, _JOINED) < team[_THEIRS]
 
 
