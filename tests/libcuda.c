@@ -49,10 +49,18 @@ Result cuDevicePrimaryCtxRetain(void **context, int device) {
 }
 
 Result cuDevicePrimaryCtxRelease_v2(int device) { return SUCCESS; }
-Result cuCtxGetCurrent(void **context) { FAIL_IF_TOLD; *context = current; return SUCCESS; }
+Result cuCtxGetCurrent(void **context) {
+    FAIL_IF_TOLD;
+    *context = current;
+    return SUCCESS;
+}
 Result cuCtxSetCurrent(void *context) { current = context; return SUCCESS; }
 Result cuCtxPushCurrent_v2(void *context) { current = context; return SUCCESS; }
-Result cuCtxPopCurrent_v2(void **context) { *context = current; current = 0; return SUCCESS; }
+Result cuCtxPopCurrent_v2(void **context) {
+    *context = current;
+    current = 0;
+    return SUCCESS;
+}
 
 Result cuCtxGetDevice(int *device) {
     if (!current) return INVALID_CONTEXT;
@@ -60,7 +68,10 @@ Result cuCtxGetDevice(int *device) {
     return SUCCESS;
 }
 
-Result cuStreamGetCtx(void *stream, void **context) { *context = current; return SUCCESS; }
+Result cuStreamGetCtx(void *stream, void **context) {
+    *context = current;
+    return SUCCESS;
+}
 Result cuStreamGetCtx_v2(void *stream, void **context, void **green) {
     *context = current;
     *green = 0;
@@ -68,7 +79,10 @@ Result cuStreamGetCtx_v2(void *stream, void **context, void **green) {
 }
 Result cuStreamGetDevice(void *stream, int *device) { return cuCtxGetDevice(device); }
 Result cuStreamGetFlags(void *stream, unsigned *flags) { *flags = 1; return SUCCESS; }
-Result cuStreamIsCapturing(void *stream, int *status) { *status = stub_capturing; return SUCCESS; }
+Result cuStreamIsCapturing(void *stream, int *status) {
+    *status = stub_capturing;
+    return SUCCESS;
+}
 Result cuStreamWaitEvent(void *stream, void *event_, unsigned flags) {
     FAIL_IF_TOLD;
     stub_waits++;
@@ -78,13 +92,18 @@ Result cuEventCreate(void **made, unsigned flags) { *made = &event; return SUCCE
 Result cuEventRecord(void *event_, void *stream) { return SUCCESS; }
 Result cuEventDestroy_v2(void *event_) { return SUCCESS; }
 
-Result cuDeviceGetDefaultMemPool(void **found, int device) { *found = &pool; return SUCCESS; }
+Result cuDeviceGetDefaultMemPool(void **found, int device) {
+    *found = &pool;
+    return SUCCESS;
+}
 Result cuDeviceGetMemPool(void **found, int device) { *found = &pool; return SUCCESS; }
 Result cuMemPoolGetAttribute(void *pool_, int attribute, void *value) {
     memset(value, 0, 8);
     return SUCCESS;
 }
-Result cuMemPoolSetAttribute(void *pool_, int attribute, void *value) { return SUCCESS; }
+Result cuMemPoolSetAttribute(void *pool_, int attribute, void *value) {
+    return SUCCESS;
+}
 Result cuMemAllocFromPoolAsync(void **memory, size_t size, void *pool_, void *stream) {
     FAIL_IF_TOLD;
     stub_taken++;
@@ -142,8 +161,14 @@ Result cuLaunchKernelEx(const struct config *c, void *function, void **arguments
     return launched(c->stream, c->x * c->y * c->z, c->bx * c->by * c->bz, arguments);
 }
 
-Result cuGetErrorName(Result error, const char **name) { *name = "CUDA_ERROR_STUB"; return SUCCESS; }
-Result cuGetErrorString(Result error, const char **text) { *text = "told to fail"; return SUCCESS; }
+Result cuGetErrorName(Result error, const char **name) {
+    *name = "CUDA_ERROR_STUB";
+    return SUCCESS;
+}
+Result cuGetErrorString(Result error, const char **text) {
+    *text = "told to fail";
+    return SUCCESS;
+}
 
 Result cuGetProcAddress_v2(const char *name, void **found, int version,
                            unsigned long long flags, int *status) {

@@ -273,6 +273,20 @@ def test_torch_that_has_no_openmp():
     assert ask(script) == "2\n"
 
 
+def test_fewer_threads_than_were_asked_for():
+    """As where OpenMP has a limit."""
+    script = """
+    import ctypes
+    kind = ctypes.CFUNCTYPE(None, *[ctypes.c_void_p] * 2, *[ctypes.c_uint] * 2)
+    nobody = kind(lambda *arguments: None)
+    loop()
+    words[threads._FORK] = ctypes.cast(nobody, ctypes.c_void_p).value
+    threads._meet(2, 0)
+    print(int(words[threads._THEIRS]), until(know))
+    """
+    assert ask(script) == "0 2\n"
+
+
 def test_threads_that_ended_are_forgotten():
     script = """
     print(until(know))

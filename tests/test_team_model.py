@@ -539,6 +539,19 @@ def test_for_whom_they_are_awake(clocks):
     assert found.words[threads._THEIRS] == 0
 
 
+def test_another_threads_turn(clocks):
+    """It comes once there were so many of its loops, and none of the owner's."""
+    found = clocks(2)
+    for _ in range(2):
+        for found.me in [78] * (threads._FORGOTTEN - 1) + [77]:
+            found.are_awake()
+    assert found.words[threads._THEIRS] == 2
+    found.me = 78
+    for _ in range(threads._FORGOTTEN):
+        assert not found.are_awake()
+    assert found.words[threads._THEIRS] == 0
+
+
 def test_after_loops_that_went_well_they_are_looked_at_now_and_then(clocks):
     found = clocks(2)
     found.words[threads._NEEDED] = threads._FEW
@@ -695,6 +708,17 @@ def test_no_more_are_woken_than_there_is_work_for(team, monkeypatch):
     model.owner((8, 1, MUCH, 1))
     model.run()
     assert len(woken) == 1
+
+
+def test_a_look_in_vain(monkeypatch):
+    """It is as long as that of a member, who waits for a loop after those it saw."""
+    interpret(monkeypatch)
+    words, looks = [0] * threads._MEMBER, []
+    monkeypatch.setattr(threads, "_team", lambda: words)
+    monkeypatch.setattr(threads, "_load", lambda words, i: words[i])
+    monkeypatch.setattr(threads, "_look_away", lambda: looks.append(1))
+    threads._look_in_vain(7)
+    assert len(looks) == 7
 
 
 @pytest.mark.parametrize(
