@@ -1599,8 +1599,8 @@ FAULTS = {
             "test_team_model.py::test_whether_somebody_was_late",
         ),
         Fault(
-            "team[_LATE] = _load(team, _JOINED) < team[_THEIRS]",
-            "team[_LATE] = 0",
+            "_learn(team, _load(team, _JOINED) < team[_THEIRS])",
+            "_learn(team, False)",
             "nobody learns that somebody came late",
             "test_team_model.py::test_whether_somebody_was_late",
         ),

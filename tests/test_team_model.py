@@ -500,8 +500,7 @@ class Clocks:
         """Say whether it is theirs"""
         awake = self.are_awake()
         if awake:
-            self.words[threads._LATE] = late
-            threads._learn(self.words)
+            threads._learn(self.words, late)
         return awake
 
 
@@ -631,7 +630,7 @@ def test_whether_somebody_was_late(team, monkeypatch, comes):
     model.owner((8, 1, MUCH, 1))
     model.run()
     assert len(looks) >= {"at once": 0, "in a moment": 1, "late": 3}[comes]
-    assert model.words.peek(threads._LATE) == (comes == "late")
+    assert model.words.peek(threads._DOUBT) == threads._DOUBTFUL * (comes == "late")
     assert model.words.peek(threads._WELL) == (comes != "late")
 
 

@@ -20,7 +20,9 @@ from pathlib import Path
 ASKED = 4  # of their clocks, at most: the others are taken to be like these
 WALL = getattr(time, "CLOCK_MONOTONIC", 1)  # the clock that always goes
 _GOMP = (
-    *("GOMP_parallel", "omp_get_max_threads", "omp_get_thread_num"),
+    "GOMP_parallel",
+    "omp_get_max_threads",
+    "omp_get_thread_num",
     "omp_pause_resource_all",
 )
 _SOFT = 1  # to OpenMP: threads end, settings stay

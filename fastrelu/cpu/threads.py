@@ -46,6 +46,7 @@ from fastrelu.cpu.jit import (
     compile_and_keep,
     inlined,
     keep_for_ever,
+    larger,
     shielded,
     smaller,
 )
@@ -138,10 +139,10 @@ _FORK, _GET_MOST, _GET_PLACE, _GET_TIME, _JOIN = range(83, 88)
 _MODULES, _TORCH = 89, 90  # see `is_ready`
 _TIME = 91  # and 92: seconds and nanoseconds
 _CLOCKS, _CLOCK_SIZE = 96, 3  # a clock, what it showed last, and when
-# Loops on them: in a row for which all came, and how many there must be; whether somebody
-# came late to the last, and for how many that counts; and other threads' since the last.
-_WELL, _NEEDED, _LATE, _DOUBT, _OTHERS = range(108, 113)
-_LOOKS = 113  # how often one looks for work in `_PATIENCE`
+# Loops on them: in a row for which all came, and how many there must be; for how many it
+# counts that somebody came late; and other threads' since the last.
+_WELL, _NEEDED, _DOUBT, _OTHERS = range(108, 112)
+_LOOKS = 112  # how often one looks for work in `_PATIENCE`
 _MEMBER, _MEMBER_SIZE = 128, 32  # the first member's words; the next has the next 32
 _ASLEEP, _LOCK = 8, 9  # after its part: (first piece << 32) + the piece after the last
 _ID, _FORBIDDEN = 10, 11  # to Linux, and the processor it must not use, or -1
@@ -425,14 +426,14 @@ def _goes_on(team, k):
     In doubt, it must have gone all the time: others who look for work, too, leave the
     thread its processor half of the time, and it may be about to lose it.
     """
-    before, passed, now = team[k + 1], -team[k + 2], _time_of(team, team[k])
+    before, seen, now = team[k + 1], team[k + 2], _time_of(team, team[k])
     if now < 0:
         team[_THEIRS] = 0  # it has ended: there may be others
     if now < 0 or now == before:
         return False
     team[k + 1] = _time_of(team, team[k])
     team[k + 2] = _time_of(team, openmp.WALL)
-    passed += team[k + 2]
+    passed = team[k + 2] - seen
     if team[_DOUBT] > 0 and team[k + 1] - before < passed - (passed >> 3):
         return False
     return team[k + 1] > now
@@ -466,14 +467,14 @@ def _are_awake(team):
 
 
 @inlined
-def _learn(team):
-    """Note how a loop on PyTorch's threads went.
+def _learn(team, late):
+    """Note whether somebody came late to a loop on PyTorch's threads.
 
     Whoever came late slept, or somebody else had its processor: another program, or
     OpenBLAS after a product of NumPy's.  For that the owner has waited, for milliseconds
     at worst.  If no clock was read, more loops must go well before that is so again.
     """
-    if team[_LATE] == 0:
+    if not late:
         team[_WELL] += 1
         if team[_DOUBT] > 0:
             team[_DOUBT] -= 1
@@ -502,7 +503,7 @@ def _join(address):
         while looks > 0 and _load(team, _JOINED) < team[_THEIRS]:
             looks -= 1
             _look_away()
-        team[_LATE] = _load(team, _JOINED) < team[_THEIRS]
+        _learn(team, _load(team, _JOINED) < team[_THEIRS])
 
 
 def _tell(address):
@@ -539,8 +540,7 @@ def _share(function, arguments, size, grain, moved):
         _store(team, _BUSY, 0)
         _call_loop(function, (arguments, 0, size))
         return
-    each = smaller(moved // (2 * members * SHARE), _MOST_PIECES)
-    each = _PIECES if each < _PIECES else each  # noqa: FURB136
+    each = larger(smaller(moved // (2 * members * SHARE), _MOST_PIECES), _PIECES)
     piece = -(-size // (each * members * grain)) * grain
     pieces = -(-size // piece)
     team[_FUNCTION], team[_ARGUMENTS] = function, arguments
@@ -553,7 +553,6 @@ def _share(function, arguments, size, grain, moved):
     if awake:
         _store(team, _JOINED, 0)
         _call_fork(team[_FORK], (team[_JOIN], 0, team[_THEIRS], 0))
-        _learn(team)
     else:
         _add(team, _LOOPS, 1)
         for member in range(1, members if wake else 1):
