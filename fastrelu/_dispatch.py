@@ -260,11 +260,13 @@ class _Function:
     """
 
     way: str
+    is_one_launch = True  # on a GPU
 
     def __init__(self, spec: Spec, operation: Operation, **options: Any) -> None:
         self.spec = spec
         self.quick = cpu.quick_call(operation, **options)
         self.call: Any = self.left
+        self.asks_numpy = False  # in compiled code
         self.on_gpu: dict[type, Any] = {}
         self.names = spec.formula.__module__, spec.name, type(self).__name__
         _made.setdefault(self.names, self)
@@ -298,15 +300,27 @@ class _Function:
         except Unproven as error:
             cpu.give_up(error)
             return None
-        if self.quick.rows and self.call == self.left:
-            self.call = self.quick.before(self.left)
+        if self.quick.rows and not self.asks_numpy:
+            self._chain()
         return y
 
     def _elsewhere(self, x: Any) -> Any:
         """Return the calls for a type of arrays on a GPU, from its second array on."""
         if type(x) not in _ON_GPU or not hasattr(_cuda().Calls, self.way):
             return None
-        return self.on_gpu.setdefault(type(x), _cuda().Calls(type(x), self.spec))
+        kinds = self.quick.kinds if cpu.is_fast() and self.is_one_launch else ()
+        calls = _cuda().Calls(type(x), self.spec, kinds)
+        calls = self.on_gpu.setdefault(type(x), calls)
+        self._chain()
+        return calls
+
+    def _chain(self) -> None:
+        """Have compiled code take what it can, NumPy's arrays first."""
+        call: Any = self.left
+        for calls in tuple(self.on_gpu.values()):
+            call = calls.before(call)
+        self.asks_numpy = bool(self.quick.rows)
+        self.call = self.quick.before(call) if self.asks_numpy else call
 
     def long(self, *arguments: Any) -> Any:
         """Take any call."""
@@ -424,6 +438,7 @@ class _ByChannelBackward(_Function):
     """``call(grad_output, inplace, out, x, weight, axis)``."""
 
     way = "by_channel_backward"
+    is_one_launch = False
 
     def __init__(self, spec: Spec) -> None:
         super().__init__(

@@ -29,14 +29,16 @@ METHODS = (
 
 class ndarray(gpu.ndarray, np.lib.mixins.NDArrayOperatorsMixin):
     __module__ = "cupy"
-    machine = None  # of the latest module: arrays find their memory by it
 
     def __init__(self, shape, dtype=0, memptr=None, strides=None):
-        host = shape
+        host, device = shape, dtype
         if memptr is not None:
             place = memptr.ptr - memptr.memory.ctypes.data
             host = np.ndarray(shape, dtype, memptr.memory, place, strides)
-        device = 0 if memptr else dtype
+        elif isinstance(shape, tuple):
+            host = self.machine.empty(shape, dtype)
+        if host is not shape:
+            device = self.machine.device
         super().__init__(host, device)
         self.size, self.ndim, self.nbytes = host.size, host.ndim, host.nbytes
         memory = root(host)

@@ -13,23 +13,31 @@ import types
 import numpy as np
 import ptx
 from conftest import Library
+from twins import public_functions
 
 from fastrelu import _dispatch
+from fastrelu.cpu import jit
 from fastrelu.cuda import launch
 
 CAPABILITY = 9, 0
+CONTEXTS, FAILED = 1 << 20, 719  # the first device's; CUDA_ERROR_LAUNCH_FAILED
 
 
 class ndarray:
     """What CuPy shows of an array"""
 
     __module__ = "cupy"
+    machine = None  # of the latest module: new arrays find their memory by it
 
     def __init__(self, host, device=0):
+        """An array of the host's on a device, or a new one of a shape and a dtype"""
+        if isinstance(host, tuple):
+            host, device = self.machine.empty(host, device), self.machine.device
         self.host = host
         self.data = types.SimpleNamespace(ptr=host.ctypes.data, device_id=device)
         self.shape, self.strides, self.dtype = host.shape, host.strides, host.dtype
         self.itemsize, self.flags = host.itemsize, host.flags
+        self.size = host.size
 
     def __dlpack_device__(self):
         return 2, self.data.device_id
@@ -83,9 +91,9 @@ def draw(machine, shape, dtype):
 
 def module(machine):
     cupy = types.ModuleType("cupy")
-    cupy.ndarray = ndarray
-    cupy.empty_like = lambda x: machine.array(np.empty_like(x.host))
-    cupy.empty = lambda shape, dtype: machine.array(np.empty(shape, dtype))
+    cupy.ndarray, ndarray.machine = ndarray, machine
+    cupy.empty_like = lambda x: machine.array(machine.empty_like(x.host))
+    cupy.empty = lambda shape, dtype: machine.array(machine.empty(shape, dtype))
     cupy.unpackbits = lambda x, bitorder: ndarray(
         np.unpackbits(x.host, bitorder=bitorder)
     )
@@ -96,6 +104,7 @@ def module(machine):
     return cupy
 
 
+@functools.cache  # there is one of each
 class Dtype:
     """What PyTorch shows of a dtype"""
 
@@ -104,12 +113,6 @@ class Dtype:
 
     def __str__(self):
         return f"torch.{self.name}"
-
-    def __eq__(self, other):
-        return str(self) == str(other)
-
-    def __hash__(self):
-        return hash(self.name)
 
 
 class Tensor:
@@ -124,6 +127,7 @@ class Tensor:
         self.data_ptr, self.is_neg = lambda: host.ctypes.data, lambda: False
         self.element_size, self.get_device = lambda: host.itemsize, lambda: 0
         self.is_contiguous = lambda: host.flags.c_contiguous
+        self.numel = lambda: host.size
 
     def __dlpack_device__(self):
         return 2, 0
@@ -134,9 +138,10 @@ class Tensor:
 
 def torch_module(machine):
     library = types.ModuleType("torch")
-    library.Tensor, library.strided, library.uint8 = Tensor, "strided", "uint8"
-    library.empty_like = lambda x: Tensor(machine.own(np.empty_like(x.host)))
-    library.empty = lambda n, dtype, device: Tensor(machine.own(np.empty(n, dtype)))
+    library.Tensor, library.strided = Tensor, Tensor.layout
+    library.uint8 = Dtype(np.dtype("u1"))
+    library.empty_like = lambda x: Tensor(machine.empty_like(x.host))
+    library.empty = lambda n, dtype, device: Tensor(machine.empty(n, dtype.name))
     streams = {0: 11}
     library._C = types.SimpleNamespace(_cuda_getCurrentRawStream=streams.get)
     return library
@@ -161,7 +166,8 @@ def numba_array(machine, host):
 class Machine:
     """What happened on it: launches, waits, switches, and memory that was lent"""
 
-    stream, device = 7, 0
+    stream, device, quick = 7, 0, 0  # and how many launches compiled code made
+    broken = ()  # functions of the driver
     only = range  # which blocks of a launch are run, from their number
 
     def __init__(self):
@@ -173,11 +179,19 @@ class Machine:
         self.memory.add(a)
         return a
 
+    def empty(self, shape, dtype):
+        """New memory"""
+        return self.own(np.empty(shape, dtype))
+
+    def empty_like(self, host):
+        return self.own(np.empty_like(host))
+
     def array(self, host):
         """An array of CuPy's on the current device"""
         return ndarray(self.own(host), self.device)
 
     def launch(self, kernel, device, stream, blocks, *arguments):
+        kernel.loaded[device] = Loaded(kernel)
         self.launches.append((kernel, device, stream, blocks, *arguments))
         which = self.only(blocks)
         if launch.SIMULATED and which:
@@ -200,6 +214,62 @@ class Machine:
         memory = Scratch(self, size)
         self.lent.append(memory)
         return memory
+
+    @functools.cached_property
+    def functions(self):
+        """The driver's cuLaunchKernel and cuCtxGetCurrent, for compiled code"""
+        word, number = ctypes.c_void_p, ctypes.c_uint
+        launch_type = ctypes.CFUNCTYPE(
+            ctypes.c_int, word, *(7 * [number]), *(3 * [word])
+        )
+        return launch_type(self.queue), ctypes.CFUNCTYPE(ctypes.c_int, word)(self.tell)
+
+    def queue(self, handle, *given):
+        """What cuLaunchKernel does"""
+        if "cuLaunchKernel" in self.broken:
+            return FAILED
+        blocks, *ones, stream, pointers, extra = given
+        assert (*ones, extra) == (1, 1, launch.THREADS, 1, 1, 0, None)
+        kernel, arguments = kernels[handle], []
+        for k, type_ in enumerate(flat_types(kernel)):
+            place = ctypes.c_void_p.from_address(pointers + 8 * k).value
+            value = np.frombuffer(ctypes.string_at(place, type_.itemsize), type_)[0]
+            arguments.append(value if value.dtype.kind == "f" else int(value))
+        self.quick += 1
+        try:
+            self.launch(kernel, self.device, stream or 0, blocks, *arguments)
+        except Exception:  # noqa: BLE001 - Python will meet it, too
+            del self.launches[-1]
+            return FAILED
+        return 0
+
+    def tell(self, place):
+        """What cuCtxGetCurrent does"""
+        if "cuCtxGetCurrent" in self.broken:
+            return FAILED
+        ctypes.c_void_p.from_address(place).value = CONTEXTS + self.device
+        return 0
+
+
+class Loaded:
+    """A kernel's code on a device; its handle tells which"""
+
+    def __init__(self, kernel):
+        self.handle = id(kernel)
+        kernels[self.handle] = kernel
+
+
+kernels = {}  # by their handles
+
+
+@functools.cache
+def flat_types(kernel):
+    """NumPy's types of a kernel's arguments, those of a tuple one by one"""
+    flat = []
+    for type_ in kernel.function(CAPABILITY)[1]:
+        flat += type_ if hasattr(type_, "count") else [type_]
+    names = [str(type_) for type_ in flat]
+    return [np.dtype("u8" if name.endswith("*") else name) for name in names]
 
 
 class Scratch:
@@ -230,11 +300,25 @@ def machine(monkeypatch):
     monkeypatch.setattr(launch, "wait", made.wait)
     monkeypatch.setattr(launch, "stream_of", lambda handle: handle)
     monkeypatch.setattr(launch, "device_of", lambda pointer: 0)
+    monkeypatch.setattr(launch, "context_of", lambda device: CONTEXTS + device)
+    addresses = [ctypes.cast(f, ctypes.c_void_p).value for f in made.functions]
+    monkeypatch.setattr(launch, "functions", lambda: addresses)
+    jit.keep_for_ever(made.functions)  # tables have their addresses
     monkeypatch.setitem(sys.modules, "cupy", module(made))
     _dispatch._ON_GPU.add(ndarray)  # the short way is open from the first call on
     monkeypatch.setitem(sys.modules, "torch", torch_module(made))
     yield made
+    forget()
+    for kernel in kernels.values():
+        kernel.loaded.clear()
     assert not any(memory.open for memory in made.lent)
+
+
+def forget():
+    """Have nothing known of any type of arrays, and no compiled code for them"""
+    for function in public_functions():
+        function.on_gpu.clear()
+        function._chain()
 
 
 def library(machine):

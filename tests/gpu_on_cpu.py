@@ -89,13 +89,13 @@ def install():
 
 @functools.cache
 def compiled(kernel):
-    """Keep PTX where machine code is kept on a GPU"""
-    digest = kernel.digest(gpu.CAPABILITY)
-    kept = launch._read(digest)
+    """Keep PTX beside the machine code that a GPU of this machine may have"""
+    name = f"{kernel.digest(gpu.CAPABILITY)}.ptx"
+    kept = launch._read(name)
     if kept is None:
         text, entry = launch.compile_ptx(kernel, gpu.CAPABILITY)
         kept = entry, text.encode()
-        launch._write(digest, *kept)
+        launch._write(name, *kept)
     return ptx.Program(kept[1].decode())
 
 

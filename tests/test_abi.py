@@ -8,6 +8,7 @@ import types
 
 import numpy as np
 import pytest
+from numba.core.types import ExternalFunction
 from reference import assert_same
 from test_threads import run
 
@@ -67,6 +68,21 @@ def test_what_does_not_hold_is_said(what, monkeypatch):
     owners = {"": abi, "sys": sys, "ctypes": ctypes, "np": np}
     monkeypatch.setattr(owners[owner], attribute, value, raising=False)
     assert said in abi.doubt()
+
+
+def test_every_function_that_is_called_is_looked_for():
+    from fastrelu.cuda import compiled  # the one part that nothing has imported
+
+    ours = [module for name, module in sys.modules.items() if name[:9] == "fastrelu."]
+    assert compiled in ours
+    called = {
+        value.symbol
+        for module in ours
+        for value in vars(module).values()
+        if isinstance(value, ExternalFunction) and value.symbol.startswith("Py")
+    }
+    assert called <= set(abi.FUNCTIONS)
+    assert len(called) > 15
 
 
 def test_functions_that_do_something_else(monkeypatch):

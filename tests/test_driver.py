@@ -125,6 +125,58 @@ def test_what_reaches_the_driver(ask):
     assert ask(COMPARED, script) == "True 0\n"
 
 
+def test_what_compiled_calls_launch(ask):
+    """What Python launched for the same arguments, byte by byte"""
+    script = """
+    import sys
+    sys.path.insert(0, %r)
+    import cuda.core, gpu
+
+    class Machine:
+        stream, device = 7, 0
+        def array(self, a):
+            return gpu.ndarray(a)
+        empty = staticmethod(np.empty)
+
+    sys.modules["cupy"] = gpu.module(Machine())
+    cuda.core.Device(0).set_current()
+    in_python = 0
+    def counted(*arguments):
+        global in_python
+        in_python += 1
+        compare(*arguments)
+    launch.launch = counted
+    for dtype in ("f4", "f8", "f2"):
+        x, y, g = (gpu.ndarray(np.zeros((6, 64), dtype)) for _ in "123")
+        image, result = (gpu.ndarray(np.zeros((4, 6, 16), dtype)) for _ in "12")
+        weight = gpu.ndarray(np.zeros(6, dtype))
+        bits = F.Mask(gpu.ndarray(np.zeros(48, "u1")), (6, 64))
+        for call in (
+            lambda: F.relu(x, inplace=True),
+            lambda: F.leaky_relu(x, 0.1, out=y),
+            lambda: F.threshold(x, 0.5, -2.0, out=y),
+            lambda: F.leaky_relu_backward(g, x, 0.1, out=y),
+            lambda: F.leaky_relu_backward(g, bits, 0.1, out=y),
+            lambda: F.prelu(image, weight, out=result),
+        ):
+            call(), call()
+            before, expected = (in_python, count("launches")), bytes(found)
+            told = [count(name) for name in ("grid", "block", "stream", "device")]
+            found[:] = [0] * 256
+            call()
+            assert (in_python, count("launches")) == (before[0], before[1] + 1)
+            assert bytes(found) == expected
+            names = "grid", "block", "stream", "device"
+            assert [count(name) for name in names] == told
+    word("fails", ctypes.c_char * 64).value = b"cuLaunchKernel"
+    word("error", ctypes.c_int).value = 719
+    F.relu(x, inplace=True)
+    assert in_python == before[0] + 1
+    print(in_python)
+    """
+    assert int(ask(COMPARED, script % str(Path(__file__).parent))) >= 19
+
+
 def test_streams_and_devices(ask):
     """Each stream waits for the other's, and what was current is so afterwards."""
     script = """

@@ -139,7 +139,7 @@ def twin_of(fmt):
 
 def referred(address):
     """The object at an address"""
-    return ctypes.cast(address, ctypes.py_object).value
+    return ctypes.cast(int(address), ctypes.py_object).value
 
 
 @functools.cache
@@ -188,6 +188,21 @@ class Interpreter:
     def restore_thread(self, thread):
         assert (thread, self.held) == (7, False)
         self.held = True
+
+    def asking(self, function):
+        """A function of addresses that returns what Python answers, or 0 for an error"""
+
+        def ask(*values):
+            assert self.held
+            try:
+                result = function(*values)
+            except Exception as error:  # noqa: BLE001 - it is raised later
+                self.error = error
+                return 0
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(result))
+            return id(result)
+
+        return ask
 
     def make(self, function, *values):
         """What a C function returns that makes an object, as long as there is memory"""
@@ -336,23 +351,23 @@ def interpret(monkeypatch):
             "tuple_item": of_python("PyTuple_GetItem", ctypes.c_ssize_t),
             "set_item": python.set_item,
             "_new_object": python.new_object,
-            "_from_integer": python.from_integer,
-            "_save_thread": python.save_thread,
-            "_restore_thread": python.restore_thread,
+            "from_integer": python.from_integer,
+            "save_thread": python.save_thread,
+            "restore_thread": python.restore_thread,
             "_as_float": python.as_float,
-            "_as_integer": python.as_integer,
+            "as_integer": python.as_integer,
             "failed": python.failed,
             "forget": python.forget,
         },
         calls: {
             **shared,
-            "_singles": words_of(ctypes.c_float, 4),
+            "singles": words_of(ctypes.c_float, 4),
             "_call_loop": call,
             "_call_look": call,
             "_call_sums": call,
             "_call_view": call,
             "_call_weights": call,
-            "_vectorcall": vectorcall,
+            "vectorcall": vectorcall,
         },
         threads: {
             "_team": lambda: threads._memory,
@@ -361,14 +376,7 @@ def interpret(monkeypatch):
         },
     }
     twins[calls] = twins[objects] | twins[calls]
-    for module, names in twins.items():
-        for name, value in list(vars(module).items()):
-            if name in names:
-                monkeypatch.setattr(module, name, names[name])
-            elif hasattr(value, "py_func"):
-                monkeypatch.setattr(module, name, value.py_func)
-            elif isinstance(value, (_Intrinsic, ExternalFunction)):
-                monkeypatch.setattr(module, name, None)  # which cannot be called
+    put(monkeypatch, twins)
 
     def kept(loop):
         loop.ctypes, loop.address = loop, id(loop)
@@ -406,18 +414,100 @@ def interpret(monkeypatch):
     monkeypatch.setattr(fast, "quick_call", functools.cache(quick.Call))
     for function in public_functions():
         monkeypatch.setattr(function, "call", function.left)
+        monkeypatch.setattr(function, "asks_numpy", False)
         call = function.quick
         fresh = quick.Call(call.operation, **call.options)
         monkeypatch.setattr(function, "quick", fresh)
     return python
 
 
+def put(monkeypatch, twins):
+    """Put names of modules in the place of what is for the compiler"""
+    for module, names in twins.items():
+        for name, value in list(vars(module).items()):
+            if name in names:
+                monkeypatch.setattr(module, name, names[name])
+            elif hasattr(value, "py_func"):
+                monkeypatch.setattr(module, name, value.py_func)
+            elif isinstance(value, (_Intrinsic, ExternalFunction)):
+                monkeypatch.setattr(module, name, None)  # which cannot be called
+
+
+def referred_all(arguments, number):
+    """The objects whose addresses lie at an address"""
+    return [referred(words_of(ctypes.c_int64)(arguments)[i]) for i in range(number)]
+
+
 def vectorcall(callable, arguments, number, names):
     """What the function at an address returns, as a new reference"""
-    given = [referred(words_of(ctypes.c_int64)(arguments)[i]) for i in range(number)]
-    result = referred(callable)(*given)
+    result = referred(callable)(*referred_all(arguments, number))
     ctypes.pythonapi.Py_IncRef(ctypes.py_object(result))
     return id(result)
+
+
+def interpret_gpu(monkeypatch):
+    """Have quick calls for arrays on a GPU be Python; return the interpreter's twin"""
+    from fastrelu.cuda import compiled as on_gpu
+    from fastrelu.cuda import quick as gpu_quick
+
+    python = interpret(monkeypatch)
+    word, number = ctypes.c_void_p, ctypes.c_uint
+
+    def call(*kinds):
+        function = functools.cache(ctypes.CFUNCTYPE(ctypes.c_int, *kinds))
+
+        def run(address, values):
+            assert python.held is (len(kinds) == 1)  # the driver may wait at a launch
+            return function(address)(*map(int, values))
+
+        return run
+
+    def method(name, arguments, number, names):
+        owner, *rest = referred_all(arguments, number)
+        return getattr(owner, referred(name))(*rest)
+
+    twins = {
+        "array_at": array_at,
+        "words": words_of(ctypes.c_int64),
+        "floats": words_of(ctypes.c_double),
+        "singles": words_of(ctypes.c_float, 4),
+        "_space": buffer(on_gpu.SPACE, np.int64),
+        "_call_current": call(word),
+        "_call_launch": call(word, *(7 * [number]), *(3 * [word])),
+        "_attribute": python.asking(
+            lambda x, name: getattr(referred(x), referred(name))
+        ),
+        "_method": python.asking(method),
+        "_tuple": python.asking(lambda x: tuple(referred(x))),
+        "vectorcall": python.asking(
+            lambda x, *given: referred(x)(*referred_all(*given[:2]))
+        ),
+        "tuple_size": lambda x: len(referred(x)),
+    }
+    shared = {name: f for name, f in vars(objects).items() if callable(f)}
+    put(monkeypatch, {on_gpu: shared | twins})
+
+    def before(self, fallback):
+        own = np.array([id(fallback), self.table.ctypes.data])
+
+        def call(*arguments):
+            given = (ctypes.py_object * len(arguments))(*arguments)
+            python.error = None
+            result = on_gpu.call(id(own), ctypes.addressof(given), len(arguments))
+            assert python.held
+            if result == 0:
+                raise python.error
+            assert python.error is None
+            value = referred(result)
+            ctypes.pythonapi.Py_DecRef(ctypes.py_object(value))
+            return value
+
+        call.kept = fallback
+        return call
+
+    monkeypatch.setattr(gpu_quick, "_compiled", lambda: None)
+    monkeypatch.setattr(gpu_quick.Quick, "before", before)
+    return python
 
 
 class Memory:

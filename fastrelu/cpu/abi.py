@@ -57,6 +57,7 @@ METH_FASTCALL = 0x80
 
 # What compiled code calls by name: all of Python's documented C interface.
 FUNCTIONS = (
+    "PyDict_GetItem",
     "PyErr_Clear",
     "PyErr_Occurred",
     "PyEval_RestoreThread",
@@ -66,11 +67,17 @@ FUNCTIONS = (
     "PyLong_FromSsize_t",
     "PyMem_RawFree",
     "PyMem_RawMalloc",
+    "PyObject_GetAttr",
     "PyObject_Vectorcall",
+    "PyObject_VectorcallMethod",
+    "PySequence_Tuple",
     "PyThread_acquire_lock",
+    "PyThread_acquire_lock_timed",
     "PyThread_allocate_lock",
+    "PyThread_get_thread_ident",
     "PyThread_release_lock",
     "PyThread_start_new_thread",
+    "PyThread_tss_get",
     "PyTuple_GetItem",
     "PyTuple_New",
     "PyTuple_SetItem",

@@ -77,10 +77,10 @@ ROW = LOOP + 3 * len(build.TARGETS)
 AN_ARRAY, SAVED, SOME_BITS, A_WEIGHT, AN_AXIS, A_NUMBER, NO_MASK, MAKE_MASK = range(8)
 A_DTYPE, THREADS, A_POOL, LAYOUTS = -1, -2, -3, -4
 
-_NO_AXIS = -(1 << 63)
-_BEYOND_SINGLE = 2.0**128 - 2.0**103  # rounded to float32, an infinity
+NO_AXIS = -(1 << 63)
+BEYOND_SINGLE = 2.0**128 - 2.0**103  # rounded to float32, an infinity
 
-_singles = pointer_to(types.CPointer(types.float32))
+singles = pointer_to(types.CPointer(types.float32))
 _strides = buffer(64, types.int64)  # NumPy has no more axes
 _call_loop, _call_look = calling(loops.SIGNATURE), calling(LOOK_SIGNATURE)
 _call_sums, _call_view = calling(sums.SIGNATURE), calling(VIEW_SIGNATURE)
@@ -88,7 +88,7 @@ _call_weights = calling(sums.WEIGHTS_SIGNATURE)
 _address = types.int64
 _malloc = types.ExternalFunction("PyMem_RawMalloc", _address(types.intp))
 _free = types.ExternalFunction("PyMem_RawFree", types.void(_address))
-_vectorcall = types.ExternalFunction(
+vectorcall = types.ExternalFunction(
     "PyObject_Vectorcall", _address(_address, _address, types.intp, _address)
 )
 
@@ -211,8 +211,8 @@ def _channels(table, row, x, weight, axis, size, w, strides):
     """
     if not is_plain(table, weight) or not is_c_order(weight):
         return 0
-    place = integer_of(table, axis, _NO_AXIS)
-    if not _fits(table, row, weight) or place == _NO_AXIS:
+    place = integer_of(table, axis, NO_AXIS)
+    if not _fits(table, row, weight) or place == NO_AXIS:
         return 0
     ndim, more, channels = ndim_of(x), ndim_of(weight), size_of(weight)
     shape, lengths = words(words(x)[SHAPE]), words(words(weight)[SHAPE])
@@ -255,7 +255,7 @@ def _leave(own, table, arguments, number):
     """Have Python answer the call, or return None where nobody is there to do it."""
     if own[FALLBACK] == 0:
         return none(table)
-    return _vectorcall(own[FALLBACK], arguments, number, 0)
+    return vectorcall(own[FALLBACK], arguments, number, 0)
 
 
 @inlined
@@ -303,7 +303,7 @@ def _take(table, row, given, w, strides):
     w[_ORDER], w[_VIEW], w[_OBJECT] = words(x)[FLAGS] & ANY_ORDER, 1, 0
     w[_BODY], w[_NEW_BITS] = 0, -1
     arrays, numbers, address = 1, 0, w.ctypes.data
-    bound = _BEYOND_SINGLE if table[row + SINGLE] != 0 else np.inf
+    bound = BEYOND_SINGLE if table[row + SINGLE] != 0 else np.inf
     for k in range(arrays, loops.MOST_ARRAYS):
         w[loops.STRIDES + k] = 0
     for k in range(table[COUNT]):
@@ -475,7 +475,7 @@ def _round(table, row, total, result, channels, half):
         if table[row + ITEM] == 8:
             floats(result)[channel] = value
         else:
-            _singles(result)[channel] = value
+            singles(result)[channel] = value
 
 
 @inlined

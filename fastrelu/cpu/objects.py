@@ -58,11 +58,11 @@ _call_new_array = calling(
 )
 incref = types.ExternalFunction("Py_IncRef", types.void(_address))
 decref = types.ExternalFunction("Py_DecRef", types.void(_address))  # or nothing, of 0
-_save_thread = types.ExternalFunction("PyEval_SaveThread", _address())
-_restore_thread = types.ExternalFunction("PyEval_RestoreThread", types.void(_address))
+save_thread = types.ExternalFunction("PyEval_SaveThread", _address())
+restore_thread = types.ExternalFunction("PyEval_RestoreThread", types.void(_address))
 _as_float = types.ExternalFunction("PyFloat_AsDouble", types.float64(_address))
-_as_integer = types.ExternalFunction("PyLong_AsSsize_t", types.intp(_address))
-_from_integer = types.ExternalFunction("PyLong_FromSsize_t", _address(types.intp))
+as_integer = types.ExternalFunction("PyLong_AsSsize_t", types.intp(_address))
+from_integer = types.ExternalFunction("PyLong_FromSsize_t", _address(types.intp))
 failed = types.ExternalFunction("PyErr_Occurred", _address())
 forget = types.ExternalFunction("PyErr_Clear", types.void())
 new_tuple = types.ExternalFunction("PyTuple_New", _address(types.intp))
@@ -181,7 +181,7 @@ def integer_of(table, value, otherwise):
     """Return an int of Python's, or something else where it is none, or too large."""
     if words(value)[TYPE] != table[INT]:
         return otherwise
-    number = _as_integer(value)
+    number = as_integer(value)
     if number == -1 and failed() != 0:
         forget()
         return otherwise
@@ -240,7 +240,7 @@ def _tuple_of(numbers, count):
     """Return a new tuple of integers, or 0."""
     made = new_tuple(count)
     for k in range(count if made != 0 else 0):
-        value = _from_integer(words(numbers)[k])
+        value = from_integer(words(numbers)[k])
         if value == 0:
             decref(made)
             return 0
@@ -283,29 +283,39 @@ def bits_of(table, predicate, mask, x, order):
 
 
 @inlined
+def new_mask(table, predicate, shape, axes, bits):
+    """Return a mask, or 0; the last three, each of which may be 0, are given away."""
+    mask = 0
+    if shape != 0 and axes != 0 and bits != 0:
+        mask = _new_object(table[MASK], 0)
+    if mask == 0:
+        decref(shape)
+        decref(axes)
+        decref(bits)
+        return 0
+    incref(predicate)
+    words(mask)[MASK_PREDICATE], words(mask)[MASK_SHAPE] = predicate, shape
+    words(mask)[MASK_AXES], words(mask)[MASK_BITS] = axes, bits
+    return mask
+
+
+@inlined
 def with_mask(table, predicate, y, bits, order):
     """Return (y, mask), or 0 where there is no memory; y and bits are given away.
 
     Other threads find every object there is as soon as the GIL is released, or while the
     next one is made: each is whole by then.
     """
-    axes, shape = table[NONE], _tuple_of(words(y)[SHAPE], ndim_of(y))
+    axes, shape = 0, _tuple_of(words(y)[SHAPE], ndim_of(y))
     if shape != 0 and is_c_order(y):
-        incref(axes)
+        axes = none(table)
     elif shape != 0:
         memory_order(y, order)
         axes = _tuple_of(order.ctypes.data, ndim_of(y))
-    mask = _new_object(table[MASK], 0) if shape != 0 and axes != 0 else 0
+    mask = new_mask(table, predicate, shape, axes, bits)
     if mask == 0:
-        if shape != 0:
-            decref(axes)
-        decref(shape)
-        decref(bits)
         decref(y)
         return 0
-    incref(predicate)
-    words(mask)[MASK_PREDICATE], words(mask)[MASK_SHAPE] = predicate, shape
-    words(mask)[MASK_AXES], words(mask)[MASK_BITS] = axes, bits
     return pair_of(y, mask)
 
 
@@ -377,11 +387,11 @@ def reference_to(table, x, result, nbytes):
 @inlined
 def release_gil(moved):
     """Release the GIL for a loop, unless that is brief; return what takes it again."""
-    return _save_thread() if moved >= _BRIEF else 0
+    return save_thread() if moved >= _BRIEF else 0
 
 
 @inlined
 def take_gil(thread):
     """Take the GIL again, if it was released."""
     if thread != 0:
-        _restore_thread(thread)
+        restore_thread(thread)

@@ -464,6 +464,8 @@ def get_default_memory_pool() -> Any:
 class _NoCall:
     """Stands for a quick call, and leaves all to Python."""
 
+    rows = ()
+
     def call(self, *_: Any) -> None:
         """Answer nothing."""
 

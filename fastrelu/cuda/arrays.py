@@ -8,7 +8,7 @@ import functools
 import math
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -122,6 +122,22 @@ class _Addresses:
         }
 
 
+class Questions(NamedTuple):
+    """What compiled code asks of arrays; the names of methods end in ()."""
+
+    model: type  # of the arrays
+    facts: dict[str, Any]  # what a plain array answers
+    owner: str  # of the address and the device, where that is not the array
+    start: str
+    device: str
+    size: str
+    stream: Any  # called with the device
+    handle: str  # of what that returns, where that is not the handle
+    make: Any  # called with a shape and a dtype
+    like: bool  # or with an array that is like it
+    uint8: Any
+
+
 class Library:
     """What is asked of a library.  This one is any with an array interface or DLPack."""
 
@@ -188,6 +204,9 @@ class Library:
         """Return the address of the first element."""
         return self.describe(given).pointer
 
+    def questions(self, type_: Any) -> Questions | None:
+        """Return what compiled code is to ask arrays of a type, if that is known."""
+
     def stream(self, given: Any, device: int) -> int:
         """Return the handle of the stream on which an array's work is queued."""
         interface = getattr(given, "__cuda_array_interface__", {})
@@ -253,6 +272,24 @@ class _CuPy(_Pooled):
 
     def address(self, given: Any) -> int:
         return int(given.data.ptr)
+
+    def questions(self, type_: Any) -> Questions | None:
+        cupy = sys.modules["cupy"]
+        if type_ is not cupy.ndarray or not hasattr(type_, "_c_contiguous"):
+            return None
+        return Questions(
+            model=type_,
+            facts={"_c_contiguous": True},
+            owner="data",
+            start="ptr",
+            device="device_id",
+            size="size",
+            stream=cupy.cuda.get_current_stream,
+            handle="ptr",
+            make=type_,
+            like=False,
+            uint8=np.dtype(np.uint8),
+        )
 
     def stream(self, given: Any, device: int) -> int:
         handle: int = sys.modules["cupy"].cuda.get_current_stream(device).ptr
@@ -344,6 +381,29 @@ class _PyTorch(_Pooled):
 
     def address(self, given: Any) -> int:
         return int(given.data_ptr())
+
+    def questions(self, type_: Any) -> Questions | None:
+        torch = sys.modules["torch"]
+        facts = {
+            "is_cuda": True,
+            "requires_grad": False,
+            "layout": torch.strided,
+            "is_neg()": False,
+            "is_contiguous()": True,
+        }
+        return Questions(
+            model=type_,
+            facts=facts,
+            owner="",
+            start="data_ptr()",
+            device="get_device()",
+            size="numel()",
+            stream=torch._C._cuda_getCurrentRawStream,
+            handle="",
+            make=torch.empty_like,
+            like=True,
+            uint8=torch.uint8,
+        )
 
     def stream(self, given: Any, device: int) -> int:
         # The public current_stream makes an object, which takes longer than a launch.

@@ -10,18 +10,24 @@ belongs to, so that what is queued can be captured in a graph.
 
 import functools
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
+from fastrelu import cpu
 from fastrelu._dtypes import BY_NAME, is_accepted, name_of
 from fastrelu._layout import Axes, c_strides, memory_order, parts_of
 from fastrelu._spec import ARRAY, BITS, NUMBER, WEIGHT, Spec
+from fastrelu.cpu.abi import Unproven
 from fastrelu.cuda import launch
 from fastrelu.cuda.arrays import Place, library_of
-from fastrelu.cuda.config import BYTES
+from fastrelu.cuda.config import BYTES, SIMULATED
 from fastrelu.cuda.work import (
     INT32,
+    LAYOUTS,
+    PLAIN,
+    WITH_BITS,
     Work,
     both,
     compute_of,
@@ -36,21 +42,31 @@ from fastrelu.mask import ANSWERS, Mask
 
 _View = tuple[int, int, int]  # (outer, channels, inner)
 _Plan = tuple[launch.Kernel, Any, int]  # with numbers' type and an element's bytes
-_Ready = tuple[launch.Kernel, Any, int, int, int, int]  # and elements, vectors, blocks
-_ReadyWeight = tuple[launch.Kernel, int, int, int, int, int, _View]
+_Ready = tuple[_Plan, int, int, int]  # and elements, vectors, blocks
+_ReadyWeight = tuple[_Plan, int, int, int, int, int, _View]  # the layout's place first
 _MANY = 4096  # shapes that are kept
 
 
 class Calls:
     """The quick calls of one activation for the arrays of one type."""
 
-    def __init__(self, type_: type, spec: Spec) -> None:
+    def __init__(self, type_: type, spec: Spec, kinds: Sequence[int]) -> None:
         self.type: Any = type_
         self.library = library_of(type_)
         self.spec = spec
+        self.quick = _quick(type_, spec, kinds)
         self.plans: dict[Any, _Plan | None] = {}
         self.ready: dict[Any, _Ready] = {}  # by dtype and shape
         self.ready_weight: dict[Any, _ReadyWeight] = {}
+
+    def before(self, fallback: Any) -> Any:
+        """Return compiled code that takes what it knows, and hands on the rest."""
+        return self.quick.before(fallback) if self.quick else fallback
+
+    def _learn(self, place: int, plan: Any, device: int, *dtypes: Any) -> None:
+        """Have compiled code launch the kernel of a plan from here on."""
+        if self.quick is not None:
+            self.quick.learn(place, plan, device, *dtypes)
 
     def forward(
         self, x: Any, inplace: Any, out: Any, return_mask: Any, *numbers: Any
@@ -75,6 +91,7 @@ class Calls:
         pointers = start, target, self.library.address(bits)
         stream = self.library.stream(x, device)
         run_mask(code, device, stream, itemsize, size, pointers, *scalars)
+        self._learn(WITH_BITS, plan, device, x.dtype)
         axes = _axes(x.shape, order) if order else None
         return y, Mask._make(bits, tuple(x.shape), axes, self.spec.predicate)
 
@@ -95,7 +112,8 @@ class Calls:
         ready = self.ready.get(key) or self._make_ready(key)
         if ready is None:
             return None
-        code, compute, itemsize, size, vectors, blocks = ready
+        plan, size, vectors, blocks = ready
+        code, compute, itemsize = plan
         scalars = numbers and _scalars(numbers, compute)
         if scalars is None:
             return None
@@ -128,6 +146,7 @@ class Calls:
         stream = self.library.stream(a, device)
         sizes = head, vectors, size
         launch.launch(code, device, stream, blocks, *pointers, *sizes, *scalars)
+        self._learn(WITH_BITS if what == "bits" else PLAIN, plan, device, a.dtype)
         return y
 
     def by_channel(self, x: Any, inplace: Any, out: Any, weight: Any, axis: Any) -> Any:
@@ -143,7 +162,8 @@ class Calls:
         ready = self.ready_weight.get(key) or self._make_ready_weight(key)
         if ready is None:
             return None
-        code, itemsize, size, vectors, blocks, length, (_, channels, inner) = ready
+        plan, place_of, size, vectors, blocks, length, (_, channels, inner) = ready
+        code, _, itemsize = plan
         y, target = self._target(x, place, size * itemsize, inplace, out)
         other, head = lies[0], 0
         if not target or _meet(target, size * itemsize, other, length):
@@ -154,13 +174,14 @@ class Calls:
                 return None
             head, vector = found, other if weight.dtype == x.dtype else None
             layout = weight_layout(channels, inner, itemsize, head, vector)
-            plan = layout and self._plan(layout, x.dtype, weight.dtype)
-            assert plan  # there is one, as for arrays that begin with a whole vector
-            code = plan[0]
+            other_plan = layout and self._plan(layout, x.dtype, weight.dtype)
+            assert other_plan  # as there is one for arrays that begin with a vector
+            code = other_plan[0]
             vectors, blocks = split_flat(size - head, itemsize)
         stream = self.library.stream(x, device)
         given = start, other, target, head, vectors, size, inner, channels
         launch.launch(code, device, stream, blocks, *given)
+        self._learn(place_of, plan, device, x.dtype, weight.dtype)
         return y
 
     def by_channel_backward(
@@ -220,7 +241,7 @@ class Calls:
         if len(self.ready) >= _MANY:
             self.ready.clear()
         size = math.prod(shape)
-        ready = self.ready[key] = *plan, size, *split_flat(size, plan[2])
+        ready = self.ready[key] = plan, size, *split_flat(size, plan[2])
         return ready
 
     def _make_ready_weight(self, key: Any) -> _ReadyWeight | None:
@@ -233,12 +254,12 @@ class Calls:
         vector = 0 if of_weight == dtype else None
         layout = weight_layout(*view[1:], itemsize, 0, vector)
         plan = layout and self._plan(layout, dtype, of_weight)
-        if not plan:
+        if not layout or not plan:
             return None
         if len(self.ready_weight) >= _MANY:
             self.ready_weight.clear()
         cut = split_flat(size, itemsize)
-        ready = plan[0], itemsize, size, *cut, length, view
+        ready = plan, LAYOUTS.index(layout), size, *cut, length, view
         self.ready_weight[key] = ready
         return ready
 
@@ -326,6 +347,21 @@ class Calls:
         target = self._beside(out, a, place)
         apart = not _meet(place[0], nbytes, target, nbytes)
         return (out, target) if apart or target == place[0] else (None, 0)
+
+
+def _quick(type_: type, spec: Spec, kinds: Sequence[int]) -> Any:
+    """Return compiled calls for the arrays of a type, or None where there are none."""
+    library = library_of(type_)
+    questions = library.questions(type_) if kinds and not SIMULATED else None
+    if questions is None:
+        return None
+    from fastrelu.cuda.quick import Quick
+
+    try:
+        return Quick(library, questions, kinds, spec.predicate)
+    except Unproven as error:
+        cpu.give_up(error)
+        return None
 
 
 _FLOATS = frozenset((float, np.float64, np.float32, np.float16))

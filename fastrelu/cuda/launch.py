@@ -218,6 +218,24 @@ def _context(device: int) -> Any:
     return context
 
 
+def context_of(device: int) -> int:
+    """Return the handle of the context that all libraries share."""
+    return int(_context(device))
+
+
+def functions() -> tuple[int, int]:
+    """Return the addresses of the driver's cuLaunchKernel and cuCtxGetCurrent."""
+    driver, found = _driver(), []
+    flags = driver.CUdriverProcAddress_flags.CU_GET_PROC_ADDRESS_LEGACY_STREAM
+    for name in ("cuLaunchKernel", "cuCtxGetCurrent"):
+        error, address, _ = driver.cuGetProcAddress(name.encode(), 12000, flags)
+        if error:
+            msg = f"the CUDA driver has no {name}: {error}"
+            raise RuntimeError(msg)
+        found.append(int(address))
+    return found[0], found[1]
+
+
 _primary: dict[int, Any] = {}  # each device's context that all libraries share
 
 

@@ -83,7 +83,13 @@ def head_of(size: int, itemsize: int, first: int, *others: int) -> int | None:
 def split_flat(size: int, itemsize: int) -> tuple[int, int]:
     """Return the whole vectors of so many elements, and the blocks that do them."""
     vectors = size // (BYTES // itemsize)
-    return vectors, -(-vectors // THREADS) or 1
+    return vectors, blocks_of(vectors)
+
+
+def blocks_of(vectors: int, more: int = 0) -> int:
+    """Return the blocks with a thread for each vector and so many more, one at least."""
+    blocks = (vectors + more + THREADS - 1) // THREADS
+    return blocks if blocks > 0 else 1
 
 
 def run_flat(
@@ -114,10 +120,30 @@ def run_mask(
     pointers: Sequence[int],
     *numbers: Any,
 ) -> None:
-    """Queue a kernel `flat_mask`: a thread does a vector."""
+    """Queue a kernel `flat_mask`: a thread does a vector, and one does the rest."""
     vectors = size // (BYTES // itemsize)
-    blocks = vectors // THREADS + 1
+    blocks = blocks_of(vectors, 1)
     launch.launch(kernel, device, stream, blocks, *pointers, vectors, size, *numbers)
+
+
+# Where an operation's kernel stands among those of its kind: bits are made or taken, or
+# a weight is laid out so.
+PLAIN, WITH_BITS = range(2)
+LAYOUTS = "one", "columns", "whole columns", "rows", "whole rows"
+
+
+def layout_of(channels: int, inner: int, width: int, head: int, whole: bool) -> int:
+    """Return the place in LAYOUTS of what meets a weight; -1: its rows are too short.
+
+    Vectors have so many elements, and if `whole`, some of the weight's can be read as one.
+    """
+    if channels == 1:
+        return 0
+    if inner == 1 and channels >= width:
+        return 2 if whole and head == 0 and channels % width == 0 else 1
+    if inner < width:
+        return -1
+    return 4 if head == 0 and inner % width == 0 else 3
 
 
 def weight_layout(
@@ -127,15 +153,9 @@ def weight_layout(
 
     The weight is an address if it is of x's dtype, else None.
     """
-    width = BYTES // itemsize
-    if channels == 1:
-        return "one"
-    if inner == 1 and channels >= width:
-        whole = weight is not None and (weight % BYTES, channels % width) == (0, 0)
-        return "columns" if head or not whole else "whole columns"
-    if inner < width:
-        return None
-    return "rows" if head or inner % width else "whole rows"
+    whole = weight is not None and weight % BYTES == 0
+    place = layout_of(channels, inner, BYTES // itemsize, head, whole)
+    return LAYOUTS[place] if place >= 0 else None
 
 
 # Both gradients for the view (outer, channels, inner) ---------------------------------

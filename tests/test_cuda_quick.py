@@ -1,0 +1,558 @@
+"""Quick calls for arrays on a GPU: what they take, what they leave, and what they keep.
+
+All is done twice, by compiled code and by the same code as Python, on the machine of
+gpu.py.  That what they launch is what the longer ways do is tested in test_cuda_host.py.
+"""
+
+import contextlib
+import gc
+import importlib
+import math
+import re
+import sys
+
+import numpy as np
+import pytest
+import reference
+import twins
+from conftest import normal
+from reference import assert_same
+
+import fastrelu as F
+from fastrelu import cpu
+
+pytest.importorskip("numba_cuda", reason="needs numba-cuda: see the extra cuda13")
+import gpu as machines
+from test_cuda_host import FLOAT32, Plain
+
+from fastrelu.cpu import abi
+from fastrelu.cuda import arrays, launch
+
+on_gpu = pytest.importorskip("fastrelu.cuda.quick")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::numba.NumbaPerformanceWarning"),
+    pytest.mark.skipif(launch.SIMULATED, reason="the simulator has no compiled calls"),
+    pytest.mark.skipif(not cpu.is_fast(), reason="portable loops have none"),
+]
+
+
+@pytest.fixture(scope="module")
+def real_torch():
+    """PyTorch, imported before the machine has one of its own"""
+    with contextlib.suppress(ImportError):
+        return importlib.import_module("torch")
+
+
+@pytest.fixture(params=["compiled", "interpreted"], autouse=True)
+def how(request, monkeypatch, real_torch):
+    if request.param == "interpreted":
+        request.getfixturevalue("gpu")  # which ends after this
+        return twins.interpret_gpu(monkeypatch)
+    return None
+
+
+@pytest.fixture
+def plain(gpu, put, how):
+    gpu.only = lambda blocks: ()
+    return Plain(put)
+
+
+def with_offset(p, a, offset=1):
+    """An array that starts so many elements after another one"""
+    memory = p.put(np.zeros(a.size + 8, a.dtype))
+    return memory[offset : offset + a.size].reshape(a.shape)
+
+
+def changed(p, **attributes):
+    mask = F.Mask(p.mask.bits, p.mask.shape)
+    for name, value in attributes.items():
+        if value is None:
+            delattr(mask, name)
+        else:
+            setattr(mask, name, value)
+    return mask
+
+
+def with_size(a, size):
+    a.size = size
+    return a
+
+
+def with_other_bits(p):
+    """A mask that is made of bits of another class than CuPy's arrays"""
+    cupy = sys.modules["cupy"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cupy, "empty", lambda shape, dtype: Mine(np.empty(shape, dtype)))
+        return F.relu(p.x, return_mask=True)
+
+
+class Mine(machines.ndarray):
+    """An array of another class than CuPy's own"""
+
+    __module__ = "cupy"
+
+
+TAKEN = {
+    "fresh": lambda p: F.relu(p.x),
+    "in place": lambda p: F.relu(p.x, inplace=True),
+    "out": lambda p: F.relu(p.x, out=p.y),
+    "out is x": lambda p: F.relu(p.x, out=p.x),
+    "out looks like x": lambda p: F.relu(p.x, out=p.x[:]),
+    "0-d": lambda p: F.relu(p.x[0, :1].reshape(()), inplace=True),
+    "an integer": lambda p: F.leaky_relu(p.x, 3, out=p.y),
+    "a 0-d array": lambda p: F.leaky_relu(p.x, np.array(0.5), out=p.y),
+    "a double": lambda p: F.leaky_relu(p.double, 0.1, inplace=True),
+    "two numbers": lambda p: F.threshold(p.x, 0.5, -1.0, out=p.y),
+    "no mask ever": lambda p: F.squared_relu(p.x, out=p.y),
+    "saved": lambda p: F.leaky_relu_backward(p.g, p.x, 0.5, out=p.y),
+    "onto the saved": lambda p: F.relu_backward(p.g, p.x, out=p.x),
+    "mask": lambda p: F.relu(p.x, return_mask=True),
+    "mask in place": lambda p: F.threshold(p.x, 0.5, 0.0, True, return_mask=True),
+    "from a mask": lambda p: F.leaky_relu_backward(p.g, p.mask, 0.1, out=p.y),
+    "from bits at an odd address": lambda p: F.relu_backward(
+        p.g, changed(p, bits=with_offset(p, p.mask.bits)), inplace=True
+    ),
+    "columns": lambda p: F.prelu(p.x, p.w, out=p.y),
+    "columns from behind": lambda p: F.prelu(p.x, p.w, axis=-1, out=p.y),
+    "columns, in part": lambda p: F.prelu(
+        p.x.reshape((240,))[:222].reshape((6, 37)), p.w[:37], inplace=True
+    ),
+    "rows": lambda p: F.prelu(p.x, p.short, axis=0, inplace=True),
+    "rows in part": lambda p: F.prelu(
+        p.x.reshape((240,))[:222].reshape((6, 37)), p.short, axis=-2, inplace=True
+    ),
+    "rows within": lambda p: F.prelu(p.first[0], p.channels, out=p.first[1]),
+    "one": lambda p: F.prelu(p.x, p.one, out=p.y),
+    "one of no axis": lambda p: F.prelu(p.x, p.one.reshape(()), out=p.y),
+    "one for one axis": lambda p: F.prelu(p.w, p.one, out=p.dw),
+}
+LEFT = {
+    "another start": lambda p: F.relu(with_offset(p, p.x), inplace=True),
+    "another start of the result": lambda p: F.relu(p.x, out=with_offset(p, p.x)),
+    "another start of the saved": lambda p: F.relu_backward(p.g, with_offset(p, p.x)),
+    "another start of a weight": lambda p: F.prelu(p.x, with_offset(p, p.w), out=p.y),
+    "apart": lambda p: F.relu(p.x[:, ::2], inplace=True),
+    "columns first": lambda p: F.relu(p.x.transpose((1, 0)), inplace=True),
+    "no elements": lambda p: F.relu(p.x[:0], inplace=True),
+    "another dtype": lambda p: F.relu(p.put(np.zeros(8)), inplace=True),
+    "bits of another class": lambda p: with_other_bits(p),
+    "another dtype of a weight": lambda p: F.prelu(p.half, p.w, inplace=True),
+    "part of x": lambda p: F.relu(p.x[:4], out=p.x[2:]),
+    "part of the saved": lambda p: F.relu_backward(p.g[:4], p.x[:4], out=p.x[2:]),
+    "part of the weight": lambda p: F.prelu(p.x, p.x[2], inplace=True),
+    "bits within": lambda p: F.relu_backward(
+        p.g, changed(p, bits=p.g.view("u1").reshape((960,))[:30]), inplace=True
+    ),
+    "a mask of other axes": lambda p: F.relu_backward(
+        p.g.reshape((40, 6)),
+        F.Mask(p.mask.bits, (40, 6), (1, 0)),
+        out=p.y.reshape((40, 6)),
+    ),
+    "a mask of another function": lambda p: F.relu6_backward(
+        p.g, F.Mask(p.mask.bits, p.mask.shape, None, "0 < x < 6"), out=p.y
+    ),
+    "a weight of two axes": lambda p: F.prelu(p.x, p.w.reshape((1, 40)), out=p.y),
+    "too many elements": lambda p: F.prelu(with_size(p.x[:], 2**31), p.w, out=p.y),
+    "rows that are too short": lambda p: F.prelu(p.thin, p.channels, out=p.thin),
+    "a saved array of another dtype": lambda p: F.relu_backward(p.g, p.half, out=p.y),
+}
+# Errors, with the argument that they name.
+WRONG = {
+    "inplace": (lambda p: F.relu(p.x, 1), TypeError, "inplace"),
+    "out and inplace": (lambda p: F.relu(p.x, True, out=p.y), ValueError, "out="),
+    "an array of NumPy's": (
+        lambda p: F.relu(p.x, out=np.zeros((6, 40), "f4")),
+        TypeError,
+        "out",
+    ),
+    "out's shape": (lambda p: F.relu(p.x, out=p.w), ValueError, "out"),
+    "out's axes": (lambda p: F.relu(p.x, out=p.y.reshape((40, 6))), ValueError, "out"),
+    "out's rank": (lambda p: F.relu(p.x, out=p.x.reshape((240,))), ValueError, "out"),
+    "out's dtype": (lambda p: F.relu(p.x, out=p.half), TypeError, "out"),
+    "return_mask": (lambda p: F.relu(p.x, return_mask=1), TypeError, "return_mask"),
+    "a slope": (lambda p: F.leaky_relu(p.x, math.inf), ValueError, "negative_slope"),
+    "a large one": (lambda p: F.leaky_relu(p.x, 1e39), ValueError, "negative_slope"),
+    "a flag for one": (lambda p: F.leaky_relu(p.x, True), TypeError, "negative_slope"),
+    "saved's shape": (lambda p: F.relu_backward(p.g, p.w), ValueError, "saved"),
+    "a mask's shape": (lambda p: F.relu_backward(p.w, p.mask), ValueError, "saved"),
+    "a mask without": (
+        lambda p: F.relu_backward(p.g, changed(p, shape=None)),
+        TypeError,
+        "saved",
+    ),
+    "a mask's list": (
+        lambda p: F.relu_backward(p.g, changed(p, shape=[6, 40])),
+        TypeError,
+        "saved",
+    ),
+    "no bits": (
+        lambda p: F.relu_backward(p.g, changed(p, bits=None)),
+        TypeError,
+        "saved",
+    ),
+    "bits that are none": (
+        lambda p: F.relu_backward(p.g, changed(p, bits=7)),
+        TypeError,
+        "saved",
+    ),
+    "few bits": (
+        lambda p: F.relu_backward(p.g, changed(p, bits=p.mask.bits[:29])),
+        ValueError,
+        "saved",
+    ),
+    "signed bits": (
+        lambda p: F.relu_backward(p.g, changed(p, bits=p.mask.bits.view("i1"))),
+        TypeError,
+        "saved",
+    ),
+    "square bits": (
+        lambda p: F.relu_backward(p.g, changed(p, bits=p.mask.bits.reshape((6, 5)))),
+        ValueError,
+        "saved",
+    ),
+    "axis": (lambda p: F.prelu(p.x, p.w, axis=2), ValueError, "axis"),
+    "an axis for one": (lambda p: F.prelu(p.x, p.one, axis=2), ValueError, "axis"),
+    "a large axis": (lambda p: F.prelu(p.x, p.w, axis=2**70), ValueError, "axis"),
+    "a bool": (lambda p: F.prelu(p.x, p.short, axis=False), TypeError, "axis"),
+    "weight": (lambda p: F.prelu(p.x, p.w, axis=0), ValueError, "weight"),
+    "a list": (lambda p: F.prelu(p.x, [0.5]), TypeError, "weight"),
+}
+
+
+def known(plain):
+    """Have all kernels known, and return the arrays"""
+    plain.half = plain.put(np.ones((6, 40), "f2"))
+    plain.double = plain.put(np.ones((6, 40)))
+    plain.thin = plain.put(np.ones((5, 16, 2), "f4"))
+    for call in TAKEN.values():
+        call(plain)
+    return plain
+
+
+@pytest.mark.parametrize("case", TAKEN)
+def test_what_is_taken(case, gpu, plain):
+    call = TAKEN[case]
+    known(plain)
+    before = gpu.quick
+    result = call(plain)
+    assert gpu.quick == before + 1
+    y, *mask = result if isinstance(result, tuple) else (result,)
+    assert type(y) is machines.ndarray
+    assert all(type(each) is F.Mask for each in mask)
+
+
+@pytest.mark.parametrize("case", LEFT)
+def test_what_is_left(case, gpu, plain):
+    call = LEFT[case]
+    known(plain)
+    before = gpu.quick
+    call(plain)
+    assert gpu.quick == before
+    assert case == "no elements" or gpu.launches
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_what_is_wrong(case, gpu, plain):
+    known(plain)
+    gpu.launches.clear()
+    call, error, name = WRONG[case]
+    with pytest.raises(error, match=name):
+        call(plain)
+    assert not gpu.launches
+
+
+@pytest.mark.parametrize("case", [*TAKEN, *LEFT, *WRONG])
+def test_no_reference_is_lost(case, gpu, plain, monkeypatch):
+    """Neither one too few nor one too many, of all that a call meets"""
+    p = known(plain)
+    call = {**TAKEN, **LEFT}.get(case) or WRONG[case][0]
+    monkeypatch.setattr(gpu, "own", lambda a: a)  # it would keep them
+    cupy = sys.modules["cupy"]
+    held = [p.x, p.y, p.g, p.w, p.one, p.short, p.half, p.mask, p.mask.bits]
+    held += [p.mask.shape, p.x.shape, p.x.dtype, p.x.data, p.half.dtype]
+    held += [cupy.cuda.get_current_stream(0), machines.ndarray, F.Mask]
+    held += [None, True, False, "data", "ptr", (6, 40)]
+
+    def counts():
+        gpu.launches.clear()
+        gc.collect()
+        return [sys.getrefcount(each) for each in held]
+
+    def run():
+        for _ in range(60):
+            try:
+                call(p)
+            except (TypeError, ValueError):
+                pass
+
+    run()
+    before = counts()
+    run()
+    for each, a, b in zip(held, before, counts(), strict=True):
+        assert abs(a - b) < 40, each
+
+
+# What may go wrong on the way ---------------------------------------------------------
+
+
+class Error(Exception):
+    """One that comes of another library"""
+
+
+def broken(*arguments):
+    raise Error("as it was raised")
+
+
+ASKED = "data", "ptr", "device_id", "dtype", "shape", "size", "_c_contiguous", "stream"
+
+
+@pytest.mark.parametrize("name", ASKED)
+@pytest.mark.parametrize("which", ["x", "out"])
+def test_an_error_of_the_library_arrives(which, name, gpu, plain, monkeypatch):
+    """Whatever is asked, and nothing is launched"""
+    p = known(plain)
+    x, out = p.x[:], p.y[:]
+    owner = x if which == "x" else out
+    gpu.launches.clear()
+    if name in ("ptr", "device_id"):
+        names = {"ptr": 1 << 20, "device_id": 0, name: property(broken)}
+        owner.data = type("Pointer", (), names)()
+    elif name == "stream":
+        stream = sys.modules["cupy"].cuda.get_current_stream(0)
+        monkeypatch.delattr(stream, "ptr")
+        with pytest.raises(AttributeError, match="ptr"):
+            F.relu(x, out=out)
+        return
+    elif which == "out" and name == "size":
+        return  # which is x's, for they have one shape
+    else:
+        values = {key: vars(owner).pop(key) for key in (name,) if key in vars(owner)}
+        plainly = property(
+            lambda a: broken() if a is owner else vars(a).get(name, True)
+        )
+        monkeypatch.setattr(machines.ndarray, name, plainly, raising=False)
+        assert len(values) == (name != "_c_contiguous")
+    with pytest.raises(Error, match="as it was raised"):
+        F.relu(x, out=out)
+    assert not gpu.launches
+
+
+SHAPED = {
+    "bits": lambda p: (p.mask.bits, lambda: F.relu_backward(p.g, p.mask, out=p.y)),
+    "weight": lambda p: (p.w, lambda: F.prelu(p.x, p.w, out=p.y)),
+    "mask": lambda p: (p.x, lambda: F.relu(p.x, inplace=True, return_mask=True)),
+}
+
+
+@pytest.mark.parametrize("case", SHAPED)
+def test_a_shape_that_raises(case, gpu, plain, monkeypatch):
+    """No output has been touched then."""
+    p = known(plain)
+    a, call = SHAPED[case](p)
+    shape = property(
+        lambda each: broken() if each is a else vars(each)["shape"],
+        lambda each, value: vars(each).update(shape=value),
+    )
+    monkeypatch.setattr(machines.ndarray, "shape", shape, raising=False)
+    gpu.launches.clear()
+    with pytest.raises(Error, match="as it was raised"):
+        call()
+    assert not gpu.launches
+
+
+@pytest.mark.parametrize("enough", [0, 1])
+def test_a_library_without_memory(enough, gpu, plain, monkeypatch):
+    """For a result, or for a mask beside it"""
+    p, made = known(plain), []
+
+    def empty(shape, dtype):
+        if len(made) == enough:
+            raise MemoryError(shape)
+        made.append(shape)
+        return np.empty(shape, dtype)
+
+    gpu.launches.clear()
+    monkeypatch.setattr(gpu, "empty", empty)
+    shape = [(6, 40), 30][enough]
+    with pytest.raises(MemoryError, match=re.escape(str(shape))):
+        F.relu(p.x, return_mask=True)
+    assert len(made) == enough
+    assert not gpu.launches
+
+
+def test_no_memory_for_a_mask(gpu, plain, how, request):
+    """Whatever was made by then goes, and the error arrives."""
+    if how is None:
+        pytest.skip("only the interpreter's memory can be told to end")
+    p, enough = known(plain), 0
+    gpu.own = lambda a: a
+
+    def found():
+        gc.collect()
+        things = gc.get_objects()
+        return sum(type(thing) in (F.Mask, machines.ndarray) for thing in things)
+
+    while True:
+        before, result = found(), None
+        how.objects = enough
+        try:
+            result = F.relu(p.x, return_mask=True)
+        except MemoryError:
+            assert found() == before
+        if result is not None:
+            break
+        enough += 1
+    how.objects = 1 << 60
+    assert enough == 3  # the number of the bits' bytes, the mask, and the pair
+    assert type(result[1]) is F.Mask
+
+
+@pytest.mark.parametrize("name", ["cuLaunchKernel", "cuCtxGetCurrent"])
+def test_a_driver_that_fails(name, gpu, plain):
+    """Python tries again, and tells of the error if it meets one."""
+    p = known(plain)
+    before, gpu.broken = gpu.quick, {name}
+    y = F.relu(p.x, return_mask=True)[0]
+    assert gpu.quick == before
+    assert gpu.launches[-1][5] == y.data.ptr
+
+
+def test_another_device(gpu, plain):
+    p = known(plain)
+    before, gpu.device = gpu.quick, 1
+    F.relu(p.x, inplace=True)
+    assert gpu.quick == before
+    assert gpu.switches[-1] == 0
+    far = machines.ndarray(p.y.host, 1)
+    for _ in "12":
+        F.relu(far, inplace=True)
+    assert gpu.quick == before + 1
+    gpu.device = 0
+    F.relu(p.x, inplace=True)
+    assert gpu.quick == before + 2
+    with pytest.raises(ValueError, match=r"out .*device"):
+        F.relu(p.x, out=far)
+
+
+def test_the_legacy_stream_has_two_handles(gpu, plain, monkeypatch):
+    p = known(plain)
+    monkeypatch.setattr(sys.modules["cupy"].cuda.get_current_stream(0), "ptr", 1)
+    before = gpu.quick
+    F.relu(p.x, inplace=True)
+    assert gpu.quick == before + 1
+    assert gpu.launches[-1][2] == 0
+
+
+def test_more_dtypes_than_there_are_rows(gpu, put, monkeypatch):
+    monkeypatch.setattr(on_gpu, "_MOST", 2)
+    gpu.only = lambda blocks: ()
+    for dtype, is_taken in (("f4", True), ("f2", True), ("f8", False)):
+        x = put(np.ones(64, dtype))
+        for _ in range(3):
+            before = gpu.quick
+            F.relu(x, inplace=True)
+        assert gpu.quick == before + is_taken
+
+
+def test_code_that_cannot_be_compiled(gpu, put, monkeypatch):
+    def unproven():
+        raise abi.Unproven("a test")
+
+    given_up = []
+    monkeypatch.setattr(on_gpu, "_compiled", unproven)
+    monkeypatch.setattr(cpu, "give_up", given_up.append)
+    x = normal((6, 40), FLOAT32)
+    for _ in range(4):
+        y = F.relu(put(x))
+    assert_same(y.host, reference.forward("relu", x))
+    assert gpu.quick == 0
+    assert [str(error) for error in given_up] == ["a test"]
+
+
+def test_whom_nobody_asks(gpu):
+    assert arrays.library_of(Mine).questions(Mine) is None
+    x = normal((6, 40), FLOAT32)
+    for _ in range(4):
+        F.relu(Mine(gpu.own(x)), inplace=True)
+    assert gpu.quick == 0
+
+
+# PyTorch's tensors --------------------------------------------------------------------
+
+
+def test_tensors(gpu):
+    x, g = (gpu.own(normal((6, 40), FLOAT32, k)) for k in (0, 1))
+    for _ in range(3):
+        F.relu(gpu.array(x.copy()), return_mask=True)  # who is asked first
+    given, grad = machines.Tensor(x), machines.Tensor(g)
+    for _ in range(4):
+        before = gpu.quick
+        y, mask = F.relu(given, return_mask=True)
+        dx = F.relu_backward(grad, mask)
+        assert gpu.launches[-1][2] == 11
+    assert gpu.quick == before + 2
+    assert type(y) is type(dx) is type(mask.bits) is machines.Tensor
+    assert_same(y.host, reference.forward("relu", x))
+    assert_same(mask.bits.host, reference.mask_bits(x))
+    assert_same(dx.host, reference.backward("relu", g, x))
+    for change in ({"requires_grad": True}, {"layout": "sparse"}):
+        bad = machines.Tensor(x)
+        bad.__dict__.update(change)
+        with pytest.raises(TypeError, match="tensor"):
+            F.relu(bad, return_mask=True)
+    whole = F.relu(machines.Tensor(x.T), return_mask=True)[0]
+    assert_same(whole.host, reference.forward("relu", x.T))
+    assert gpu.quick == before + 2
+
+
+def test_memory_of_another_type(gpu):
+    class Parameter(machines.Tensor):
+        """A tensor whose like are plain tensors"""
+
+    x = normal((6, 40), FLOAT32)
+    for _ in range(4):
+        before = gpu.quick
+        F.relu(Parameter(gpu.own(x.copy())), inplace=True)
+    assert gpu.quick == before + 1
+    y = F.relu(Parameter(gpu.own(x)))
+    assert type(y) is machines.Tensor
+    assert_same(y.host, reference.forward("relu", x))
+    assert gpu.quick == before + 1
+
+
+def test_real_tensors(gpu, monkeypatch, real_torch):
+    if real_torch is None:
+        pytest.skip("needs PyTorch, if without a GPU")
+    torch = real_torch
+    monkeypatch.setitem(sys.modules, "torch", torch)
+    current = lambda device: 11
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", current, raising=False)
+
+    class Tensor(torch.Tensor):
+        """One in the host's memory that says it is on a GPU"""
+
+        __torch_function__ = torch._C._disabled_torch_function_impl
+        is_cuda = True
+
+        def get_device(self):
+            return 0
+
+        def __dlpack_device__(self):
+            return 2, 0
+
+    def tensor(a):
+        return torch.from_numpy(gpu.own(a)).as_subclass(Tensor)
+
+    x, g, w = (normal(n, FLOAT32, k) for k, n in enumerate(((6, 40), (6, 40), 40)))
+    for _ in range(4):
+        y, dx = tensor(np.empty_like(x)), tensor(np.empty_like(x))
+        F.leaky_relu(tensor(x), 0.5, out=y)
+        F.leaky_relu_backward(tensor(g), tensor(x), 0.5, out=dx)
+        z, before = tensor(x.copy()), gpu.quick
+        assert F.prelu(z, tensor(w), inplace=True) is z
+    assert gpu.quick == before + 1
+    assert before >= 5
+    slope = {"negative_slope": 0.5}
+    assert_same(y.numpy(), reference.forward("leaky_relu", x, **slope))
+    assert_same(dx.numpy(), reference.backward("leaky_relu", g, x, **slope))
+    assert_same(z.numpy(), reference.forward("prelu", x, weight=w))
