@@ -260,7 +260,6 @@ class _Function:
     """
 
     way: str
-    is_one_launch = True  # on a GPU
 
     def __init__(self, spec: Spec, operation: Operation, **options: Any) -> None:
         self.spec = spec
@@ -308,8 +307,9 @@ class _Function:
         """Return the calls for a type of arrays on a GPU, from its second array on."""
         if type(x) not in _ON_GPU or not hasattr(_cuda().Calls, self.way):
             return None
-        kinds = self.quick.kinds if cpu.is_fast() and self.is_one_launch else ()
-        calls = _cuda().Calls(type(x), self.spec, kinds)
+        kinds = self.quick.kinds if cpu.is_fast() else ()
+        both = self.way == "by_channel_backward"
+        calls = _cuda().Calls(type(x), self.spec, kinds, both)
         calls = self.on_gpu.setdefault(type(x), calls)
         self._chain()
         return calls
@@ -438,7 +438,6 @@ class _ByChannelBackward(_Function):
     """``call(grad_output, inplace, out, x, weight, axis)``."""
 
     way = "by_channel_backward"
-    is_one_launch = False
 
     def __init__(self, spec: Spec) -> None:
         super().__init__(

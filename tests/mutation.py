@@ -39,6 +39,68 @@ FAULTS = {
             "test_driver.py::test_streams_and_devices",
         ),
     ],
+    "cuda/compiled.py": [
+        Fault(
+            "        decref(w[_SHAPE])\n        decref(w[_BITS])\n",
+            "        decref(w[_SHAPE])\n",
+            "a mask's bits live for ever",
+            "test_cuda_quick.py::test_no_reference_is_lost",
+        ),
+        Fault(
+            "w[place + _ON] == w[_X + _ON]",
+            "w[place + _ON] >= 0",
+            "a kernel gets the address of another device's memory",
+            "test_cuda_quick.py::test_another_device",
+        ),
+        Fault(
+            "return w[_FIRST] == table[row + CONTEXT]",
+            "return w[_FIRST] != 0",
+            "a kernel is launched on another device than the current one",
+            "test_cuda_quick.py::test_another_device",
+        ),
+        Fault(
+            "    if (start | target) % BYTES != 0:\n",
+            "    if start % BYTES != 0:\n",
+            "vectors are written to where none may start",
+            "test_cuda_quick.py::test_what_is_left",
+        ),
+        Fault(
+            "if more > 1 or w[_ELEMENTS] >= INT32:",
+            "if more > 1:",
+            "indices of 32 bits for more elements than these can count",
+            "test_cuda_quick.py::test_what_is_left",
+        ),
+        Fault(
+            "if words(mask)[MASK_PREDICATE] != table[PREDICATE] or bits == 0:",
+            "if bits == 0:",
+            "the mask of another activation is taken",
+            "test_cuda_quick.py::test_what_is_wrong",
+        ),
+        Fault(
+            "return 0 if handle == 1 else handle",
+            "return handle",
+            "one stream has two handles, and waits for itself",
+            "test_cuda_quick.py::test_the_legacy_stream_has_two_handles",
+        ),
+        Fault(
+            "if shape == 0 or not _is_beside_x(table, value, w, place):",
+            "if not _is_beside_x(table, value, w, place):",
+            "a library is asked with an error on its way",
+            "test_cuda_quick.py::test_a_shape_that_raises",
+        ),
+        Fault(
+            "return -1 if taken == -1 else _refused(table, taken, w)",
+            "return -1",
+            "a gradient in place is taken for what it was, once more",
+            "test_cuda_quick.py::test_a_driver_that_fails_half_way",
+        ),
+        Fault(
+            "is_seen_so and table[row + VIEW] == outer:",
+            "is_seen_so:",
+            "rows are cut up as those of another array",
+            "test_cuda_quick.py::test_what_is_left",
+        ),
+    ],
     "cuda/__init__.py": [
         Fault(
             "return [compute(value) for",
@@ -411,7 +473,7 @@ FAULTS = {
             "crashes",
         ),
         Fault(
-            "_BEYOND_SINGLE if table[row + SINGLE] != 0 else np.inf",
+            "BEYOND_SINGLE if table[row + SINGLE] != 0 else np.inf",
             "np.inf",
             "a slope that float32 has not is taken for an infinity by quick calls",
             "test_arguments.py::test_slopes_that_float32_has_not",
@@ -491,7 +553,7 @@ FAULTS = {
             "test_interpreted.py::test_what_is_left_to_python",
         ),
         Fault(
-            "if not _fits(table, row, weight) or place == _NO_AXIS:",
+            "if not _fits(table, row, weight) or place == NO_AXIS:",
             "if not _fits(table, row, weight):",
             "what is no axis passes for one",
             "test_interpreted.py::test_what_is_left_to_python",

@@ -16,7 +16,7 @@ import pytest
 import reference
 import twins
 from conftest import normal
-from reference import assert_same
+from reference import assert_same, assert_weight_gradient
 
 import fastrelu as F
 from fastrelu import cpu
@@ -82,7 +82,9 @@ def with_other_bits(p):
     """A mask that is made of bits of another class than CuPy's arrays"""
     cupy = sys.modules["cupy"]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cupy, "empty", lambda shape, dtype: Mine(np.empty(shape, dtype)))
+        patch.setattr(
+            cupy, "ndarray", lambda shape, dtype: Mine(np.empty(shape, dtype))
+        )
         return F.relu(p.x, return_mask=True)
 
 
@@ -109,6 +111,9 @@ TAKEN = {
     "mask": lambda p: F.relu(p.x, return_mask=True),
     "mask in place": lambda p: F.threshold(p.x, 0.5, 0.0, True, return_mask=True),
     "from a mask": lambda p: F.leaky_relu_backward(p.g, p.mask, 0.1, out=p.y),
+    "from the mask of two bounds": lambda p: F.relu6_backward(
+        p.g, F.Mask(p.mask.bits, p.mask.shape, None, "0 < x < 6"), out=p.y
+    ),
     "from bits at an odd address": lambda p: F.relu_backward(
         p.g, changed(p, bits=with_offset(p, p.mask.bits)), inplace=True
     ),
@@ -125,6 +130,22 @@ TAKEN = {
     "one": lambda p: F.prelu(p.x, p.one, out=p.y),
     "one of no axis": lambda p: F.prelu(p.x, p.one.reshape(()), out=p.y),
     "one for one axis": lambda p: F.prelu(p.w, p.one, out=p.dw),
+    "both of columns": lambda p: F.prelu_backward(p.g, p.x, p.w),
+    "both of rows": lambda p: F.prelu_backward(p.g, p.x, p.short, axis=0, out=p.y),
+    "both of one": lambda p: F.prelu_backward(p.g, p.x, p.one, inplace=True),
+    "both into arrays": lambda p: F.prelu_backward(p.g, p.x, p.w, out=(p.y, p.dw)),
+    "both onto inputs": lambda p: F.prelu_backward(p.g, p.x, p.w, out=(p.x, p.w)),
+    "both, one into an array": lambda p: F.prelu_backward(
+        p.g, p.x, p.w, out=(None, p.dw)
+    ),
+    "both, in place and an array": lambda p: F.prelu_backward(
+        p.g, p.g, p.w, out=(p.g, None)
+    ),
+    "both of weights at an odd place": lambda p: F.prelu_backward(
+        p.g, p.x, with_offset(p, p.w), out=(p.y, with_offset(p, p.w, 3))
+    ),
+    "both of four": lambda p: F.prelu_backward(p.g[:4], p.x[:4], p.w),
+    "both within": lambda p: F.prelu_backward(*p.first[:2], p.channels, out=p.first[2]),
 }
 LEFT = {
     "another start": lambda p: F.relu(with_offset(p, p.x), inplace=True),
@@ -148,11 +169,27 @@ LEFT = {
         F.Mask(p.mask.bits, (40, 6), (1, 0)),
         out=p.y.reshape((40, 6)),
     ),
-    "a mask of another function": lambda p: F.relu6_backward(
-        p.g, F.Mask(p.mask.bits, p.mask.shape, None, "0 < x < 6"), out=p.y
-    ),
     "a weight of two axes": lambda p: F.prelu(p.x, p.w.reshape((1, 40)), out=p.y),
-    "too many elements": lambda p: F.prelu(with_size(p.x[:], 2**31), p.w, out=p.y),
+    "too many elements": lambda p: F.prelu(
+        with_size(p.block[40:280].reshape((6, 40)), 2**31), p.block[:40], inplace=True
+    ),
+    "both, another start": lambda p: F.prelu_backward(p.g, with_offset(p, p.x), p.w),
+    "both, apart": lambda p: F.prelu_backward(p.g[:, ::2], p.x[:, ::2], p.w[:20]),
+    "both, another view": lambda p: F.prelu_backward(p.g[:3], p.x[:3], p.w),
+    "both, unlike views": lambda p: F.prelu_backward(
+        p.thin, p.thin, p.short[:5], axis=0
+    ),
+    "both, part of grad": lambda p: F.prelu_backward(
+        p.g[:4], p.x[:4], p.w, out=p.g[2:]
+    ),
+    "both, part of x": lambda p: F.prelu_backward(p.g[:4], p.x[:4], p.w, out=p.x[2:]),
+    "both, part of the weight": lambda p: F.prelu_backward(
+        p.g, p.x, p.g[2], inplace=True
+    ),
+    "both, no elements": lambda p: F.prelu_backward(p.g[:0], p.x[:0], p.w),
+    "both, an odd byte of a weight": lambda p: F.prelu_backward(
+        p.g, p.x, p.odd, out=p.y
+    ),
     "rows that are too short": lambda p: F.prelu(p.thin, p.channels, out=p.thin),
     "a saved array of another dtype": lambda p: F.relu_backward(p.g, p.half, out=p.y),
 }
@@ -195,6 +232,13 @@ WRONG = {
         TypeError,
         "saved",
     ),
+    "bits of another activation": (
+        lambda p: F.relu_backward(
+            p.g, F.Mask(p.mask.bits, p.mask.shape, None, "0 < x < 6")
+        ),
+        ValueError,
+        "saved",
+    ),
     "few bits": (
         lambda p: F.relu_backward(p.g, changed(p, bits=p.mask.bits[:29])),
         ValueError,
@@ -216,6 +260,42 @@ WRONG = {
     "a bool": (lambda p: F.prelu(p.x, p.short, axis=False), TypeError, "axis"),
     "weight": (lambda p: F.prelu(p.x, p.w, axis=0), ValueError, "weight"),
     "a list": (lambda p: F.prelu(p.x, [0.5]), TypeError, "weight"),
+    "both, a list": (
+        lambda p: F.prelu_backward(p.g, p.x, p.w, out=[p.y, p.dw]),
+        TypeError,
+        "out",
+    ),
+    "both, three": (
+        lambda p: F.prelu_backward(p.g, p.x, p.w, out=(p.y, p.dw, p.w)),
+        ValueError,
+        "out",
+    ),
+    "both, one memory": (
+        lambda p: F.prelu_backward(p.g, p.x, p.w, out=(p.y, p.y[2])),
+        ValueError,
+        "out",
+    ),
+    "both, another length": (
+        lambda p: F.prelu_backward(p.g, p.x, p.w, out=(p.y, p.short)),
+        ValueError,
+        "out",
+    ),
+    "both, another out": (
+        lambda p: F.prelu_backward(p.g, p.x, p.w, out=(p.w, p.dw)),
+        ValueError,
+        "out",
+    ),
+    "both, x": (lambda p: F.prelu_backward(p.g, p.w, p.w), ValueError, "x"),
+    "both, axis": (
+        lambda p: F.prelu_backward(p.g, p.x, p.w, axis=0),
+        ValueError,
+        "weight",
+    ),
+    "both, inplace": (
+        lambda p: F.prelu_backward(p.g, p.x, p.w, inplace=1),
+        TypeError,
+        "inplace",
+    ),
 }
 
 
@@ -223,6 +303,8 @@ def known(plain):
     """Have all kernels known, and return the arrays"""
     plain.half = plain.put(np.ones((6, 40), "f2"))
     plain.double = plain.put(np.ones((6, 40)))
+    plain.block = plain.put(np.ones(280, "f4"))
+    plain.odd = plain.put(np.zeros(164, "u1"))[1:161].view("f4")
     plain.thin = plain.put(np.ones((5, 16, 2), "f4"))
     for call in TAKEN.values():
         call(plain)
@@ -235,10 +317,12 @@ def test_what_is_taken(case, gpu, plain):
     known(plain)
     before = gpu.quick
     result = call(plain)
-    assert gpu.quick == before + 1
-    y, *mask = result if isinstance(result, tuple) else (result,)
+    launches = 2 if "both" in case else 1
+    assert gpu.quick == before + launches
+    y, *more = result if isinstance(result, tuple) else (result,)
     assert type(y) is machines.ndarray
-    assert all(type(each) is F.Mask for each in mask)
+    expected = machines.ndarray if launches == 2 else F.Mask
+    assert all(type(each) is expected for each in more)
 
 
 @pytest.mark.parametrize("case", LEFT)
@@ -261,14 +345,13 @@ def test_what_is_wrong(case, gpu, plain):
     assert not gpu.launches
 
 
-@pytest.mark.parametrize("case", [*TAKEN, *LEFT, *WRONG])
-def test_no_reference_is_lost(case, gpu, plain, monkeypatch):
+def test_no_reference_is_lost(gpu, plain, monkeypatch, request):
     """Neither one too few nor one too many, of all that a call meets"""
-    p = known(plain)
-    call = {**TAKEN, **LEFT}.get(case) or WRONG[case][0]
+    gc.freeze()  # what is there already takes its time to be looked at
+    request.addfinalizer(gc.unfreeze)
+    p, cupy = known(plain), sys.modules["cupy"]
     monkeypatch.setattr(gpu, "own", lambda a: a)  # it would keep them
-    cupy = sys.modules["cupy"]
-    held = [p.x, p.y, p.g, p.w, p.one, p.short, p.half, p.mask, p.mask.bits]
+    held = [p.x, p.y, p.g, p.w, p.dw, p.one, p.short, p.half, p.mask, p.mask.bits]
     held += [p.mask.shape, p.x.shape, p.x.dtype, p.x.data, p.half.dtype]
     held += [cupy.cuda.get_current_stream(0), machines.ndarray, F.Mask]
     held += [None, True, False, "data", "ptr", (6, 40)]
@@ -278,18 +361,22 @@ def test_no_reference_is_lost(case, gpu, plain, monkeypatch):
         gc.collect()
         return [sys.getrefcount(each) for each in held]
 
-    def run():
-        for _ in range(60):
+    def run(call):
+        for _ in range(20):
             try:
                 call(p)
             except (TypeError, ValueError):
                 pass
 
-    run()
-    before = counts()
-    run()
-    for each, a, b in zip(held, before, counts(), strict=True):
-        assert abs(a - b) < 40, each
+    for case, (call, *_) in {
+        **{case: (call,) for case, call in {**TAKEN, **LEFT}.items()},
+        **WRONG,
+    }.items():
+        run(call)
+        before = counts()
+        run(call)
+        for each, a, b in zip(held, before, counts(), strict=True):
+            assert abs(a - b) < 15, (case, each)
 
 
 # What may go wrong on the way ---------------------------------------------------------
@@ -320,8 +407,9 @@ def test_an_error_of_the_library_arrives(which, name, gpu, plain, monkeypatch):
     elif name == "stream":
         stream = sys.modules["cupy"].cuda.get_current_stream(0)
         monkeypatch.delattr(stream, "ptr")
-        with pytest.raises(AttributeError, match="ptr"):
-            F.relu(x, out=out)
+        for call in (F.relu, lambda x, out: F.prelu_backward(p.g, x, p.w, out=out)):
+            with pytest.raises(AttributeError, match="ptr"):
+                call(x, out=out)
         return
     elif which == "out" and name == "size":
         return  # which is x's, for they have one shape
@@ -341,29 +429,48 @@ SHAPED = {
     "bits": lambda p: (p.mask.bits, lambda: F.relu_backward(p.g, p.mask, out=p.y)),
     "weight": lambda p: (p.w, lambda: F.prelu(p.x, p.w, out=p.y)),
     "mask": lambda p: (p.x, lambda: F.relu(p.x, inplace=True, return_mask=True)),
+    "fresh": lambda p: (p.x, lambda: F.relu(p.x)),
+    "both": lambda p: (p.w, lambda: F.prelu_backward(p.g, p.x, p.w, out=(p.y, p.dw))),
+    "both, fresh": lambda p: (p.w, lambda: F.prelu_backward(p.g, p.x, p.w)),
 }
 
 
+@pytest.mark.parametrize("time", [1, 2])
 @pytest.mark.parametrize("case", SHAPED)
-def test_a_shape_that_raises(case, gpu, plain, monkeypatch):
-    """No output has been touched then."""
-    p = known(plain)
+def test_a_shape_that_raises(case, time, gpu, plain, monkeypatch):
+    """The first time that it is asked for, or the next; no output has been touched."""
+    p, times = known(plain), 0
     a, call = SHAPED[case](p)
-    shape = property(
-        lambda each: broken() if each is a else vars(each)["shape"],
-        lambda each, value: vars(each).update(shape=value),
-    )
+
+    def get(each):
+        nonlocal times
+        times += each is a
+        return broken() if times == time else vars(each)["shape"]
+
+    shape = property(get, lambda each, value: vars(each).update(shape=value))
     monkeypatch.setattr(machines.ndarray, "shape", shape, raising=False)
     gpu.launches.clear()
-    with pytest.raises(Error, match="as it was raised"):
+    try:
         call()
-    assert not gpu.launches
+    except Error:
+        assert not gpu.launches
+    assert times == time or (time == 2 and gpu.launches)
 
 
-@pytest.mark.parametrize("enough", [0, 1])
-def test_a_library_without_memory(enough, gpu, plain, monkeypatch):
-    """For a result, or for a mask beside it"""
+NEW = {
+    "mask": (lambda p: F.relu(p.x, return_mask=True), [(6, 40), (30,)]),
+    "both": (lambda p: F.prelu_backward(p.g, p.x, p.w), [(6, 40), (40,), (320,)]),
+}
+
+
+@pytest.mark.parametrize(
+    ("case", "enough"),
+    [("mask", 0), ("mask", 1), ("both", 0), ("both", 1), ("both", 2)],
+)
+def test_a_library_without_memory(case, enough, gpu, plain, monkeypatch):
+    """For a result, or for what is beside it"""
     p, made = known(plain), []
+    call, shapes = NEW[case]
 
     def empty(shape, dtype):
         if len(made) == enough:
@@ -373,18 +480,19 @@ def test_a_library_without_memory(enough, gpu, plain, monkeypatch):
 
     gpu.launches.clear()
     monkeypatch.setattr(gpu, "empty", empty)
-    shape = [(6, 40), 30][enough]
-    with pytest.raises(MemoryError, match=re.escape(str(shape))):
-        F.relu(p.x, return_mask=True)
+    with pytest.raises(MemoryError, match=re.escape(str(shapes[enough]))):
+        call(p)
     assert len(made) == enough
     assert not gpu.launches
 
 
-def test_no_memory_for_a_mask(gpu, plain, how, request):
+# The objects that are made: the number of bytes, a mask, and the pair.
+@pytest.mark.parametrize(("case", "objects"), [("mask", 3), ("both", 2)])
+def test_no_memory_for_objects(case, objects, gpu, plain, how):
     """Whatever was made by then goes, and the error arrives."""
     if how is None:
         pytest.skip("only the interpreter's memory can be told to end")
-    p, enough = known(plain), 0
+    (call, _), p, enough = NEW[case], known(plain), 0
     gpu.own = lambda a: a
 
     def found():
@@ -396,15 +504,14 @@ def test_no_memory_for_a_mask(gpu, plain, how, request):
         before, result = found(), None
         how.objects = enough
         try:
-            result = F.relu(p.x, return_mask=True)
+            result = call(p)
         except MemoryError:
             assert found() == before
         if result is not None:
             break
         enough += 1
     how.objects = 1 << 60
-    assert enough == 3  # the number of the bits' bytes, the mask, and the pair
-    assert type(result[1]) is F.Mask
+    assert enough == objects
 
 
 @pytest.mark.parametrize("name", ["cuLaunchKernel", "cuCtxGetCurrent"])
@@ -413,8 +520,31 @@ def test_a_driver_that_fails(name, gpu, plain):
     p = known(plain)
     before, gpu.broken = gpu.quick, {name}
     y = F.relu(p.x, return_mask=True)[0]
-    assert gpu.quick == before
     assert gpu.launches[-1][5] == y.data.ptr
+    y = F.prelu_backward(p.g, p.x, p.w, inplace=True)[0]
+    assert gpu.launches[-2][7] == y.data.ptr
+    assert gpu.quick == before
+
+
+@pytest.mark.parametrize("enough", [0, 1])
+def test_a_driver_that_fails_half_way(enough, gpu, plain, monkeypatch, how):
+    """Where the gradient is in place, to start again would be wrong."""
+    p, real = known(plain), gpu.launch
+
+    def fails(kernel, *arguments):
+        real(kernel, *arguments)
+        if kernel.template == "finish":
+            raise Error
+
+    monkeypatch.setattr(gpu, "launch", fails)
+    gpu.launches.clear()
+    if how is not None:
+        how.objects = 2 + enough  # and perhaps one for the number of the error
+    is_told = enough or how is None
+    error, text = (RuntimeError, "refused") if is_told else (MemoryError, "^$")
+    with pytest.raises(error, match=text):
+        F.prelu_backward(p.g, p.x, p.w, inplace=True)
+    assert len(gpu.launches) == 1
 
 
 def test_another_device(gpu, plain):
@@ -452,10 +582,16 @@ def test_more_dtypes_than_there_are_rows(gpu, put, monkeypatch):
             before = gpu.quick
             F.relu(x, inplace=True)
         assert gpu.quick == before + is_taken
+    for rows, is_taken in ((2, True), (3, True), (4, False)):
+        x, w = put(np.ones((rows, 64))), put(np.ones(64))
+        for _ in range(3):
+            before = gpu.quick
+            F.prelu_backward(x, x, w)
+        assert gpu.quick == before + 2 * is_taken
 
 
 def test_code_that_cannot_be_compiled(gpu, put, monkeypatch):
-    def unproven():
+    def unproven(template):
         raise abi.Unproven("a test")
 
     given_up = []
@@ -482,15 +618,20 @@ def test_whom_nobody_asks(gpu):
 
 def test_tensors(gpu):
     x, g = (gpu.own(normal((6, 40), FLOAT32, k)) for k in (0, 1))
-    for _ in range(3):
-        F.relu(gpu.array(x.copy()), return_mask=True)  # who is asked first
+    first, w = gpu.array(x.copy()), gpu.own(normal(40, FLOAT32))
+    for _ in range(3):  # who is asked before they are
+        F.relu(first, return_mask=True)
+        F.prelu_backward(first, first, gpu.array(w.copy()))
     given, grad = machines.Tensor(x), machines.Tensor(g)
     for _ in range(4):
         before = gpu.quick
         y, mask = F.relu(given, return_mask=True)
         dx = F.relu_backward(grad, mask)
+        both = F.prelu_backward(grad, given, machines.Tensor(w))
         assert gpu.launches[-1][2] == 11
-    assert gpu.quick == before + 2
+    assert gpu.quick == before + 4
+    assert_same(both[0].host, reference.backward("prelu", g, x, weight=w, axis=1))
+    assert_weight_gradient(both[1].host, g, x, w)
     assert type(y) is type(dx) is type(mask.bits) is machines.Tensor
     assert_same(y.host, reference.forward("relu", x))
     assert_same(mask.bits.host, reference.mask_bits(x))
@@ -502,7 +643,7 @@ def test_tensors(gpu):
             F.relu(bad, return_mask=True)
     whole = F.relu(machines.Tensor(x.T), return_mask=True)[0]
     assert_same(whole.host, reference.forward("relu", x.T))
-    assert gpu.quick == before + 2
+    assert gpu.quick == before + 4
 
 
 def test_memory_of_another_type(gpu):

@@ -194,6 +194,7 @@ class Interpreter:
 
         def ask(*values):
             assert self.held
+            assert self.error is None
             try:
                 result = function(*values)
             except Exception as error:  # noqa: BLE001 - it is raised later
@@ -493,7 +494,7 @@ def interpret_gpu(monkeypatch):
         def call(*arguments):
             given = (ctypes.py_object * len(arguments))(*arguments)
             python.error = None
-            result = on_gpu.call(id(own), ctypes.addressof(given), len(arguments))
+            result = self.code(id(own), ctypes.addressof(given), len(arguments))
             assert python.held
             if result == 0:
                 raise python.error
@@ -505,7 +506,7 @@ def interpret_gpu(monkeypatch):
         call.kept = fallback
         return call
 
-    monkeypatch.setattr(gpu_quick, "_compiled", lambda: None)
+    monkeypatch.setattr(gpu_quick, "_compiled", lambda template: template)
     monkeypatch.setattr(gpu_quick.Quick, "before", before)
     return python
 

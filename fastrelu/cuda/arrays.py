@@ -298,7 +298,7 @@ class _CuPy(_Pooled):
     def empty_like(self, given: Any) -> Any:
         cupy = sys.modules["cupy"]
         if given.flags.c_contiguous:  # in less than half of empty_like's time
-            return cupy.empty(given.shape, given.dtype)
+            return cupy.ndarray(given.shape, given.dtype)
         return cupy.empty_like(given)
 
     def uniform(self, given: Any, lower: float, upper: float, rng: Any) -> Any:
@@ -313,7 +313,7 @@ class _CuPy(_Pooled):
         return drawn.astype(given.dtype, copy=False)
 
     def empty_bytes(self, size: int, given: Any) -> Any:
-        return sys.modules["cupy"].empty(size, "uint8")
+        return sys.modules["cupy"].ndarray((size,), np.uint8)
 
     def unpack(self, bits: Any, size: int) -> Any:
         flags = sys.modules["cupy"].unpackbits(bits, bitorder="little")

@@ -34,6 +34,8 @@ from fastrelu.cuda.work import (
     finish,
     head_of,
     kernel,
+    plan_both,
+    plan_finish,
     run_mask,
     split_flat,
     weight_layout,
@@ -50,11 +52,13 @@ _MANY = 4096  # shapes that are kept
 class Calls:
     """The quick calls of one activation for the arrays of one type."""
 
-    def __init__(self, type_: type, spec: Spec, kinds: Sequence[int]) -> None:
+    def __init__(
+        self, type_: type, spec: Spec, kinds: Sequence[int], both: bool
+    ) -> None:
         self.type: Any = type_
         self.library = library_of(type_)
         self.spec = spec
-        self.quick = _quick(type_, spec, kinds)
+        self.quick = _quick(type_, spec, kinds, both)
         self.plans: dict[Any, _Plan | None] = {}
         self.ready: dict[Any, _Ready] = {}  # by dtype and shape
         self.ready_weight: dict[Any, _ReadyWeight] = {}
@@ -221,6 +225,11 @@ class Calls:
             finish(work, dtypes[1], sums, view[1], pairs)
         finally:
             work.close()
+        if self.quick is not None and (start | saved | target) % BYTES == 0:
+            plan = plan_both(of_saved, dtypes, itemsize, view, True)
+            last = plan_finish(dtypes[1], view[1], *plan[2:])
+            launches = plan.pairs, plan.first, last
+            self.quick.learn_both(view, launches, device, grad.dtype, weight.dtype)
         return y, dw
 
     # Questions: 0 and None say that the matter is for the long way
@@ -349,7 +358,7 @@ class Calls:
         return (out, target) if apart or target == place[0] else (None, 0)
 
 
-def _quick(type_: type, spec: Spec, kinds: Sequence[int]) -> Any:
+def _quick(type_: type, spec: Spec, kinds: Sequence[int], both: bool) -> Any:
     """Return compiled calls for the arrays of a type, or None where there are none."""
     library = library_of(type_)
     questions = library.questions(type_) if kinds and not SIMULATED else None
@@ -358,7 +367,7 @@ def _quick(type_: type, spec: Spec, kinds: Sequence[int]) -> Any:
     from fastrelu.cuda.quick import Quick
 
     try:
-        return Quick(library, questions, kinds, spec.predicate)
+        return Quick(library, questions, kinds, spec.predicate, both)
     except Unproven as error:
         cpu.give_up(error)
         return None

@@ -64,19 +64,19 @@ from fastrelu.cpu.vector import buffer
 from fastrelu.cuda.config import BYTES, THREADS
 from fastrelu.cuda.work import (
     INT32,
-    LAYOUTS,
     PLAIN,
     WITH_BITS,
     blocks_of,
     layout_of,
 )
 
-# Words of a table, behind those that `objects` knows: objects and functions,
-LAUNCH, CURRENT, PREDICATE, MODEL, UINT8, STREAM, HANDLE, MAKE, LIKE, EMPTY_BYTES = (
+# Words of a table, behind those that `objects` knows: functions of the driver and objects,
+LAUNCH, CURRENT, MODEL, UINT8, PREDICATE, STREAM, HANDLE, MAKE, EMPTY_BYTES, REFUSED = (
     range(objects.LENGTH, objects.LENGTH + 10)
 )
-# how many rows, operands and facts there are, and the operands' kinds,
-KNOWN, COUNT, FACTS, KINDS = range(EMPTY_BYTES + 1, EMPTY_BYTES + 5)
+# whether new arrays are made like others, how many rows, operands and facts there are,
+# and the operands' kinds,
+LIKE, KNOWN, COUNT, FACTS, KINDS = range(REFUSED + 1, REFUSED + 6)
 # questions, each of them a name and whether it is a method's,
 OWNER, START, DEVICE, DTYPE, SHAPE, SIZE, FACT = range(
     KINDS + MOST_OPERANDS, KINDS + MOST_OPERANDS + 14, 2
@@ -86,14 +86,20 @@ MOST_FACTS = 5
 # and rows: what is known of two dtypes, x's and a weight's, on one device.
 ROWS = FACT + 3 * MOST_FACTS
 OF_X, OF_WEIGHT, ON, CONTEXT, NUMBER, ITEM, WEIGHT_ITEM, SINGLE, KERNEL = range(9)
-ROW = KERNEL + len(LAYOUTS)  # or one with bits, and one without
+# A kernel for each layout of a weight follows, or one without and one with bits. Or, for
+# both gradients of PReLU, how x is seen, the bytes of the sums' pairs, and two launches,
+# each a kernel, its blocks and four sizes.
+VIEW, PAIRS, FIRST, LAST = KERNEL, KERNEL + 3, KERNEL + 4, KERNEL + 10
+SIZES = 4
+ROW = LAST + 2 + SIZES
 
-# Words of a call: where x, what lies beside it and the result are, each in three words,
-_X, _BESIDE, _Y = 0, 3, 6
+# Words of a call: where arrays are, each in three words: x, what lies beside it and the
+# result, and for both gradients a weight, its gradient and the sums' pairs,
+_X, _BESIDE, _Y, _WEIGHT, _TOTAL, _SUMS = range(0, 18, 3)
 _ON, _OF = 1, 2  # the device and the dtype, behind the address
 # what is known of them, arguments for Python's functions, and those of the kernel.
-_SHAPE, _ELEMENTS, _BYTES, _BESIDE_BYTES, _CHANNELS, _INNER, _BITS = range(9, 16)
-_PLACE, _MAKES_BITS, _FIRST, _SECOND, _ARGUMENTS = range(16, 21)
+_SHAPE, _ELEMENTS, _BYTES, _BESIDE_BYTES, _CHANNELS, _INNER, _BITS = range(18, 25)
+_PLACE, _MAKES_BITS, _FIRST, _SECOND, _ARGUMENTS = range(25, 30)
 _POINTERS = _ARGUMENTS + 12
 SPACE = _POINTERS + 12
 _space = buffer(SPACE, types.int64)
@@ -193,16 +199,23 @@ def _is_beside_x(table, value, w, place):
 
 
 @inlined
-def _is_like_x(table, value, x, w, place):
-    """Say the same, and whether it has x's dtype and shape."""
-    if not _is_beside_x(table, value, w, place) or w[place + _OF] != w[_X + _OF]:
+def _is_like(table, value, shape, dtype, w, place):
+    """Say the same, and whether it has this dtype and shape; 0 says there is none."""
+    if shape == 0 or not _is_beside_x(table, value, w, place):
         return False
-    shape = _ask(table, SHAPE, value, w) if _shape_of_x(table, x, w) != 0 else 0
-    if shape == 0:
+    if w[place + _OF] != dtype:
         return False
-    same = _have_same_items(table, w[_SHAPE], shape)
-    decref(shape)
+    own = _ask(table, SHAPE, value, w)
+    same = own != 0 and _have_same_items(table, shape, own)
+    decref(own)
     return same
+
+
+@inlined
+def _is_like_x(table, value, x, w, place):
+    """Say whether an array is plain and like x; write where it is."""
+    shape = _shape_of_x(table, x, w)
+    return _is_like(table, value, shape, w[_X + _OF], w, place)
 
 
 @inlined
@@ -233,10 +246,10 @@ def _take_bits(table, mask, x, w):
 
 
 @inlined
-def _take_weight(table, value, given_axis, x, w):
+def _take_weight(table, value, given_axis, x, w, place):
     """Say whether a weight has one element for each channel; write what is known."""
     axis = integer_of(table, given_axis, NO_AXIS)
-    if not _is_beside_x(table, value, w, _BESIDE) or _shape_of_x(table, x, w) == 0:
+    if not _is_beside_x(table, value, w, place) or _shape_of_x(table, x, w) == 0:
         return False
     lengths = _ask(table, SHAPE, value, w)
     if lengths == 0:
@@ -285,7 +298,7 @@ def _take(table, given, w):
             if not _is_like_x(table, value, x, w, _BESIDE):
                 return False
         elif kind == A_WEIGHT:
-            if not _take_weight(table, value, given[4 + k], x, w):
+            if not _take_weight(table, value, given[4 + k], x, w, _BESIDE):
                 return False
         elif kind == MAKE_MASK and value == table[objects.TRUE]:
             w[_PLACE], w[_MAKES_BITS] = WITH_BITS, 1
@@ -346,9 +359,8 @@ def _stream(table, row, w):
 
 
 @inlined
-def _target(table, given, w):
+def _target(table, x, inplace, out, w):
     """Return the array to write to, 0 for a fresh one, or -1 to leave it to Python."""
-    x, inplace, out = given[0], given[1], given[2]
     if out != table[objects.NONE]:
         if inplace != table[objects.FALSE]:
             return -1
@@ -363,40 +375,45 @@ def _target(table, given, w):
 
 
 @inlined
-def _fresh(table, x, w):
-    """Return a new array like x, or 0, and write where it is."""
-    number = 1
-    if table[LIKE] != 0:
-        w[_FIRST] = x
-    else:
-        number = 2 if _shape_of_x(table, x, w) != 0 else 0
-        w[_FIRST], w[_SECOND] = w[_SHAPE], w[_X + _OF]
-    y = vectorcall(table[MAKE], w.ctypes.data + 8 * _FIRST, number, 0) if number else 0
-    if y != 0 and not _look(table, y, w, _Y):
+def _reference_to(table, like, result, w, model, place):
+    """Return a new reference to a result, or a new array like another one, or 0.
+
+    Write where a new one is.
+    """
+    if result != 0:
+        incref(result)
+        return result
+    shape, number, y = 0, 1, 0
+    if table[LIKE] == 0:
+        shape, number = _ask(table, SHAPE, like, w), 2
+    w[_FIRST], w[_SECOND] = like if number == 1 else shape, w[model + _OF]
+    if w[_FIRST] != 0:
+        y = vectorcall(table[MAKE], w.ctypes.data + 8 * _FIRST, number, 0)
+    decref(shape)
+    if y != 0 and not _look(table, y, w, place):
         decref(y)
         return 0
     return y
 
 
 @inlined
-def _new_bits(table, x, w):
-    """Return a new array for a mask's bits, or 0, and write where it is."""
-    size = from_integer(w[_BESIDE_BYTES])
+def _bytes(table, x, number, w, place):
+    """Return a new array of so many bytes on x's device, or 0, and write where it is."""
+    size, made = from_integer(number), 0
     w[_FIRST], w[_SECOND] = size, x
-    bits = 0
     if size != 0:
-        bits = vectorcall(table[EMPTY_BYTES], w.ctypes.data + 8 * _FIRST, 2, 0)
+        made = vectorcall(table[EMPTY_BYTES], w.ctypes.data + 8 * _FIRST, 2, 0)
     decref(size)
-    if bits != 0 and not _look(table, bits, w, _BESIDE):
-        decref(bits)
+    if made != 0 and not _look(table, made, w, place):
+        decref(made)
         return 0
-    return bits
+    return made
 
 
 @inlined
 def _with_mask(table, x, y, w):
     """Return (y, mask) with bits that are still to be written, or 0; y is given away."""
-    bits, shape = _new_bits(table, x, w), 0
+    bits, shape = _bytes(table, x, w[_BESIDE_BYTES], w, _BESIDE), 0
     if bits != 0 and _shape_of_x(table, x, w) != 0:
         shape = _tuple(w[_SHAPE])
     mask = new_mask(table, table[PREDICATE], shape, none(table), bits)
@@ -462,23 +479,26 @@ def _arguments(table, row, given, width, w):
 
 
 @inlined
-def _launch(table, row, kernel, stream, given, w):
-    """Queue a kernel; say whether the driver took it."""
-    width = BYTES // table[row + ITEM]
-    count = _arguments(table, row, given, width, w)
-    if count == 0:
-        return False
+def _queue(table, kernel, blocks, count, stream, w):
+    """Queue a kernel with so many arguments; return what the driver says, 0 for yes."""
     for k in range(count):
         w[_POINTERS + k] = w.ctypes.data + 8 * (_ARGUMENTS + k)
-    vectors = w[_ELEMENTS] // width
-    blocks = _blocks_of(vectors, w[_MAKES_BITS])
     one, zero = np.uint32(1), np.uint32(0)
     grid = np.uint32(blocks), one, one, np.uint32(THREADS), one, one
     pointers = w.ctypes.data + 8 * _POINTERS
     thread = save_thread()  # for the driver waits where its queue is full
     result = _call_launch(table[LAUNCH], (kernel, *grid, zero, stream, pointers, 0))
     restore_thread(thread)
-    return result == 0
+    return result
+
+
+@inlined
+def _launch(table, row, kernel, stream, given, w):
+    """Launch a kernel for the operands; say whether the driver took it."""
+    width = BYTES // table[row + ITEM]
+    count = _arguments(table, row, given, width, w)
+    blocks = _blocks_of(w[_ELEMENTS] // width, w[_MAKES_BITS])
+    return count != 0 and _queue(table, kernel, blocks, count, stream, w) == 0
 
 
 @inlined
@@ -490,11 +510,9 @@ def _answer(table, given, w):
     if kernel == 0 or not _is_current(table, row, w):
         return -1
     stream = _stream(table, row, w)
-    y = _target(table, given, w) if stream >= 0 else -1
-    if y == 0:
-        y = _fresh(table, x, w)
-    elif y != -1:
-        incref(y)
+    y = _target(table, x, given[1], given[2], w) if stream >= 0 else -1
+    if y != -1:
+        y = _reference_to(table, x, y, w, _X, _Y)
     if y == 0 or y == -1:
         return -1
     if w[_MAKES_BITS] != 0:
@@ -505,18 +523,180 @@ def _answer(table, given, w):
     return -1
 
 
+@inlined
+def _begin(arguments):
+    """Return the words of a call, with nothing found yet."""
+    w = _space(array_at(arguments, 1, np.int64))
+    w[_SHAPE] = w[_CHANNELS] = w[_BESIDE] = w[_BITS] = 0
+    w[_PLACE] = w[_MAKES_BITS] = 0
+    return w
+
+
+@inlined
+def _end(own, arguments, number, answer):
+    """Return an answer, or that of who takes what is left."""
+    if answer == -1 and failed() == 0:
+        return vectorcall(own[FALLBACK], arguments, number, 0)
+    return answer if answer != -1 else 0
+
+
 def call(self, arguments, number):
     """Take (x, inplace, out, operands...) and return the result."""
     own = words(words(self)[DATA])
     table, given = words(own[TABLE]), words(arguments)
     answer = -1
     if words(given[0])[TYPE] == table[MODEL]:
-        w = _space(array_at(arguments, 1, np.int64))
-        w[_SHAPE] = w[_CHANNELS] = w[_BESIDE] = w[_BITS] = 0
-        w[_PLACE] = w[_MAKES_BITS] = 0
+        w = _begin(arguments)
         answer = _answer(table, given, w)
         decref(w[_SHAPE])
         decref(w[_BITS])
-    if answer == -1 and failed() == 0:
-        return vectorcall(own[FALLBACK], arguments, number, 0)
-    return answer if answer != -1 else 0
+    return _end(own, arguments, number, answer)
+
+
+# Both gradients of PReLU --------------------------------------------------------------
+
+
+@inlined
+def _row_of_view(table, w):
+    """Return where the row for the dtypes, the device and the view of x starts, or 0."""
+    outer = w[_ELEMENTS] // (w[_CHANNELS] * w[_INNER])
+    for row in range(ROWS, ROWS + table[KNOWN] * ROW, ROW):
+        is_of_x = table[row + OF_X] == w[_X + _OF] and table[row + ON] == w[_X + _ON]
+        is_of_both = is_of_x and table[row + OF_WEIGHT] == w[_WEIGHT + _OF]
+        channels, inner = table[row + VIEW + 1], table[row + VIEW + 2]
+        is_seen_so = channels == w[_CHANNELS] and inner == w[_INNER]
+        if is_of_both and is_seen_so and table[row + VIEW] == outer:
+            return row
+    return 0
+
+
+@inlined
+def _take_both(table, given, w):
+    """Write what is known of (grad_output, x, weight); return their row, or 0."""
+    grad = given[0]
+    if not _look(table, grad, w, _X):
+        return 0
+    w[_ELEMENTS] = _integer(_ask(table, SIZE, grad, w))
+    if w[_ELEMENTS] <= 0 or not _is_like_x(table, given[3], grad, w, _BESIDE):
+        return 0
+    if not _take_weight(table, given[4], given[5], grad, w, _WEIGHT):
+        return 0
+    row = _row_of_view(table, w)
+    w[_BYTES] = w[_ELEMENTS] * table[row + ITEM]
+    return row
+
+
+@inlined
+def _total(table, weight, out, w):
+    """Return the array for the weight's gradient, 0 for a fresh one, or -1."""
+    if out == table[objects.NONE]:
+        return 0
+    shape, dtype = _ask(table, SHAPE, weight, w), w[_WEIGHT + _OF]
+    is_like = _is_like(table, out, shape, dtype, w, _TOTAL)
+    decref(shape)
+    return out if is_like else -1
+
+
+@inlined
+def _both_lie_well(table, row, w):
+    """Say whether vectors start where arrays do, and none meets another in part."""
+    start, saved, target = w[_X], w[_BESIDE], w[_Y]
+    length, nbytes = w[_CHANNELS] * table[row + WEIGHT_ITEM], w[_BYTES]
+    if (start | saved | target) % BYTES != 0:
+        return False
+    if (w[_WEIGHT] | w[_TOTAL]) % table[row + WEIGHT_ITEM] != 0:
+        return False
+    if start != target and overlap(start, nbytes, target, nbytes):
+        return False
+    if saved != target and overlap(saved, nbytes, target, nbytes):
+        return False
+    if overlap(w[_WEIGHT], length, target, nbytes):
+        return False
+    return not overlap(w[_TOTAL], length, target, nbytes)
+
+
+@inlined
+def _put_sizes(table, plan, count, w):
+    """Write a launch's sizes behind its pointers, and return how many there are now."""
+    for k in range(SIZES):
+        count = _put(w, count, table[plan + 2 + k])
+    return count
+
+
+@inlined
+def _launch_both(table, row, stream, w):
+    """Launch both kernels; return -1 if the driver took neither, else what it says."""
+    first, last, pairs = row + FIRST, row + LAST, w[_SUMS]
+    count = _put(w, 0, w[_X])
+    count = _put(w, count, w[_BESIDE])
+    count = _put(w, count, w[_WEIGHT])
+    count = _put(w, count, w[_Y])
+    count = _put_sizes(table, first, _put(w, count, pairs), w)
+    if _queue(table, table[first], table[first + 1], count, stream, w) != 0:
+        return -1
+    count = _put_sizes(table, last, _put(w, _put(w, 0, pairs), w[_TOTAL]), w)
+    return _queue(table, table[last], table[last + 1], count, stream, w)
+
+
+@inlined
+def _refused(table, result, w):
+    """Raise what is told where a driver took only the first of two kernels."""
+    w[_FIRST] = from_integer(result)
+    if w[_FIRST] != 0:
+        decref(vectorcall(table[REFUSED], w.ctypes.data + 8 * _FIRST, 1, 0))
+        decref(w[_FIRST])
+    return 0
+
+
+@inlined
+def _one_of(table, out, which):
+    """Return one of the two arrays to write to, None, or 0 for what is no pair."""
+    if out == table[objects.NONE]:
+        return out
+    if words(out)[TYPE] != table[objects.TUPLE]:
+        return out if which == 0 else table[objects.NONE]
+    return tuple_item(out, which) if tuple_size(out) == 2 else 0
+
+
+@inlined
+def _answer_both(table, given, w):
+    """Return both gradients, 0 where an error is on its way, or -1."""
+    grad, weight = given[0], given[4]
+    out, out_weight = _one_of(table, given[2], 0), _one_of(table, given[2], 1)
+    row = _take_both(table, given, w) if out != 0 else 0
+    if row == 0 or not _is_current(table, row, w):
+        return -1
+    stream, result, total = _stream(table, row, w), -1, -1
+    if stream >= 0:
+        result = _target(table, grad, given[1], out, w)
+    if result != -1:
+        total = _total(table, weight, out_weight, w)
+    if total == -1:
+        return -1
+    y = _reference_to(table, grad, result, w, _X, _Y)
+    dw = _reference_to(table, weight, total, w, _WEIGHT, _TOTAL) if y != 0 else 0
+    pairs = _bytes(table, grad, table[row + PAIRS], w, _SUMS) if dw != 0 else 0
+    if pairs == 0 or not _both_lie_well(table, row, w):
+        decref(pairs)
+        decref(dw)
+        decref(y)
+        return -1
+    both = pair_of(y, dw)
+    taken = _launch_both(table, row, stream, w) if both != 0 else -1
+    decref(pairs)  # which its library lends in the order of the stream
+    if taken == 0:
+        return both
+    decref(both)
+    return -1 if taken == -1 else _refused(table, taken, w)
+
+
+def call_both(self, arguments, number):
+    """Take (grad_output, inplace, out, x, weight, axis) and return both gradients."""
+    own = words(words(self)[DATA])
+    table, given = words(own[TABLE]), words(arguments)
+    answer = -1
+    if words(given[0])[TYPE] == table[MODEL]:
+        w = _begin(arguments)
+        answer = _answer_both(table, given, w)
+        decref(w[_SHAPE])
+    return _end(own, arguments, number, answer)

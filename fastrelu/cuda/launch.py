@@ -223,6 +223,12 @@ def context_of(device: int) -> int:
     return int(_context(device))
 
 
+def refused(error: int) -> None:
+    """Raise what is to be told of a kernel whose other half was queued."""
+    msg = f"the CUDA driver refused a call's second kernel: error {error}"
+    raise RuntimeError(msg)
+
+
 def functions() -> tuple[int, int]:
     """Return the addresses of the driver's cuLaunchKernel and cuCtxGetCurrent."""
     driver, found = _driver(), []

@@ -23,13 +23,18 @@ class Quick:
     """
 
     def __init__(
-        self, library: Library, asked: Questions, kinds: Sequence[int], predicate: str
+        self,
+        library: Library,
+        asked: Questions,
+        kinds: Sequence[int],
+        predicate: str,
+        both: bool,
     ) -> None:
         size = compiled.ROWS + _MOST * compiled.ROW
         self.table = table = np.zeros(size, np.int64)
         self.rows: dict[Any, int] = {}
         self.kernels: set[Any] = set()
-        self.code = _compiled()
+        self.code = _compiled(compiled.call_both if both else compiled.call)
         table[: objects.LENGTH] = objects.known()
         table[compiled.LAUNCH], table[compiled.CURRENT] = launch.functions()
         table[compiled.HANDLE], _ = _question(asked.handle)
@@ -43,6 +48,7 @@ class Quick:
             compiled.STREAM: asked.stream,
             compiled.MAKE: asked.make,
             compiled.EMPTY_BYTES: library.empty_bytes,
+            compiled.REFUSED: launch.refused,
         }
         for word, value in held.items():
             table[word] = id(value)
@@ -53,39 +59,63 @@ class Quick:
             table[compiled.FACT + 3 * k :][:3] = *_question(name), id(answer)
         keep_for_ever((table, asked, held))
 
-    def learn(
-        self, place: int, plan: Any, device: int, dtype: Any, weight: Any = None
-    ) -> None:
-        """Take note of a kernel, launched for a dtype and that of a weight on a device."""
-        key = dtype, weight, device
-        is_new = key not in self.rows
-        if (place, *key) in self.kernels or (is_new and len(self.rows) == _MOST):
-            return
+    def learn(self, place: int, plan: Any, device: int, *dtypes: Any) -> None:
+        """Take note of a kernel for x's dtype, and a weight's, launched on a device."""
         code, compute, itemsize = plan
-        loaded = code.loaded[device]
-        keep_for_ever((key, loaded))  # what is known by its address
-        if is_new:
-            row = self.rows[key] = compiled.ROWS + compiled.ROW * len(self.rows)
-            words = {
-                compiled.OF_X: id(dtype),
-                compiled.OF_WEIGHT: 0 if weight is None else id(weight),
-                compiled.ON: device,
-                compiled.CONTEXT: launch.context_of(device),
-                compiled.NUMBER: id(device),
-                compiled.ITEM: itemsize,
-                compiled.WEIGHT_ITEM: 0 if weight is None else weight.itemsize,
-                compiled.SINGLE: compute is np.float32,
-            }
-            for word, value in words.items():
-                self.table[row + word] = value
-            self.table[compiled.KNOWN] = len(self.rows)
-        self.table[self.rows[key] + compiled.KERNEL + place] = int(loaded.handle)
-        self.kernels.add((place, *key))
+        key = device, *dtypes
+        if (place, *key) in self.kernels:
+            return
+        row = self.rows.get(key) or self._row(key, itemsize, *key)
+        if row:
+            self.table[row + compiled.SINGLE] = compute is np.float32
+            self.table[row + compiled.KERNEL + place] = _handle(code, device)
+            self.kernels.add((place, *key))
+
+    def learn_both(self, view: Any, plan: Any, device: int, *dtypes: Any) -> None:
+        """Take note of both launches for arrays seen so, and of the bytes between them."""
+        nbytes, first, last = plan
+        key = device, *dtypes, view
+        row = key not in self.rows and self._row(
+            key, dtypes[0].itemsize, device, *dtypes
+        )
+        if not row:
+            return
+        words = [*view, nbytes]
+        for each in first, last:
+            words += [_handle(each.kernel, device), each.blocks, *each.sizes]
+        self.table[row + compiled.VIEW :][: len(words)] = words
+
+    def _row(
+        self, key: Any, itemsize: int, device: int, dtype: Any, weight: Any = None
+    ) -> int:
+        """Return where a new row starts, or 0 where there is no place."""
+        if len(self.rows) == _MOST:
+            return 0
+        row = self.rows[key] = compiled.ROWS + compiled.ROW * len(self.rows)
+        words = {
+            compiled.OF_X: id(dtype),
+            compiled.OF_WEIGHT: 0 if weight is None else id(weight),
+            compiled.ON: device,
+            compiled.CONTEXT: launch.context_of(device),
+            compiled.NUMBER: id(device),
+            compiled.ITEM: itemsize,
+            compiled.WEIGHT_ITEM: 0 if weight is None else weight.itemsize,
+        }
+        for word, value in words.items():
+            self.table[row + word] = value
+        keep_for_ever((dtype, weight, device))  # which are known by their addresses
+        self.table[compiled.KNOWN] = len(self.rows)
+        return row
 
     def before(self, fallback: Any) -> Any:
         """Return the call, with somebody to take what it leaves."""
         own = np.array([id(keep_for_ever(fallback)), self.table.ctypes.data])
         return built_in(self.code, own)
+
+
+def _handle(code: launch.Kernel, device: int) -> int:
+    """Return the driver's handle of a kernel that a device has loaded."""
+    return int(keep_for_ever(code.loaded[device]).handle)
 
 
 def _question(name: str) -> tuple[int, bool]:
@@ -96,6 +126,6 @@ def _question(name: str) -> tuple[int, bool]:
 
 @functools.cache
 @shielded
-def _compiled() -> Any:
+def _compiled(template: Any) -> Any:
     signature = types.int64(types.int64, types.int64, types.intp)
-    return compile_and_keep(compiled.call, signature)
+    return compile_and_keep(template, signature)

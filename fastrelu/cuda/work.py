@@ -1,5 +1,7 @@
 """From addresses and sizes to launches: what arrays of any library come down to."""
 
+import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -50,6 +52,11 @@ class Work:
         """Queue a kernel of so many threads."""
         blocks = max(1, -(-threads // THREADS))
         launch.launch(kernel, self.device, self.stream, blocks, *arguments)
+
+    def queue(self, plan: "Launch", *pointers: int) -> None:
+        """Queue a kernel with these pointers."""
+        given = *pointers, *plan.sizes
+        launch.launch(plan.kernel, self.device, self.stream, plan.blocks, *given)
 
     def lend(self, size: int) -> int:
         """Return the address of bytes for the duration of the call."""
@@ -161,6 +168,14 @@ def weight_layout(
 # Both gradients for the view (outer, channels, inner) ---------------------------------
 
 
+class Launch(NamedTuple):
+    """A kernel, its blocks, and the sizes that come behind its pointers."""
+
+    kernel: launch.Kernel
+    blocks: int
+    sizes: tuple[int, ...]
+
+
 class Sums(NamedTuple):
     """Pairs that blocks leave in memory, as (splits, channels, inner)."""
 
@@ -168,6 +183,61 @@ class Sums(NamedTuple):
     splits: int
     channels: int
     inner: int
+
+
+class Both(NamedTuple):
+    """How both gradients are made: a launch, and what it leaves in memory."""
+
+    first: Launch
+    pairs: int  # in bytes
+    splits: int
+    channels: int
+    inner: int
+
+
+@functools.lru_cache(1024)
+def plan_both(
+    gradient: Function,
+    dtypes: tuple[str, str],
+    itemsize: int,
+    view: tuple[int, int, int],
+    aligned: bool,
+) -> Both:
+    """Return how the gradients are made for dtypes of x and the weight.
+
+    How the work is cut up, and so the sums' last bits, follows from the view alone.
+    """
+    outer, channels, inner = view
+    size = outer * channels * inner
+    width = BYTES // itemsize
+    fmt, weight = dtypes
+    if channels == 1 or inner > _SHORT:
+        single = outer * channels == 1
+        vectors = (single or inner % width == 0) and inner >= width
+        in_row = inner // width if vectors else inner
+        most = -(-outer * in_row // (_LEAST * THREADS))
+        splits = max(1, min(most, BLOCKS // channels))
+        template, blocks = "prelu_rows", splits * channels
+        sums = splits, channels, 1
+        sizes = outer, channels, inner, splits
+    else:
+        columns = channels * inner
+        vectors = columns % width == 0
+        strips = -(-columns // (THREADS // DOWN * (width if vectors else 1)))
+        splits = max(1, min(-(-outer // (_LEAST * DOWN)), BLOCKS // strips))
+        template, blocks = "prelu_columns", strips * splits
+        sums = splits, channels, inner
+        sizes = outer, columns, inner, splits
+    code = kernel(
+        template,
+        function=gradient,
+        fmt=fmt,
+        weight=weight,
+        wide=size >= INT32,
+        vectors=vectors,
+        aligned=aligned or not vectors,
+    )
+    return Both(Launch(code, blocks, sizes), _pairs(fmt, math.prod(sums)), *sums)
 
 
 def both(
@@ -180,46 +250,24 @@ def both(
 ) -> Sums:
     """Write the gradient towards x, and return sums of that towards the weight.
 
-    The dtypes are x's and the weight's, the pointers (grad, x, weight, result).  How
-    the work is cut up, and so the sums' last bits, follows from the view alone.
+    The dtypes are x's and the weight's, the pointers (grad, x, weight, result).
     """
-    outer, channels, inner = view
-    size = outer * channels * inner
     grad, x, _, y = pointers
-    width = BYTES // itemsize
-    fmt, weight = dtypes
-    options = {
-        "function": gradient,
-        "fmt": fmt,
-        "weight": weight,
-        "wide": size >= INT32,
-    }
-    if channels == 1 or inner > _SHORT:
-        single = outer * channels == 1
-        vectors = (single or inner % width == 0) and inner >= width
-        in_row = inner // width if vectors else inner
-        most = -(-outer * in_row // (_LEAST * THREADS))
-        splits = max(1, min(most, BLOCKS // channels))
-        template, threads = "prelu_rows", splits * channels * THREADS
-        sums = Sums(pairs(work, fmt, splits * channels), splits, channels, 1)
-        sizes = outer, channels, inner, splits
-    else:
-        columns = channels * inner
-        vectors = columns % width == 0
-        strips = -(-columns // (THREADS // DOWN * (width if vectors else 1)))
-        splits = max(1, min(-(-outer // (_LEAST * DOWN)), BLOCKS // strips))
-        template, threads = "prelu_columns", strips * splits * THREADS
-        sums = Sums(pairs(work, fmt, splits * columns), splits, channels, inner)
-        sizes = outer, columns, inner, splits
-    aligned = not vectors or head_of(size, itemsize, grad, x, y) == 0
-    code = kernel(template, vectors=vectors, aligned=aligned, **options)
-    work.run(code, threads, *pointers, sums.pointer, *sizes)
-    return sums
+    aligned = head_of(math.prod(view), itemsize, grad, x, y) == 0
+    plan = plan_both(gradient, dtypes, itemsize, view, aligned)
+    pairs = work.lend(plan.pairs)
+    work.queue(plan.first, *pointers, pairs)
+    return Sums(pairs, plan.splits, plan.channels, plan.inner)
+
+
+def _pairs(dtype: str, number: int) -> int:
+    """Return the bytes of so many pairs of sums."""
+    return 2 * number * int(np.dtype(compute_of(dtype)).itemsize)
 
 
 def pairs(work: Work, dtype: str, number: int) -> int:
     """Return the address of memory for so many pairs of sums."""
-    return work.lend(2 * number * np.dtype(compute_of(dtype)).itemsize)
+    return work.lend(_pairs(dtype, number))
 
 
 def splits_of(size: int, channels: int) -> int:
@@ -227,13 +275,19 @@ def splits_of(size: int, channels: int) -> int:
     return max(1, min(-(-size // THREADS), BLOCKS // max(1, channels)))
 
 
+@functools.lru_cache(1024)
+def plan_finish(
+    dtype: str, size: int, splits: int, channels: int, inner: int
+) -> Launch:
+    """Return how the sums are added up into a dense array of so many elements."""
+    team = 1
+    while team < min(splits * inner, THREADS):
+        team *= 2
+    blocks = max(1, -(-size * team // THREADS))
+    return Launch(kernel("finish", fmt=dtype), blocks, (splits, channels, inner, team))
+
+
 def finish(work: Work, dtype: str, pointer: int, size: int, sums: Sums) -> None:
     """Add up the sums of each channel into a dense array."""
-    if not size:
-        return
-    team = 1
-    while team < min(sums.splits * sums.inner, THREADS):
-        team *= 2
-    sizes = sums.splits, sums.channels, sums.inner, team
-    code = kernel("finish", fmt=dtype)
-    work.run(code, size * team, sums.pointer, pointer, *sizes)
+    if size:
+        work.queue(plan_finish(dtype, size, *sums[1:]), sums.pointer, pointer)
