@@ -44,6 +44,7 @@ LAYOUTS = [
     for passes in ("", "_backward")
 ]
 HOST = ["relu-inplace", "relu-out", "relu-fresh", "relu_backward-fresh", "prelu-fresh"]
+HOST += ["relu_mask-fresh", "prelu_backward-fresh"]
 TUNED = ["relu-out-float32", "relu-fresh-float32", "relu-out-float16"]
 TUNED += ["relu_backward-fresh-float32", "leaky_relu_backward-fresh-float16"]
 TUNED += ["relu_mask-fresh-float32", "prelu-fresh-float32"]

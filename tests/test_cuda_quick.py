@@ -19,7 +19,7 @@ from conftest import normal
 from reference import assert_same, assert_weight_gradient
 
 import fastrelu as F
-from fastrelu import cpu
+from fastrelu import activations, cpu
 
 pytest.importorskip("numba_cuda", reason="needs numba-cuda: see the extra cuda13")
 import gpu as machines
@@ -588,6 +588,21 @@ def test_more_dtypes_than_there_are_rows(gpu, put, monkeypatch):
             before = gpu.quick
             F.prelu_backward(x, x, w)
         assert gpu.quick == before + 2 * is_taken
+
+
+def test_threads_that_learn_at_once(plain):
+    """Each row is one thread's, and none waits for another."""
+    p = known(plain)
+    quick = activations._relu_forward.on_gpu[machines.ndarray].quick
+    key, rows = (0, np.dtype("f2"), None), dict(quick.rows)
+    with quick.lock:
+        assert quick._row(key, 2, *key) == 0
+    assert quick.rows == rows
+    row = quick._row(key, 2, *key)
+    assert row not in rows.values()
+    assert quick._row(key, 2, *key) == row
+    assert quick.table[on_gpu.compiled.KNOWN] == len(rows) + 1
+    F.relu(p.x, inplace=True)
 
 
 def test_code_that_cannot_be_compiled(gpu, put, monkeypatch):

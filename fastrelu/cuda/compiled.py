@@ -37,11 +37,7 @@ from fastrelu.cpu.calls import (
     singles,
     vectorcall,
 )
-from fastrelu.cpu.jit import (
-    array_at,
-    calling,
-    inlined,
-)
+from fastrelu.cpu.jit import array_at, calling, inlined
 from fastrelu.cpu.loops import floats, words
 from fastrelu.cpu.objects import (
     as_integer,
@@ -62,13 +58,7 @@ from fastrelu.cpu.objects import (
 )
 from fastrelu.cpu.vector import buffer
 from fastrelu.cuda.config import BYTES, THREADS
-from fastrelu.cuda.work import (
-    INT32,
-    PLAIN,
-    WITH_BITS,
-    blocks_of,
-    layout_of,
-)
+from fastrelu.cuda.work import INT32, PLAIN, WITH_BITS, blocks_of, layout_of
 
 # Words of a table, behind those that `objects` knows: functions of the driver and objects,
 LAUNCH, CURRENT, MODEL, UINT8, PREDICATE, STREAM, HANDLE, MAKE, EMPTY_BYTES, REFUSED = (
@@ -200,7 +190,7 @@ def _is_beside_x(table, value, w, place):
 
 @inlined
 def _is_like(table, value, shape, dtype, w, place):
-    """Say the same, and whether it has this dtype and shape; 0 says there is none."""
+    """Say the same, and whether it has a dtype and a shape, which may be missing (0)."""
     if shape == 0 or not _is_beside_x(table, value, w, place):
         return False
     if w[place + _OF] != dtype:
@@ -581,9 +571,7 @@ def _take_both(table, given, w):
         return 0
     if not _take_weight(table, given[4], given[5], grad, w, _WEIGHT):
         return 0
-    row = _row_of_view(table, w)
-    w[_BYTES] = w[_ELEMENTS] * table[row + ITEM]
-    return row
+    return _row_of_view(table, w)
 
 
 @inlined
@@ -601,7 +589,8 @@ def _total(table, weight, out, w):
 def _both_lie_well(table, row, w):
     """Say whether vectors start where arrays do, and none meets another in part."""
     start, saved, target = w[_X], w[_BESIDE], w[_Y]
-    length, nbytes = w[_CHANNELS] * table[row + WEIGHT_ITEM], w[_BYTES]
+    length = w[_CHANNELS] * table[row + WEIGHT_ITEM]
+    nbytes = w[_ELEMENTS] * table[row + ITEM]
     if (start | saved | target) % BYTES != 0:
         return False
     if (w[_WEIGHT] | w[_TOTAL]) % table[row + WEIGHT_ITEM] != 0:

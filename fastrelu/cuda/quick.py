@@ -2,6 +2,7 @@
 
 import functools
 import sys
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -33,7 +34,8 @@ class Quick:
         size = compiled.ROWS + _MOST * compiled.ROW
         self.table = table = np.zeros(size, np.int64)
         self.rows: dict[Any, int] = {}
-        self.kernels: set[Any] = set()
+        self.kernels: set[Any] = set()  # that are known, by their keys
+        self.lock = threading.Lock()
         self.code = _compiled(compiled.call_both if both else compiled.call)
         table[: objects.LENGTH] = objects.known()
         table[compiled.LAUNCH], table[compiled.CURRENT] = launch.functions()
@@ -65,7 +67,7 @@ class Quick:
         key = device, *dtypes
         if (place, *key) in self.kernels:
             return
-        row = self.rows.get(key) or self._row(key, itemsize, *key)
+        row = self._row(key, itemsize, *key)
         if row:
             self.table[row + compiled.SINGLE] = compute is np.float32
             self.table[row + compiled.KERNEL + place] = _handle(code, device)
@@ -75,37 +77,46 @@ class Quick:
         """Take note of both launches for arrays seen so, and of the bytes between them."""
         nbytes, first, last = plan
         key = device, *dtypes, view
-        row = key not in self.rows and self._row(
-            key, dtypes[0].itemsize, device, *dtypes
-        )
-        if not row:
+        if key in self.kernels:
             return
-        words = [*view, nbytes]
-        for each in first, last:
-            words += [_handle(each.kernel, device), each.blocks, *each.sizes]
-        self.table[row + compiled.VIEW :][: len(words)] = words
+        row = self._row(key, dtypes[0].itemsize, device, *dtypes)
+        if row:
+            words = [*view, nbytes]
+            for each in first, last:
+                words += [_handle(each.kernel, device), each.blocks, *each.sizes]
+            self.table[row + compiled.VIEW :][: len(words)] = words
+            self.kernels.add(key)
 
     def _row(
         self, key: Any, itemsize: int, device: int, dtype: Any, weight: Any = None
     ) -> int:
-        """Return where a new row starts, or 0 where there is no place."""
-        if len(self.rows) == _MOST:
+        """Return where a row starts, or 0 where there is no place, or not now.
+
+        A thread that meets another here makes its row with a later call.
+        """
+        if not self.lock.acquire(blocking=False):
             return 0
-        row = self.rows[key] = compiled.ROWS + compiled.ROW * len(self.rows)
-        words = {
-            compiled.OF_X: id(dtype),
-            compiled.OF_WEIGHT: 0 if weight is None else id(weight),
-            compiled.ON: device,
-            compiled.CONTEXT: launch.context_of(device),
-            compiled.NUMBER: id(device),
-            compiled.ITEM: itemsize,
-            compiled.WEIGHT_ITEM: 0 if weight is None else weight.itemsize,
-        }
-        for word, value in words.items():
-            self.table[row + word] = value
-        keep_for_ever((dtype, weight, device))  # which are known by their addresses
-        self.table[compiled.KNOWN] = len(self.rows)
-        return row
+        try:
+            if key in self.rows or len(self.rows) == _MOST:
+                return self.rows.get(key, 0)
+            row = compiled.ROWS + compiled.ROW * len(self.rows)
+            words = {
+                compiled.OF_X: id(dtype),
+                compiled.OF_WEIGHT: 0 if weight is None else id(weight),
+                compiled.ON: device,
+                compiled.CONTEXT: launch.context_of(device),
+                compiled.NUMBER: id(device),
+                compiled.ITEM: itemsize,
+                compiled.WEIGHT_ITEM: 0 if weight is None else weight.itemsize,
+            }
+            for word, value in words.items():
+                self.table[row + word] = value
+            keep_for_ever((dtype, weight, device))  # which are known by addresses
+            self.rows[key] = row
+            self.table[compiled.KNOWN] = len(self.rows)
+            return row
+        finally:
+            self.lock.release()
 
     def before(self, fallback: Any) -> Any:
         """Return the call, with somebody to take what it leaves."""
