@@ -5,6 +5,7 @@ driver's functions, which libcuda.c answers: it notes what would have reached a 
 """
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -212,7 +213,7 @@ def test_streams_and_devices(ask):
         ("cuInit", 100, "F.relu(x, out=y)", "no CUDA-capable devices"),
         ("cuLibraryLoadData", 209, "F.relu(x, out=y)", "CUDA_ERROR_STUB"),
         ("cuLaunchKernelEx", 719, "F.relu(x, out=y)", "CUDA_ERROR_STUB"),
-        ("cuMemAllocFromPoolAsync", 2, "both()", "CUDA_ERROR_STUB"),
+        ("cuMemAllocFromPoolAsync", 2, "both()", "CUDA_ERROR_STUB|allocate memory"),
         ("cuDevicePrimaryCtxRetain", 2, "F.relu(x, out=y)", "CUDA"),
     ],
 )
@@ -230,7 +231,7 @@ def test_a_driver_that_fails(ask, name, error, call, told):
     print(count("launches") > 0, count("taken"))
     """
     *message, last = ask(script).splitlines()
-    assert told in "\n".join(message)
+    assert re.search(told, "\n".join(message))
     assert "AttributeError" not in message[0]
     assert last == "True 0"
 
