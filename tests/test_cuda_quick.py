@@ -43,7 +43,10 @@ def real_torch():
         return importlib.import_module("torch")
 
 
-@pytest.fixture(params=["compiled", "interpreted"], autouse=True)
+@pytest.fixture(
+    params=["compiled", pytest.param("interpreted", marks=pytest.mark.model)],
+    autouse=True,
+)
 def how(request, monkeypatch, real_torch):
     if request.param == "interpreted":
         request.getfixturevalue("gpu")  # which ends after this

@@ -148,7 +148,7 @@ def _look(table, value, w, place):
     if owner == 0:
         return False
     w[place] = _integer(_ask(table, START, owner, w))
-    w[place + _ON] = _integer(_ask(table, DEVICE, owner, w)) if w[place] >= 0 else -1
+    w[place + _ON] = _integer(_ask(table, DEVICE, owner, w)) if w[place] > 0 else -1
     decref(owner)
     if w[place + _ON] < 0:
         return False
