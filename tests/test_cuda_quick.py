@@ -10,6 +10,7 @@ import importlib
 import math
 import re
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -606,6 +607,29 @@ def test_threads_that_learn_at_once(plain):
     assert quick._row(key, 2, *key) == row
     assert quick.table[on_gpu.compiled.KNOWN] == len(rows) + 1
     F.relu(p.x, inplace=True)
+
+
+def test_threads(gpu, plain, put, how):
+    """Each call has words of its own while the GIL is released."""
+    if how is not None:
+        pytest.skip("the interpreter's twin is for one thread")
+    known(plain)
+    gpu.launches.clear()
+
+    def run(seed):
+        x, y = (put(normal((6, 40), FLOAT32, seed + k)) for k in (0, 1))
+        for k in range(200):
+            F.leaky_relu(x, seed + k / 256, out=y)
+        return [
+            (x.data.ptr, y.data.ptr, np.float32(seed + k / 256)) for k in range(200)
+        ]
+
+    before = gpu.quick
+    with ThreadPoolExecutor(4) as pool:
+        expected = [each for made in pool.map(run, range(0, 40, 10)) for each in made]
+    assert gpu.quick > before
+    launched = [(given[4], given[5], given[-1]) for given in gpu.launches]
+    assert sorted(launched) == sorted(expected)
 
 
 def test_code_that_cannot_be_compiled(gpu, put, monkeypatch):
