@@ -15,10 +15,12 @@ import functools
 import hashlib
 import importlib.util
 import operator
+import os
 import pkgutil
 import struct
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from types import BuiltinFunctionType, CodeType, FunctionType, ModuleType
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
@@ -50,6 +52,31 @@ def digest(*parts: Any) -> str | None:
         return _hash((__name__, own, sys.version, versions, _Walk().known(parts)))
     except (_Unknown, AttributeError):  # what Numba has may change
         return None
+
+
+_SETTINGS = (  # of Numba, which decide what it makes of a function
+    "BOUNDSCHECK",
+    "CUDA_DEBUGINFO_DEFAULT",
+    "DEBUGINFO_DEFAULT",
+    "DISABLE_INTEL_SVML",
+    "ENABLE_PROFILING",
+    "EXTEND_VARIABLE_LIFETIMES",
+    "LOOP_VECTORIZE",
+    "OPT",
+    "SLP_VECTORIZE",
+)
+
+
+def settings() -> str:
+    """Return what a digest must hold besides functions."""
+    return repr([(name, getattr(numba.config, name, None)) for name in _SETTINGS])
+
+
+def user_folder() -> Path:
+    """Return the folder for what can be made anew."""
+    windows = sys.platform == "win32"
+    base = os.environ.get("LOCALAPPDATA" if windows else "XDG_CACHE_HOME")
+    return Path(base or Path.home() / ".cache") / "fastrelu"
 
 
 def sources(package: str) -> str | None:

@@ -361,9 +361,9 @@ def test_all_that_is_compiled_is_known(monkeypatch):
 
 @pytest.mark.parametrize("name", ["OPT", "BOUNDSCHECK", "LOOP_VECTORIZE"])
 def test_settings_of_numba_that_make_another_code(name, monkeypatch):
-    before = jit.settings()
+    before = _digest.settings()
     monkeypatch.setattr(jit.config, name, 12345)
-    assert jit.settings() != before
+    assert _digest.settings() != before
 
 
 # Sources ------------------------------------------------------------------------------
@@ -524,7 +524,7 @@ def test_where_code_is_kept(monkeypatch, tmp_path):
     beside = Path(jit.__file__).parent / "__pycache__"
     for platform, name in (("linux", "XDG_CACHE_HOME"), ("win32", "LOCALAPPDATA")):
         with monkeypatch.context() as patch:
-            patch.setattr(jit, "sys", types.SimpleNamespace(platform=platform))
+            patch.setattr(_digest, "sys", types.SimpleNamespace(platform=platform))
             patch.setenv(name, str(tmp_path))
             assert [*jit._folders()] == [beside, tmp_path / "fastrelu"]
 
@@ -532,7 +532,7 @@ def test_where_code_is_kept(monkeypatch, tmp_path):
         raise RuntimeError
 
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
-    monkeypatch.setattr(jit, "sys", types.SimpleNamespace(platform="linux"))
+    monkeypatch.setattr(_digest, "sys", types.SimpleNamespace(platform="linux"))
     with monkeypatch.context() as patch:
         patch.setattr(Path, "home", lambda: tmp_path)
         assert [*jit._folders()] == [beside, tmp_path / ".cache" / "fastrelu"]

@@ -23,7 +23,7 @@ from reference import assert_same
 from twins import public_functions
 
 import fastrelu as F
-from fastrelu import _arguments, _dispatch, activations
+from fastrelu import _arguments, _digest, _dispatch, activations
 from fastrelu._layout import parts_of
 from fastrelu.activations import _leaky_relu
 from fastrelu.cpu import jit
@@ -1075,7 +1075,7 @@ def test_where_code_is_kept_if_nobody_says(windows, monkeypatch, tmp_path):
     for name in ("FASTRELU_CACHE_DIR", "NUMBA_CACHE_DIR"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(
-        jit, "sys", types.SimpleNamespace(platform="win32" if windows else "linux")
+        _digest, "sys", types.SimpleNamespace(platform="win32" if windows else "linux")
     )
     named = "LOCALAPPDATA" if windows else "XDG_CACHE_HOME"
     monkeypatch.setenv(named, str(tmp_path))

@@ -5,9 +5,7 @@ import ctypes
 import functools
 import hashlib
 import itertools
-import os
 import pickle
-import sys
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,7 +16,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from fastrelu._digest import digest, sources
+from fastrelu._digest import digest, settings, sources, user_folder
 from fastrelu._functions import rebuild
 from fastrelu.cpu import abi, shield
 from fastrelu.cpu.abi import (
@@ -213,22 +211,6 @@ def larger(a: int, b: int) -> int:
 # What is kept on the disk -------------------------------------------------------------
 
 SOURCES = sources(__package__)  # before anybody can change them
-_SETTINGS = (  # of Numba, which decide what it makes of a function
-    "BOUNDSCHECK",
-    "CUDA_DEBUGINFO_DEFAULT",
-    "DEBUGINFO_DEFAULT",
-    "DISABLE_INTEL_SVML",
-    "ENABLE_PROFILING",
-    "EXTEND_VARIABLE_LIFETIMES",
-    "LOOP_VECTORIZE",
-    "OPT",
-    "SLP_VECTORIZE",
-)
-
-
-def settings() -> str:
-    """Return what a digest must hold besides functions."""
-    return repr([(name, getattr(config, name, None)) for name in _SETTINGS])
 
 
 def _name_of_copy() -> str:
@@ -260,13 +242,6 @@ def compile_and_keep(function: Function, signature: Any) -> Any:
         result._cache = _Cache(named.__name__, name, made_of)
     result.compile()
     return result
-
-
-def user_folder() -> Path:
-    """Return the folder for what can be made anew."""
-    windows = sys.platform == "win32"
-    base = os.environ.get("LOCALAPPDATA" if windows else "XDG_CACHE_HOME")
-    return Path(base or Path.home() / ".cache") / "fastrelu"
 
 
 def _folders() -> Iterator[Path]:

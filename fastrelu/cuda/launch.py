@@ -17,9 +17,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from fastrelu._digest import digest, sources
+from fastrelu._digest import digest, settings, sources, user_folder
 from fastrelu._functions import bound  # with it kernels take in what a formula calls
-from fastrelu.cpu.jit import settings, user_folder
 from fastrelu.cpu.shield import shielded
 from fastrelu.cuda.config import SIMULATED, THREADS
 
