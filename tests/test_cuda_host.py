@@ -950,6 +950,13 @@ class Driver:
     def cuPointerGetAttribute(self, attribute, pointer):
         return self.error, pointer - 4096 - attribute
 
+    class CUdriverProcAddress_flags:
+        CU_GET_PROC_ADDRESS_LEGACY_STREAM = 1
+
+    def cuGetProcAddress(self, name, version, flags):
+        address = {b"cuLaunchKernel": 4096, b"cuCtxGetCurrent": 8192}[name]
+        return self.error, address + flags, 0
+
     def cuCtxPushCurrent(self, context):
         self.calls.append(context)
 
@@ -1041,7 +1048,11 @@ def test_what_else_is_asked_of_the_driver(driver):
     launch.wait(5, 6)
     assert launch.scratch(64, 5, 0) == 64
     assert driver.calls == ["stream 5 waits for stream 6", (64, "stream 5")]
+    assert launch.functions() == (4096 + 1, 8192 + 1)
+    assert launch.context_of(1) == 101
     driver.error = 999
+    with pytest.raises(RuntimeError, match="has no cuLaunchKernel: 999"):
+        launch.functions()
     with pytest.raises(ValueError, match="does not know the array's memory: 999"):
         launch.device_of(4096)
     with pytest.raises(RuntimeError, match="no access to device 3: 999"):
