@@ -189,6 +189,16 @@ class Interpreter:
         assert (thread, self.held) == (7, False)
         self.held = True
 
+    def outcome(self, address):
+        """The object that is given away, or the error that is raised instead"""
+        assert self.held
+        if address == 0:
+            raise self.error
+        assert self.error is None
+        value = referred(address)
+        ctypes.pythonapi.Py_DecRef(ctypes.py_object(value))
+        return value
+
     def asking(self, function):
         """A function of addresses that returns what Python answers, or 0 for an error"""
 
@@ -397,13 +407,7 @@ def interpret(monkeypatch):
         def call(*arguments):
             given = (ctypes.py_object * len(arguments))(*arguments)
             result = template(id(own), ctypes.addressof(given), len(arguments))
-            assert python.held
-            if result == 0:
-                raise python.error
-            assert python.error is None
-            value = referred(result)
-            ctypes.pythonapi.Py_DecRef(ctypes.py_object(value))
-            return value
+            return python.outcome(result)
 
         return call
 
@@ -495,13 +499,7 @@ def interpret_gpu(monkeypatch):
             given = (ctypes.py_object * len(arguments))(*arguments)
             python.error = None
             result = self.code(id(own), ctypes.addressof(given), len(arguments))
-            assert python.held
-            if result == 0:
-                raise python.error
-            assert python.error is None
-            value = referred(result)
-            ctypes.pythonapi.Py_DecRef(ctypes.py_object(value))
-            return value
+            return python.outcome(result)
 
         call.kept = fallback
         return call
