@@ -315,12 +315,18 @@ class _Function:
         return calls
 
     def _chain(self) -> None:
-        """Have compiled code take what it can, NumPy's arrays first."""
-        call: Any = self.left
-        for calls in tuple(self.on_gpu.values()):
-            call = calls.before(call)
-        self.asks_numpy = bool(self.quick.rows)
-        self.call = self.quick.before(call) if self.asks_numpy else call
+        """Have compiled code take what it can, NumPy's arrays first.
+
+        Another thread may do so at the same time and know more: who is last, looks again.
+        """
+        known: Any = None
+        while known != (now := (bool(self.quick.rows), *self.on_gpu.values())):
+            known = now
+            call: Any = self.left
+            for calls in now[1:]:
+                call = calls.before(call)
+            self.asks_numpy = now[0]
+            self.call = self.quick.before(call) if self.asks_numpy else call
 
     def long(self, *arguments: Any) -> Any:
         """Take any call."""

@@ -65,8 +65,8 @@ FAULTS = {
             "test_cuda_quick.py::test_what_is_left",
         ),
         Fault(
-            "if more > 1 or w[_ELEMENTS] >= INT32:",
-            "if more > 1:",
+            "if axis < 0 or w[_ELEMENTS] >= INT32:",
+            "if axis < 0:",
             "indices of 32 bits for more elements than these can count",
             "test_cuda_quick.py::test_what_is_left",
         ),
@@ -83,10 +83,34 @@ FAULTS = {
             "test_cuda_quick.py::test_the_legacy_stream_has_two_handles",
         ),
         Fault(
-            "if shape == 0 or not _is_beside_x(table, value, w, place):",
-            "if not _is_beside_x(table, value, w, place):",
+            "own = _ask(table, question, value, w) if items != 0 else 0",
+            "own = _ask(table, question, value, w)",
             "a library is asked with an error on its way",
             "test_cuda_quick.py::test_a_shape_that_raises",
+        ),
+        Fault(
+            "return step == unit * w[_ELEMENTS]",
+            "return step > 0",
+            "elements between those of an array are written, too",
+            "test_cuda_quick.py::test_what_is_left",
+        ),
+        Fault(
+            "return w[model + _IN_C] != 0 or _has_items(",
+            "return w[model + _IN_C] != 0 or w[_STEPS] != 0 or _has_items(",
+            "two orders that are not C's pass for one",
+            "test_cuda_quick.py::test_what_is_left",
+        ),
+        Fault(
+            "return w[_PLACE] == PLAIN or w[_X + _IN_C] != 0",
+            "return True",
+            "bits are in another order than their mask says",
+            "test_cuda_quick.py::test_what_is_left",
+        ),
+        Fault(
+            "return _item(table, w[_STEPS], axis) // w[_UNIT]",
+            "return _item(table, w[_STEPS], axis)",
+            "bytes are counted as elements, and slopes are other channels'",
+            "test_cuda_host.py::test_all_ways_queue_the_same",
         ),
         Fault(
             "return -1 if taken == -1 else _refused(table, taken, w)",

@@ -20,7 +20,7 @@ from conftest import normal
 from reference import assert_same, assert_weight_gradient
 
 import fastrelu as F
-from fastrelu import activations, cpu
+from fastrelu import _dispatch, activations, cpu
 
 pytest.importorskip("numba_cuda", reason="needs numba-cuda: see the extra cuda13")
 import gpu as machines
@@ -132,9 +132,15 @@ TAKEN = {
     ),
     "rows within": lambda p: F.prelu(p.first[0], p.channels, out=p.first[1]),
     "one": lambda p: F.prelu(p.x, p.one, out=p.y),
+    "a weight of two axes": lambda p: F.prelu(p.x, p.w.reshape((1, 40)), out=p.y),
+    "a weight of three": lambda p: F.prelu(
+        p.last, p.channels.reshape((16, 1, 1)), axis=7
+    ),
+    "one of two axes": lambda p: F.prelu(p.x, p.one.reshape((1, 1)), axis=7),
     "one of no axis": lambda p: F.prelu(p.x, p.one.reshape(()), out=p.y),
     "one for one axis": lambda p: F.prelu(p.w, p.one, out=p.dw),
     "both of columns": lambda p: F.prelu_backward(p.g, p.x, p.w),
+    "both of two axes": lambda p: F.prelu_backward(p.g, p.x, p.w.reshape((1, 40))),
     "both of rows": lambda p: F.prelu_backward(p.g, p.x, p.short, axis=0, out=p.y),
     "both of one": lambda p: F.prelu_backward(p.g, p.x, p.one, inplace=True),
     "both into arrays": lambda p: F.prelu_backward(p.g, p.x, p.w, out=(p.y, p.dw)),
@@ -150,6 +156,24 @@ TAKEN = {
     ),
     "both of four": lambda p: F.prelu_backward(p.g[:4], p.x[:4], p.w),
     "both within": lambda p: F.prelu_backward(*p.first[:2], p.channels, out=p.first[2]),
+    "columns first": lambda p: F.relu(p.x.transpose((1, 0))),
+    "columns first, in place": lambda p: F.relu(p.x.transpose((1, 0)), inplace=True),
+    "columns first, saved": lambda p: F.leaky_relu_backward(
+        *(a.transpose((1, 0)) for a in (p.g, p.x)), out=p.y.transpose((1, 0))
+    ),
+    "columns first, a weight": lambda p: F.prelu(
+        p.x.transpose((1, 0)), p.w, axis=0, out=p.y.transpose((1, 0))
+    ),
+    "columns first, rows": lambda p: F.prelu(p.x.transpose((1, 0)), p.short),
+    "columns first, one": lambda p: F.prelu(p.x.transpose((1, 0)), p.one),
+    "channels last": lambda p: F.prelu(p.last, p.channels),
+    "both, channels last": lambda p: F.prelu_backward(p.last, p.last, p.channels),
+    "both into arrays, columns first": lambda p: F.prelu_backward(
+        *(a.transpose((1, 0)) for a in (p.g, p.x)),
+        p.w,
+        axis=0,
+        out=(p.y.transpose((1, 0)), p.dw),
+    ),
 }
 LEFT = {
     "another start": lambda p: F.relu(with_offset(p, p.x), inplace=True),
@@ -157,7 +181,30 @@ LEFT = {
     "another start of the saved": lambda p: F.relu_backward(p.g, with_offset(p, p.x)),
     "another start of a weight": lambda p: F.prelu(p.x, with_offset(p, p.w), out=p.y),
     "apart": lambda p: F.relu(p.x[:, ::2], inplace=True),
-    "columns first": lambda p: F.relu(p.x.transpose((1, 0)), inplace=True),
+    "columns first beside rows": lambda p: F.relu(
+        p.square.transpose((1, 0)), out=p.square
+    ),
+    "rows beside columns": lambda p: F.relu_backward(
+        p.square, p.square[:].transpose((1, 0))
+    ),
+    "other orders": lambda p: F.relu(
+        p.cube.transpose((1, 2, 0)), out=p.cube.transpose((2, 0, 1))
+    ),
+    "columns first with a mask": lambda p: F.relu(
+        p.x.transpose((1, 0)), return_mask=True
+    ),
+    "a mask of columns first": lambda p: F.relu_backward(
+        p.g.transpose((1, 0)),
+        F.relu(p.x.transpose((1, 0)), return_mask=True)[1],
+        inplace=True,
+    ),
+    "columns first, with a gap": lambda p: F.relu(
+        p.x.transpose((1, 0))[:, :4][:20], inplace=True
+    ),
+    "backwards": lambda p: F.relu(p.x[::-1], inplace=True),
+    "both, a weight of every second": lambda p: F.prelu_backward(
+        p.g, p.x, p.w, out=(p.y, p.block[:80][::2])
+    ),
     "no elements": lambda p: F.relu(p.x[:0], inplace=True),
     "another dtype": lambda p: F.relu(p.put(np.zeros(8)), inplace=True),
     "bits of another class": lambda p: with_other_bits(p),
@@ -173,7 +220,8 @@ LEFT = {
         F.Mask(p.mask.bits, (40, 6), (1, 0)),
         out=p.y.reshape((40, 6)),
     ),
-    "a weight of two axes": lambda p: F.prelu(p.x, p.w.reshape((1, 40)), out=p.y),
+    "a weight for each element": lambda p: F.prelu(p.x, p.g, out=p.y),
+    "both, a weight for each element": lambda p: F.prelu_backward(p.g, p.x, p.y),
     "too many elements": lambda p: F.prelu(
         with_size(p.block[40:280].reshape((6, 40)), 2**31), p.block[:40], inplace=True
     ),
@@ -264,6 +312,21 @@ WRONG = {
     "a bool": (lambda p: F.prelu(p.x, p.short, axis=False), TypeError, "axis"),
     "weight": (lambda p: F.prelu(p.x, p.w, axis=0), ValueError, "weight"),
     "a list": (lambda p: F.prelu(p.x, [0.5]), TypeError, "weight"),
+    "a weight of too many axes": (
+        lambda p: F.prelu(p.x, p.one.reshape((1, 1, 1))),
+        ValueError,
+        "weight",
+    ),
+    "a weight of two axes, another length": (
+        lambda p: F.prelu(p.x, p.channels.reshape((1, 16))),
+        ValueError,
+        "weight",
+    ),
+    "an axis that is none": (
+        lambda p: F.prelu(p.x, p.w.reshape((1, 40)), axis=1.5),
+        TypeError,
+        "axis",
+    ),
     "both, a list": (
         lambda p: F.prelu_backward(p.g, p.x, p.w, out=[p.y, p.dw]),
         TypeError,
@@ -310,6 +373,9 @@ def known(plain):
     plain.block = plain.put(np.ones(280, "f4"))
     plain.odd = plain.put(np.zeros(164, "u1"))[1:161].view("f4")
     plain.thin = plain.put(np.ones((5, 16, 2), "f4"))
+    plain.square = plain.put(np.ones((8, 8), "f4"))
+    plain.cube = plain.put(np.ones((8, 8, 8), "f4"))
+    plain.last = plain.put(np.ones((2, 5, 5, 16), "f4")).transpose((0, 3, 1, 2))
     for call in TAKEN.values():
         call(plain)
     return plain
@@ -357,6 +423,7 @@ def test_no_reference_is_lost(gpu, plain, monkeypatch, request):
     monkeypatch.setattr(gpu, "own", lambda a: a)  # it would keep them
     held = [p.x, p.y, p.g, p.w, p.dw, p.one, p.short, p.half, p.mask, p.mask.bits]
     held += [p.mask.shape, p.x.shape, p.x.dtype, p.x.data, p.half.dtype]
+    held += [p.last, p.last.shape, p.last.strides, p.channels]
     held += [cupy.cuda.get_current_stream(0), machines.ndarray, F.Mask]
     held += [None, True, False, "data", "ptr", (6, 40)]
 
@@ -395,14 +462,15 @@ def broken(*arguments):
 
 
 ASKED = "data", "ptr", "device_id", "dtype", "shape", "size", "_c_contiguous", "stream"
+ASKED = [(name, (0, 1)) for name in ASKED] + [("strides", (1, 0)), ("itemsize", (1, 0))]
 
 
-@pytest.mark.parametrize("name", ASKED)
+@pytest.mark.parametrize(("name", "axes"), ASKED)
 @pytest.mark.parametrize("which", ["x", "out"])
-def test_an_error_of_the_library_arrives(which, name, gpu, plain, monkeypatch):
+def test_an_error_of_the_library_arrives(which, name, axes, gpu, plain, monkeypatch):
     """Whatever is asked, and nothing is launched"""
     p = known(plain)
-    x, out = p.x[:], p.y[:]
+    x, out = (a.transpose(axes) for a in (p.x, p.y))
     owner = x if which == "x" else out
     gpu.launches.clear()
     if name in ("ptr", "device_id"):
@@ -415,8 +483,8 @@ def test_an_error_of_the_library_arrives(which, name, gpu, plain, monkeypatch):
             with pytest.raises(AttributeError, match="ptr"):
                 call(x, out=out)
         return
-    elif which == "out" and name == "size":
-        return  # which is x's, for they have one shape
+    elif which == "out" and name in ("size", "itemsize"):
+        return  # which are x's, for they have one shape and one dtype
     else:
         values = {key: vars(owner).pop(key) for key in (name,) if key in vars(owner)}
         plainly = property(
@@ -436,6 +504,7 @@ SHAPED = {
     "fresh": lambda p: (p.x, lambda: F.relu(p.x)),
     "both": lambda p: (p.w, lambda: F.prelu_backward(p.g, p.x, p.w, out=(p.y, p.dw))),
     "both, fresh": lambda p: (p.w, lambda: F.prelu_backward(p.g, p.x, p.w)),
+    "channels last": lambda p: (p.last, lambda: F.prelu(p.last, p.channels)),
 }
 
 
@@ -461,15 +530,54 @@ def test_a_shape_that_raises(case, time, gpu, plain, monkeypatch):
     assert times == time or (time == 2 and gpu.launches)
 
 
+ODD = {
+    "fewer": {"strides": (4, 4)},
+    "more": {"strides": (200, 4, 40, 8, 800)},
+    "floats": {"strides": (1600.0, 4.0, 320.0, 64.0)},
+    "one twice": {"strides": (4, 4, 4, 4)},
+    "in no unit": {"itemsize": 0},
+    "in another": {"itemsize": 8},
+}
+
+
+@pytest.mark.parametrize("case", ODD)
+def test_odd_strides(case, gpu, plain, monkeypatch):
+    """Whatever a library may say of an array that is not in C order, it is left"""
+    p, left = known(plain), []
+    calls = activations._relu_forward.on_gpu[machines.ndarray]
+    monkeypatch.setattr(calls, "forward", lambda x, *_: left.append(x) or x)
+    x = p.last[:]
+    vars(x).update(ODD[case])
+    F.relu(x)
+    F.relu(x, inplace=True)
+    assert len(left) == 2
+    before = gpu.quick
+    F.relu(p.last, inplace=True)
+    assert gpu.quick == before + 1
+
+
+@pytest.mark.parametrize("wrong", [(1, 0), (0, 1)])
+def test_a_result_in_another_order(wrong, gpu, plain, monkeypatch):
+    """What a library makes may lie otherwise: that is for the long way"""
+    p, cupy = known(plain), sys.modules["cupy"]
+    x, before = p.square.transpose((1, 0)), gpu.quick
+    like = lambda a: gpu.array(np.empty((8, 8), "f4")).transpose(wrong)
+    monkeypatch.setattr(cupy, "empty_like", like)
+    y = F.relu(x)
+    assert gpu.quick == before + (wrong == (1, 0))
+    assert y.strides == ((4, 32) if wrong == (1, 0) else (32, 4))
+
+
 NEW = {
     "mask": (lambda p: F.relu(p.x, return_mask=True), [(6, 40), (30,)]),
     "both": (lambda p: F.prelu_backward(p.g, p.x, p.w), [(6, 40), (40,), (320,)]),
+    "columns first": (lambda p: F.relu(p.x.transpose((1, 0))), [(40, 6)]),
 }
 
 
 @pytest.mark.parametrize(
     ("case", "enough"),
-    [("mask", 0), ("mask", 1), ("both", 0), ("both", 1), ("both", 2)],
+    [(case, k) for case, (_, shapes) in NEW.items() for k in range(len(shapes))],
 )
 def test_a_library_without_memory(case, enough, gpu, plain, monkeypatch):
     """For a result, or for what is beside it"""
@@ -484,6 +592,7 @@ def test_a_library_without_memory(case, enough, gpu, plain, monkeypatch):
 
     gpu.launches.clear()
     monkeypatch.setattr(gpu, "empty", empty)
+    monkeypatch.setattr(gpu, "empty_like", lambda host: empty(host.shape, host.dtype))
     with pytest.raises(MemoryError, match=re.escape(str(shapes[enough]))):
         call(p)
     assert len(made) == enough
@@ -609,6 +718,31 @@ def test_threads_that_learn_at_once(plain):
     F.relu(p.x, inplace=True)
 
 
+def test_a_chain_that_is_overtaken(how):
+    """What another thread came to know meanwhile is asked, too"""
+    if how is not None:
+        pytest.skip("compiled code has no part in it")
+
+    class Taking:
+        def __init__(self, *meanwhile):
+            self.meanwhile = [*meanwhile]
+
+        def before(self, fallback):
+            while self.meanwhile:
+                self.meanwhile.pop()()
+            return self, fallback
+
+    function = _dispatch._Forward(activations._RELU)
+    first, second = Taking(lambda: chain(int, second)), Taking()
+
+    def chain(type_, calls):
+        function.on_gpu[type_] = calls
+        function._chain()
+
+    chain(float, first)
+    assert function.call == (second, (first, function.left))
+
+
 def test_threads(gpu, plain, put, how):
     """Each call has words of its own while the GIL is released."""
     if how is not None:
@@ -726,6 +860,16 @@ def test_real_tensors(gpu, monkeypatch, real_torch):
     def tensor(a):
         return torch.from_numpy(gpu.own(a)).as_subclass(Tensor)
 
+    images = np.ones((2, 5, 5, 16), "f4")  # with their channels last
+    for _ in range(4):
+        before = gpu.quick
+        last, y = (
+            tensor(images.copy()).permute(0, 3, 1, 2).as_subclass(Tensor) for _ in "12"
+        )
+        assert last.is_contiguous(memory_format=torch.channels_last)
+        F.relu(last, out=y)
+        F.relu_backward(last, y, inplace=True)
+    assert gpu.quick == before + 2
     x, g, w = (normal(n, FLOAT32, k) for k, n in enumerate(((6, 40), (6, 40), 40)))
     for _ in range(4):
         y, dx = tensor(np.empty_like(x)), tensor(np.empty_like(x))

@@ -131,10 +131,13 @@ class Questions(NamedTuple):
     start: str
     device: str
     size: str
+    contiguous: str  # whether the order is C's
+    strides: str
+    unit: str  # of the strides, in bytes, where they do not count elements
     stream: Any  # called with the device
     handle: str  # of what that returns, where that is not the handle
-    make: Any  # called with a shape and a dtype
-    like: bool  # or with an array that is like it
+    make: Any  # called with a shape and a dtype for an array in C order, or None
+    empty_like: Any  # called with an array
     uint8: Any
 
 
@@ -279,15 +282,18 @@ class _CuPy(_Pooled):
             return None
         return Questions(
             model=type_,
-            facts={"_c_contiguous": True},
+            facts={},
             owner="data",
             start="ptr",
             device="device_id",
             size="size",
+            contiguous="_c_contiguous",
+            strides="strides",
+            unit="itemsize",
             stream=cupy.cuda.get_current_stream,
             handle="ptr",
             make=type_,
-            like=False,
+            empty_like=self.empty_like,
             uint8=np.dtype(np.uint8),
         )
 
@@ -389,7 +395,6 @@ class _PyTorch(_Pooled):
             "requires_grad": False,
             "layout": torch.strided,
             "is_neg()": False,
-            "is_contiguous()": True,
         }
         return Questions(
             model=type_,
@@ -398,10 +403,13 @@ class _PyTorch(_Pooled):
             start="data_ptr()",
             device="get_device()",
             size="numel()",
+            contiguous="is_contiguous()",
+            strides="stride()",
+            unit="",
             stream=torch._C._cuda_getCurrentRawStream,
             handle="",
-            make=torch.empty_like,
-            like=True,
+            make=None,
+            empty_like=torch.empty_like,
             uint8=torch.uint8,
         )
 

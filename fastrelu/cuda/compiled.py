@@ -2,9 +2,9 @@
 
 A driver queues a kernel in two or three microseconds, and Python takes longer than that
 to ask the arrays what they are.  Here compiled code asks them, through Python's own
-interface for C: how a library lays out its objects it need not know.  It takes arrays in
-C order that start with a whole vector, and launches kernels that `calls` has launched
-before.  All else it leaves to `calls`, and to the checks behind those.
+interface for C: how a library lays out its objects it need not know.  It takes arrays
+that lie in one piece and start with a whole vector, and launches kernels that `calls` has
+launched before.  All else it leaves to `calls`, and to the checks behind those.
 
 As on the CPU, a call is a built-in function with a *table*, and the same kinds of
 operands follow (x or grad_output, inplace, out).
@@ -61,18 +61,18 @@ from fastrelu.cuda.config import BYTES, THREADS
 from fastrelu.cuda.work import INT32, PLAIN, WITH_BITS, blocks_of, layout_of
 
 # Words of a table, behind those that `objects` knows: functions of the driver and objects,
-LAUNCH, CURRENT, MODEL, UINT8, PREDICATE, STREAM, HANDLE, MAKE, EMPTY_BYTES, REFUSED = (
-    range(objects.LENGTH, objects.LENGTH + 10)
+LAUNCH, CURRENT, MODEL, UINT8, PREDICATE, STREAM, HANDLE, REFUSED = range(
+    objects.LENGTH, objects.LENGTH + 8
 )
-# whether new arrays are made like others, how many rows, operands and facts there are,
-# and the operands' kinds,
-LIKE, KNOWN, COUNT, FACTS, KINDS = range(REFUSED + 1, REFUSED + 6)
+MAKE, EMPTY_LIKE, EMPTY_BYTES = range(REFUSED + 1, REFUSED + 4)
+# how many rows, operands and facts there are, and the operands' kinds,
+KNOWN, COUNT, FACTS, KINDS = range(EMPTY_BYTES + 1, EMPTY_BYTES + 5)
 # questions, each of them a name and whether it is a method's,
-OWNER, START, DEVICE, DTYPE, SHAPE, SIZE, FACT = range(
-    KINDS + MOST_OPERANDS, KINDS + MOST_OPERANDS + 14, 2
+OWNER, START, DEVICE, DTYPE, SHAPE, SIZE, CONTIGUOUS, STRIDES, UNIT, FACT = range(
+    KINDS + MOST_OPERANDS, KINDS + MOST_OPERANDS + 20, 2
 )
 # facts, which are questions with the answer of a plain array,
-MOST_FACTS = 5
+MOST_FACTS = 4
 # and rows: what is known of two dtypes, x's and a weight's, on one device.
 ROWS = FACT + 3 * MOST_FACTS
 OF_X, OF_WEIGHT, ON, CONTEXT, NUMBER, ITEM, WEIGHT_ITEM, SINGLE, KERNEL = range(9)
@@ -83,13 +83,13 @@ VIEW, PAIRS, FIRST, LAST = KERNEL, KERNEL + 3, KERNEL + 4, KERNEL + 10
 SIZES = 4
 ROW = LAST + 2 + SIZES
 
-# Words of a call: where arrays are, each in three words: x, what lies beside it and the
+# Words of a call: where arrays are, each in four words: x, what lies beside it and the
 # result, and for both gradients a weight, its gradient and the sums' pairs,
-_X, _BESIDE, _Y, _WEIGHT, _TOTAL, _SUMS = range(0, 18, 3)
-_ON, _OF = 1, 2  # the device and the dtype, behind the address
+_X, _BESIDE, _Y, _WEIGHT, _TOTAL, _SUMS = range(0, 24, 4)
+_ON, _OF, _IN_C = 1, 2, 3  # behind the address: device, dtype, whether in C order
 # what is known of them, arguments for Python's functions, and those of the kernel.
-_SHAPE, _ELEMENTS, _BYTES, _BESIDE_BYTES, _CHANNELS, _INNER, _BITS = range(18, 25)
-_PLACE, _MAKES_BITS, _FIRST, _SECOND, _ARGUMENTS = range(25, 30)
+_SHAPE, _STEPS, _UNIT, _ELEMENTS, _BYTES, _BESIDE_BYTES, _BITS = range(24, 31)
+_CHANNELS, _INNER, _PLACE, _MAKES_BITS, _FIRST, _SECOND, _ARGUMENTS = range(31, 38)
 _POINTERS = _ARGUMENTS + 12
 SPACE = _POINTERS + 12
 _space = buffer(SPACE, types.int64)
@@ -154,7 +154,12 @@ def _look(table, value, w, place):
         return False
     w[place + _OF] = _ask(table, DTYPE, value, w)
     decref(w[place + _OF])  # what equals one of a row lives on
-    return w[place + _OF] != 0
+    if w[place + _OF] == 0:
+        return False
+    in_c = _ask(table, CONTIGUOUS, value, w)
+    decref(in_c)
+    w[place + _IN_C] = in_c == table[objects.TRUE]
+    return in_c != 0
 
 
 @inlined
@@ -183,29 +188,64 @@ def _have_same_items(table, shape, other):
 
 
 @inlined
+def _has_items(table, question, value, items, w):
+    """Say whether an array's shape, or strides, are these; 0 stands for none."""
+    own = _ask(table, question, value, w) if items != 0 else 0
+    same = own != 0 and _have_same_items(table, items, own)
+    decref(own)
+    return same
+
+
+@inlined
+def _is_dense(table, x, w):
+    """Say whether x lies in one piece in an order that is not C's; write its strides.
+
+    From the innermost axis on, a stride is the length of all that is within.
+    """
+    shape, unit = _shape_of_x(table, x, w), 1
+    w[_STEPS] = _ask(table, STRIDES, x, w) if shape != 0 else 0
+    if w[_STEPS] != 0 and table[UNIT] != 0:
+        unit = _integer(_ask(table, UNIT, x, w))
+    if w[_STEPS] == 0 or unit <= 0 or tuple_size(w[_STEPS]) != tuple_size(shape):
+        return False
+    w[_UNIT], step = unit, unit
+    for _ in range(tuple_size(shape)):
+        for axis in range(tuple_size(shape)):
+            length = _item(table, shape, axis)
+            if length != 1 and _item(table, w[_STEPS], axis) == step:
+                step *= length
+                break
+    return step == unit * w[_ELEMENTS]
+
+
+@inlined
 def _is_beside_x(table, value, w, place):
     """Say whether an array is plain and on x's device; write where it is."""
     return _look(table, value, w, place) and w[place + _ON] == w[_X + _ON]
 
 
 @inlined
-def _is_like(table, value, shape, dtype, w, place):
-    """Say the same, and whether it has a dtype and a shape, which may be missing (0)."""
-    if shape == 0 or not _is_beside_x(table, value, w, place):
+def _is_in_c(table, value, w, place):
+    """Say the same, and whether its order is C's."""
+    return _is_beside_x(table, value, w, place) and w[place + _IN_C] != 0
+
+
+@inlined
+def _lies_like(table, value, w, place, model):
+    """Say whether an array lies in memory as another one does: x, or one in C order."""
+    if w[place + _IN_C] != w[model + _IN_C]:
         return False
-    if w[place + _OF] != dtype:
-        return False
-    own = _ask(table, SHAPE, value, w)
-    same = own != 0 and _have_same_items(table, shape, own)
-    decref(own)
-    return same
+    return w[model + _IN_C] != 0 or _has_items(table, STRIDES, value, w[_STEPS], w)
 
 
 @inlined
 def _is_like_x(table, value, x, w, place):
     """Say whether an array is plain and like x; write where it is."""
-    shape = _shape_of_x(table, x, w)
-    return _is_like(table, value, shape, w[_X + _OF], w, place)
+    if not _is_beside_x(table, value, w, place) or w[place + _OF] != w[_X + _OF]:
+        return False
+    if not _has_items(table, SHAPE, value, _shape_of_x(table, x, w), w):
+        return False
+    return _lies_like(table, value, w, place, _X)
 
 
 @inlined
@@ -225,7 +265,7 @@ def _take_bits(table, mask, x, w):
         return False
     incref(bits)  # which others may take out of the mask
     w[_BITS] = bits
-    if not _is_beside_x(table, bits, w, _BESIDE) or w[_BESIDE + _OF] != table[UINT8]:
+    if not _is_in_c(table, bits, w, _BESIDE) or w[_BESIDE + _OF] != table[UINT8]:
         return False
     lengths = _ask(table, SHAPE, bits, w)
     if lengths == 0:
@@ -236,36 +276,71 @@ def _take_bits(table, mask, x, w):
 
 
 @inlined
+def _inner(table, axis, w):
+    """Return how many elements of a channel lie side by side."""
+    if w[_X + _IN_C] == 0:
+        return _item(table, w[_STEPS], axis) // w[_UNIT]
+    inner = 1
+    for k in range(axis + 1, tuple_size(w[_SHAPE])):
+        inner *= _item(table, w[_SHAPE], k)
+    return inner
+
+
+@inlined
+def _axis_of(table, lengths, axis, w):
+    """Write how many channels a weight of a shape has; return their axis of x, or -1.
+
+    A weight of more than one axis says by its shape which one of x's is meant.
+    """
+    ndim, more, found = tuple_size(w[_SHAPE]), tuple_size(lengths), 0
+    w[_CHANNELS] = 1
+    if more < 2:
+        if more == 1:
+            w[_CHANNELS] = _item(table, lengths, 0)
+        if not -ndim <= axis < ndim:  # the default may not matter
+            return 0 if w[_CHANNELS] == 1 and axis == 1 else -1
+        return axis + ndim if axis < 0 else axis
+    if more > ndim or axis == NO_AXIS:
+        return -1
+    for k in range(more):
+        length = _item(table, lengths, k)
+        if length != 1 and w[_CHANNELS] != 1:
+            return -1
+        if length != 1:
+            w[_CHANNELS], found = length, ndim - more + k
+    return found
+
+
+@inlined
 def _take_weight(table, value, given_axis, x, w, place):
     """Say whether a weight has one element for each channel; write what is known."""
     axis = integer_of(table, given_axis, NO_AXIS)
-    if not _is_beside_x(table, value, w, place) or _shape_of_x(table, x, w) == 0:
+    if not _is_in_c(table, value, w, place) or _shape_of_x(table, x, w) == 0:
         return False
     lengths = _ask(table, SHAPE, value, w)
     if lengths == 0:
         return False
-    ndim, more, channels = tuple_size(w[_SHAPE]), tuple_size(lengths), 1
-    if more == 1:
-        channels = _item(table, lengths, 0)
+    axis = _axis_of(table, lengths, axis, w)
     decref(lengths)
-    inside, inner = -ndim <= axis < ndim, w[_ELEMENTS]
-    if more > 1 or w[_ELEMENTS] >= INT32:
+    if axis < 0 or w[_ELEMENTS] >= INT32:
         return False
-    if channels == 1:
-        if not inside and axis != 1:  # the default may not matter
-            return False
-    else:
-        axis += ndim if axis < 0 else 0
-        if not inside or channels != _item(table, w[_SHAPE], axis):
-            return False
-        inner = 1
-        for k in range(axis + 1, ndim):
-            inner *= _item(table, w[_SHAPE], k)
-    w[_CHANNELS], w[_INNER] = channels, inner
-    return True
+    if w[_CHANNELS] == 1:
+        w[_INNER] = w[_ELEMENTS]
+        return True
+    w[_INNER] = _inner(table, axis, w)
+    return w[_CHANNELS] == _item(table, w[_SHAPE], axis)
 
 
 # From operands to a kernel ------------------------------------------------------------
+
+
+@inlined
+def _take_x(table, x, w):
+    """Write what is known of the first array; say whether it is taken."""
+    if not _look(table, x, w, _X):
+        return False
+    w[_ELEMENTS] = _integer(_ask(table, SIZE, x, w))
+    return w[_ELEMENTS] > 0 and (w[_X + _IN_C] != 0 or _is_dense(table, x, w))
 
 
 @inlined
@@ -275,10 +350,9 @@ def _take(table, given, w):
     Numbers are looked at when they are written for the kernel.
     """
     x = given[0]
-    if not _look(table, x, w, _X):
+    if not _take_x(table, x, w):
         return False
-    w[_ELEMENTS] = _integer(_ask(table, SIZE, x, w))
-    for k in range(table[COUNT] if w[_ELEMENTS] > 0 else 0):
+    for k in range(table[COUNT]):
         kind, value = table[KINDS + k], given[3 + k]
         if kind == SAVED and words(value)[TYPE] == table[objects.MASK]:
             if not _take_bits(table, value, x, w):
@@ -295,7 +369,7 @@ def _take(table, given, w):
             w[_BESIDE_BYTES] = (w[_ELEMENTS] + 7) >> 3
         elif kind != A_NUMBER and kind != AN_AXIS and value != table[objects.FALSE]:
             return False
-    return w[_ELEMENTS] > 0
+    return w[_PLACE] == PLAIN or w[_X + _IN_C] != 0  # here masks are in C order
 
 
 @inlined
@@ -373,14 +447,18 @@ def _reference_to(table, like, result, w, model, place):
     if result != 0:
         incref(result)
         return result
-    shape, number, y = 0, 1, 0
-    if table[LIKE] == 0:
-        shape, number = _ask(table, SHAPE, like, w), 2
+    maker, shape, number, y = table[MAKE], 0, 2, 0
+    if table[MAKE] == 0 or w[model + _IN_C] == 0:
+        maker, number = table[EMPTY_LIKE], 1
+    else:
+        shape = _ask(table, SHAPE, like, w)
     w[_FIRST], w[_SECOND] = like if number == 1 else shape, w[model + _OF]
     if w[_FIRST] != 0:
-        y = vectorcall(table[MAKE], w.ctypes.data + 8 * _FIRST, number, 0)
+        y = vectorcall(maker, w.ctypes.data + 8 * _FIRST, number, 0)
     decref(shape)
-    if y != 0 and not _look(table, y, w, place):
+    if y == 0:
+        return 0
+    if not _look(table, y, w, place) or not _lies_like(table, y, w, place, model):
         decref(y)
         return 0
     return y
@@ -517,8 +595,8 @@ def _answer(table, given, w):
 def _begin(arguments):
     """Return the words of a call, with nothing found yet."""
     w = _space(array_at(arguments, 1, np.int64))
-    w[_SHAPE] = w[_CHANNELS] = w[_BESIDE] = w[_BITS] = 0
-    w[_PLACE] = w[_MAKES_BITS] = 0
+    w[_SHAPE] = w[_STEPS] = w[_BITS] = 0
+    w[_CHANNELS] = w[_BESIDE] = w[_PLACE] = w[_MAKES_BITS] = 0
     return w
 
 
@@ -539,6 +617,7 @@ def call(self, arguments, number):
         w = _begin(arguments)
         answer = _answer(table, given, w)
         decref(w[_SHAPE])
+        decref(w[_STEPS])
         decref(w[_BITS])
     return _end(own, arguments, number, answer)
 
@@ -564,10 +643,7 @@ def _row_of_view(table, w):
 def _take_both(table, given, w):
     """Write what is known of (grad_output, x, weight); return their row, or 0."""
     grad = given[0]
-    if not _look(table, grad, w, _X):
-        return 0
-    w[_ELEMENTS] = _integer(_ask(table, SIZE, grad, w))
-    if w[_ELEMENTS] <= 0 or not _is_like_x(table, given[3], grad, w, _BESIDE):
+    if not _take_x(table, grad, w) or not _is_like_x(table, given[3], grad, w, _BESIDE):
         return 0
     if not _take_weight(table, given[4], given[5], grad, w, _WEIGHT):
         return 0
@@ -579,8 +655,10 @@ def _total(table, weight, out, w):
     """Return the array for the weight's gradient, 0 for a fresh one, or -1."""
     if out == table[objects.NONE]:
         return 0
-    shape, dtype = _ask(table, SHAPE, weight, w), w[_WEIGHT + _OF]
-    is_like = _is_like(table, out, shape, dtype, w, _TOTAL)
+    if not _is_in_c(table, out, w, _TOTAL) or w[_TOTAL + _OF] != w[_WEIGHT + _OF]:
+        return -1
+    shape = _ask(table, SHAPE, weight, w)
+    is_like = _has_items(table, SHAPE, out, shape, w)
     decref(shape)
     return out if is_like else -1
 
@@ -688,4 +766,5 @@ def call_both(self, arguments, number):
         w = _begin(arguments)
         answer = _answer_both(table, given, w)
         decref(w[_SHAPE])
+        decref(w[_STEPS])
     return _end(own, arguments, number, answer)

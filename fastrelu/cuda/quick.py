@@ -40,7 +40,6 @@ class Quick:
         table[: objects.LENGTH] = objects.known()
         table[compiled.LAUNCH], table[compiled.CURRENT] = launch.functions()
         table[compiled.HANDLE], _ = _question(asked.handle)
-        table[compiled.LIKE] = asked.like
         table[compiled.COUNT], table[compiled.FACTS] = len(kinds), len(asked.facts)
         table[compiled.KINDS :][: len(kinds)] = kinds
         held = {
@@ -48,13 +47,16 @@ class Quick:
             compiled.MODEL: asked.model,
             compiled.UINT8: asked.uint8,
             compiled.STREAM: asked.stream,
-            compiled.MAKE: asked.make,
+            compiled.EMPTY_LIKE: asked.empty_like,
             compiled.EMPTY_BYTES: library.empty_bytes,
             compiled.REFUSED: launch.refused,
         }
+        if asked.make is not None:
+            held[compiled.MAKE] = asked.make
         for word, value in held.items():
             table[word] = id(value)
         names = asked.owner, asked.start, asked.device, "dtype", "shape", asked.size
+        names += asked.contiguous, asked.strides, asked.unit
         for k, name in enumerate(names):
             table[compiled.OWNER + 2 * k :][:2] = _question(name)
         for k, (name, answer) in enumerate(asked.facts.items()):
