@@ -29,15 +29,17 @@ class ndarray:
     __module__ = "cupy"
     machine = None  # of the latest module: new arrays find their memory by it
 
-    def __init__(self, host, device=0):
+    def __init__(self, host, device=0, memory=None, strides=None):
         """An array of the host's on a device, or a new one of a shape and a dtype"""
-        if isinstance(host, tuple):
+        if strides is not None:
+            host, device = np.ndarray(host, device, memory, 0, strides), 0
+        elif isinstance(host, tuple):
             host, device = self.machine.empty(host, device), self.machine.device
         self.host = host
         self.data = types.SimpleNamespace(ptr=host.ctypes.data, device_id=device)
         self.shape, self.strides, self.dtype = host.shape, host.strides, host.dtype
         self.itemsize, self.flags = host.itemsize, host.flags
-        self.size = host.size
+        self.size, self.nbytes = host.size, host.nbytes
 
     def __dlpack_device__(self):
         return 2, self.data.device_id
@@ -101,6 +103,7 @@ def module(machine):
     cupy.random.random = functools.partial(draw, machine)
     stream = types.SimpleNamespace(ptr=machine.stream)
     cupy.cuda = types.SimpleNamespace(get_current_stream=lambda device: stream)
+    cupy.cuda.alloc = lambda nbytes: machine.empty(nbytes, "u1")
     return cupy
 
 
