@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from fastrelu import _torch
 from fastrelu._dtypes import BY_NAME, FLOATS, REALS, Row, is_accepted, name_of, row_of
 from fastrelu._layout import is_simple
 from fastrelu._spec import Spec
@@ -59,6 +60,8 @@ def is_on_gpu(value: Any) -> bool:
     if not _may_be_on_gpu(type_):
         return False
     with contextlib.suppress(*ANSWERS):  # of a broken method: NumPy will complain
+        if hasattr(type_, "is_cuda"):  # PyTorch's compiler cannot follow the other way
+            return bool(value.is_cuda)
         if hasattr(type_, "__dlpack_device__"):
             return int(value.__dlpack_device__()[0]) in _CUDA
         # Numba's own arrays are told by a mark: its simulator's have no interface.
@@ -218,6 +221,8 @@ def _real(name: str, value: Any) -> Any:
     """Return a real number that compares with floats exactly, or refuse it."""
     if _is(value, np.ndarray):
         value = value[()] if value.ndim == 0 else value
+    elif _torch.is_tensor(value):
+        value = _number_in(name, value)
     elif hasattr(type(value), "__dlpack__"):
         with contextlib.suppress(*ANSWERS):  # it may be on a GPU
             value = np.asarray(value)[()] if value.shape == () else value
@@ -232,6 +237,18 @@ def _real(name: str, value: Any) -> Any:
         msg = f"{name} must be a real number, got {kind_of(value)}"
         raise TypeError(msg)
     return value
+
+
+def _number_in(name: str, tensor: Any) -> Any:
+    """Return the number of a tensor in the host's memory, or the tensor if it is none."""
+    try:
+        _torch.refuse(tensor)
+    except TypeError as error:
+        msg = f"{name} must be a real number, {error}"
+        raise TypeError(msg) from error
+    if tensor.device.type != "cpu" or tensor.ndim or tensor.is_complex():
+        return tensor
+    return tensor.item()
 
 
 def _odd(number: float, value: Any) -> float:

@@ -141,7 +141,9 @@ def _elementwise(
     else:
         kept = spec.active, len(spec.numbers_kept)
         bits, axes = engine.elementwise_mask(function, *kept, operands, target)
-    if not overwrite and out is None:
+    if overwrite or out is not None:
+        engine.written(y)
+    else:
         y = engine.as_came(y, x, *(value for _, value in others if mask is None))
     if not want_mask:
         return y
@@ -162,8 +164,10 @@ def _active_bits(
         scratch = _arguments.as_bytes(scratch)
     else:
         operands += [(NUMBER, number.of(saved)) for number in rounded]
-    bits, axes = engine.elementwise_mask(_itself, active, kept, operands, scratch)
-    return engine.read(bits), axes
+    given, axes = engine.elementwise_mask(_itself, active, kept, operands, scratch)
+    bits = engine.read(given)
+    engine.lend(scratch, bits)
+    return bits, axes
 
 
 def _itself(x: Any, *numbers: Any) -> Any:
@@ -186,7 +190,10 @@ def _prelu(spec: Spec, x: Any, inplace: Any, out: Any, weight: Any, axis: Any) -
     y, target = _target(engine, "x", (x, out), (given, target), checked, overwrite)
     operands = (ARRAY, checked), (WEIGHT, broadcast)
     engine.elementwise(spec.formula, operands, target)
-    return y if overwrite or out is not None else engine.as_came(y, x)
+    if not overwrite and out is None:
+        return engine.as_came(y, x)
+    engine.written(y)
+    return y
 
 
 def _prelu_backward(
@@ -227,9 +234,14 @@ def _prelu_backward(
         dw, sums = _fresh(engine, slopes.astype(np.float64) if exact else slopes)
     dx, target = _target(engine, "grad_output", objects, views, grad, overwrite)
     engine.prelu_backward(spec.of_saved, grad, checked, broadcast, target, sums)
-    if not overwrite and out_input is None:
+    if overwrite or out_input is not None:
+        engine.written(dx)
+    else:
         dx = engine.as_came(dx, grad_output, x)
-    return dx, engine.as_came(dw, weight) if out_weight is None else out_weight
+    if out_weight is None:
+        return dx, engine.as_came(dw, weight)
+    engine.written(out_weight)
+    return dx, out_weight
 
 
 def prelu_backward_exactly(

@@ -123,6 +123,8 @@ class Tensor:
 
     __module__ = "torch"
     layout, is_cuda, device = "strided", True, "cuda:0"
+    is_nested, is_quantized, version = False, False, 0
+    __torch_function__ = None
 
     def __init__(self, host, requires_grad=False):
         self.host, self.requires_grad = host, requires_grad
@@ -135,6 +137,9 @@ class Tensor:
     def __dlpack_device__(self):
         return 2, 0
 
+    def count(self):
+        self.version += 1
+
     def stride(self):
         return tuple(s // self.host.itemsize for s in self.host.strides)
 
@@ -146,7 +151,15 @@ def torch_module(machine):
     library.empty_like = lambda x: Tensor(machine.empty_like(x.host))
     library.empty = lambda n, dtype, device: Tensor(machine.empty(n, dtype.name))
     streams = {0: 11}
-    library._C = types.SimpleNamespace(_cuda_getCurrentRawStream=streams.get)
+    library._C = types.SimpleNamespace(
+        _cuda_getCurrentRawStream=streams.get, _disabled_torch_function_impl=None
+    )
+    library.is_grad_enabled = lambda: True
+    library.jit = types.SimpleNamespace(is_tracing=lambda: False)
+    library.autograd = types.SimpleNamespace(
+        forward_ad=types.SimpleNamespace(_current_level=-1),
+        graph=types.SimpleNamespace(increment_version=Tensor.count),
+    )
     return library
 
 
@@ -170,6 +183,7 @@ class Machine:
     """What happened on it: launches, waits, switches, and memory that was lent"""
 
     stream, device, quick = 7, 0, 0  # and how many launches compiled code made
+    capturing = False  # a graph is being made
     broken = ()  # functions of the driver
     only = range  # which blocks of a launch are run, from their number
 
@@ -220,12 +234,13 @@ class Machine:
 
     @functools.cached_property
     def functions(self):
-        """The driver's cuLaunchKernel and cuCtxGetCurrent, for compiled code"""
-        word, number = ctypes.c_void_p, ctypes.c_uint
-        launch_type = ctypes.CFUNCTYPE(
-            ctypes.c_int, word, *(7 * [number]), *(3 * [word])
+        """The driver's functions that compiled code calls"""
+        word, number, function = ctypes.c_void_p, ctypes.c_uint, ctypes.CFUNCTYPE
+        return (
+            function(ctypes.c_int, word, *(7 * [number]), *(3 * [word]))(self.queue),
+            function(ctypes.c_int, word)(self.tell),
+            function(ctypes.c_int, word, word)(self.tell_of_graph),
         )
-        return launch_type(self.queue), ctypes.CFUNCTYPE(ctypes.c_int, word)(self.tell)
 
     def queue(self, handle, *given):
         """What cuLaunchKernel does"""
@@ -251,6 +266,13 @@ class Machine:
         if "cuCtxGetCurrent" in self.broken:
             return FAILED
         ctypes.c_void_p.from_address(place).value = CONTEXTS + self.device
+        return 0
+
+    def tell_of_graph(self, stream, place):
+        """What cuStreamIsCapturing does"""
+        if "cuStreamIsCapturing" in self.broken:
+            return FAILED
+        ctypes.c_int.from_address(place).value = self.capturing
         return 0
 
 
@@ -304,6 +326,7 @@ def machine(monkeypatch):
     monkeypatch.setattr(launch, "stream_of", lambda handle: handle)
     monkeypatch.setattr(launch, "device_of", lambda pointer: 0)
     monkeypatch.setattr(launch, "context_of", lambda device: CONTEXTS + device)
+    monkeypatch.setattr(launch, "is_capturing", lambda stream: made.capturing)
     addresses = [ctypes.cast(f, ctypes.c_void_p).value for f in made.functions]
     monkeypatch.setattr(launch, "functions", lambda: addresses)
     jit.keep_for_ever(made.functions)  # tables have their addresses

@@ -441,8 +441,10 @@ def test_any_array_with_an_interface(gpu, put):
 
 
 def test_what_an_interface_tells(gpu, put):
-    """Gaps, a dtype that NumPy has no letters for, and the device."""
+    """Gaps, no memory, a dtype that NumPy has no letters for, and the device."""
     x = gpu.own(np.array([-1, 2], "f4"))
+    with pytest.raises(TypeError, match="x must be .* has no memory"):
+        F.relu(Interface(x, data=(0, False)), out=put(x))
     with pytest.raises(TypeError, match="mask of gaps"):
         F.relu(Interface(x, mask=Interface(x)), out=put(x))
     describe = arrays.Library().describe
@@ -928,7 +930,7 @@ class Driver:
     """What is asked of cuda.core and of the driver, and in which order"""
 
     def __init__(self, current=None):
-        self.calls, self.now, self.error = [], current, 0
+        self.calls, self.now, self.error, self.refusal = [], current, 0, 0
         self.other, self.asked = 0, 0  # a context that is nobody's first
 
     def cuCtxGetCurrent(self):
@@ -952,11 +954,19 @@ class Driver:
         CU_GET_PROC_ADDRESS_LEGACY_STREAM = 1
 
     def cuGetProcAddress(self, name, version, flags):
-        address = {b"cuLaunchKernel": 4096, b"cuCtxGetCurrent": 8192}[name]
-        return self.error, address + flags, 0
+        names = b"cuLaunchKernel", b"cuCtxGetCurrent", b"cuStreamIsCapturing"
+        return self.error, 4096 * names.index(name) + flags, 0
+
+    def cuStreamIsCapturing(self, stream):
+        return self.error, stream == 3
 
     def cuCtxPushCurrent(self, context):
         self.calls.append(context)
+        return (self.refusal,)
+
+    def cuCtxSetCurrent(self, context):
+        self.calls.append(("set", context))
+        return (self.refusal,)
 
     def cuCtxPopCurrent(self):
         self.calls.append("pop")
@@ -1020,6 +1030,19 @@ def test_the_device_of_the_array_is_current(driver, now):
 
 
 @emulated
+def test_a_thread_without_a_current_device_keeps_the_first_one(driver):
+    """As it does after the first call of a runtime: else each call would change it"""
+    with launch.current(0):
+        driver.calls.append("work")
+    assert driver.calls == [("set", 100), "work"]
+    driver.refusal = 999
+    for device in (0, 1):
+        message = f"device {device} the current one: 999"
+        with pytest.raises(RuntimeError, match=message), launch.current(device):
+            pass
+
+
+@emulated
 def test_whether_a_device_is_current_is_one_question_to_the_driver(driver):
     driver.now = 1
     for _ in "123":
@@ -1046,9 +1069,11 @@ def test_what_else_is_asked_of_the_driver(driver):
     launch.wait(5, 6)
     assert launch.scratch(64, 5, 0) == 64
     assert driver.calls == ["stream 5 waits for stream 6", (64, "stream 5")]
-    assert launch.functions() == (4096 + 1, 8192 + 1)
+    assert launch.functions() == [1, 4096 + 1, 8192 + 1]
+    assert [launch.is_capturing(stream) for stream in (3, 5)] == [True, False]
     assert launch.context_of(1) == 101
     driver.error = 999
+    assert not launch.is_capturing(3)
     with pytest.raises(RuntimeError, match="has no cuLaunchKernel: 999"):
         launch.functions()
     with pytest.raises(ValueError, match="does not know the array's memory: 999"):

@@ -8,6 +8,7 @@ import contextlib
 import gc
 import importlib
 import math
+import pickle
 import re
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -819,6 +820,136 @@ def test_tensors(gpu):
     whole = F.relu(machines.Tensor(x.T), return_mask=True)[0]
     assert_same(whole.host, reference.forward("relu", x.T))
     assert gpu.quick == before + 4
+
+
+def test_what_is_written_to_is_told(gpu):
+    """PyTorch counts how often a tensor's memory was written to"""
+    x, g, y, dx = (
+        machines.Tensor(gpu.own(normal((6, 40), FLOAT32, k))) for k in range(4)
+    )
+    w, dw = (machines.Tensor(gpu.own(normal(40, FLOAT32, k))) for k in (5, 6))
+    long = machines.Tensor(gpu.own(normal((6, 80), FLOAT32))[:, ::2])
+    expected = dict.fromkeys((y, dx, dw, g, long), 0)
+    for _ in range(4):
+        for call, written in (
+            (lambda: F.relu(x), ()),
+            (lambda: F.relu(x, out=y), (y,)),
+            (lambda: F.relu(x, out=y, return_mask=True), (y,)),
+            (lambda: F.relu_backward(g, x, inplace=True), (g,)),
+            (lambda: F.prelu(x, w, out=y), (y,)),
+            (lambda: F.prelu_backward(g, x, w), ()),
+            (lambda: F.prelu_backward(g, x, w, out=(dx, dw)), (dx, dw)),
+            (lambda: F.relu(long, inplace=True), (long,)),
+            (lambda: F.relu(long, out=w), ()),
+        ):
+            with contextlib.suppress(ValueError):
+                call()
+            for each in written:
+                expected[each] += 1
+            assert {each: each.version for each in expected} == expected
+    assert gpu.quick > 0
+
+
+def test_an_error_of_who_is_told_arrives(gpu, monkeypatch):
+    told = []
+
+    def tell(tensor):
+        told.append(tensor)
+        raise Error
+
+    x, w = (machines.Tensor(gpu.own(normal(n, FLOAT32))) for n in ((6, 40), 40))
+    graph = sys.modules["torch"].autograd.graph
+    monkeypatch.setattr(graph, "increment_version", tell)
+    for _ in range(3):
+        F.relu(x), F.prelu_backward(x, x, w)  # which tell nobody
+    gpu.launches.clear()
+    for call in (
+        lambda: F.relu(x, inplace=True),
+        lambda: F.prelu_backward(x, x, w, inplace=True),
+        lambda: F.prelu_backward(x, x, w, out=(None, w)),
+    ):
+        before = gpu.quick
+        with pytest.raises(Error):
+            call()
+        assert gpu.quick > before
+    assert told == [x, x, w]
+
+
+def test_within_forward_mode(gpu):
+    """A tangent that a tensor may have there would be lost: Python asks for it"""
+    x = machines.Tensor(gpu.own(normal((6, 40), FLOAT32)))
+    for _ in range(3):
+        F.relu(x)
+    before, forward = gpu.quick, sys.modules["torch"].autograd.forward_ad
+    forward._current_level = 0
+    forward.unpack_dual = lambda tensor: tensor
+    x.tangent = None
+    F.relu(x)
+    x.tangent = x
+    with pytest.raises(TypeError, match="gradient would be lost"):
+        F.relu(x)
+    assert gpu.quick == before
+    del forward._current_level
+    with pytest.raises(AttributeError, match="_current_level"):
+        F.relu(x)
+
+
+def test_numbers_that_are_no_ints(gpu, plain):
+    """As where PyTorch traces: they are for Python's checks"""
+    p, before = known(plain), gpu.quick
+    for name in ("size", "shape"):
+        x = p.x[:]
+        value = vars(x)[name]
+        setattr(x, name, np.int64(value) if name == "size" else (np.int64(6), 40))
+        F.relu(x, out=p.y)
+    assert gpu.quick == before
+
+
+def test_dtypes_that_came_from_elsewhere(gpu, plain):
+    """Pickled ones are other objects, and mean the same"""
+    p, before = known(plain), gpu.quick
+    x = p.x[:]
+    x.dtype = pickle.loads(pickle.dumps(np.dtype([("a", "f4")])))["a"]
+    assert x.dtype is not p.x.dtype
+    F.relu(x, out=p.y)
+    F.relu_backward(p.g, x, inplace=True)
+    assert gpu.quick == before + 2
+
+
+def test_what_a_graph_needs_is_kept(gpu, plain, monkeypatch):
+    """What a call lends for itself, its graph uses at each replay"""
+    p = known(plain)
+    monkeypatch.setattr(arrays, "_captured", captured := [])
+    for call, number in (
+        (lambda: F.prelu_backward(p.g, p.x, p.w, out=(p.y, p.dw)), 1),
+        (lambda: F.prelu_backward(p.g, p.x, p.g, out=(p.y, p.y[:])), 0),
+        (lambda: F.relu(p.g[:4], out=p.g[2:]), 1),
+        (lambda: F.relu_backward(p.g, p.double, out=p.y), 2),
+        (lambda: F.relu(p.x, out=p.y), 0),
+        (lambda: F.relu(p.x, return_mask=True), 0),
+    ):
+        for capturing in (False, True):
+            gpu.capturing = capturing
+            before = len(captured)
+            with contextlib.suppress(ValueError):
+                call()
+            assert len(captured) == before + capturing * number
+    gpu.capturing, gpu.broken = False, {"cuStreamIsCapturing"}
+    before = gpu.quick
+    F.prelu_backward(p.g, p.x, p.w, out=(p.y, p.dw))
+    assert gpu.quick == before
+
+
+def test_subclasses_that_carry_more(gpu):
+    class Units(machines.ndarray):
+        __module__ = "cupy"
+
+        def __array_finalize__(self, other):
+            self.unit = other.unit
+
+    for _ in range(3):
+        with pytest.raises(TypeError, match=r"x must be .*Units.*view\(cupy.ndarray\)"):
+            F.relu(Units(gpu.own(normal((6, 40), FLOAT32))))
 
 
 def test_memory_of_another_type(gpu):

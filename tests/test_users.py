@@ -342,6 +342,72 @@ def test_libraries_as_they_are(name):
     assert done.returncode == 0, done.stderr
 
 
+def dual(torch, call):
+    forward = torch.autograd.forward_ad
+    with forward.dual_level():
+        assert torch.equal(F.relu(torch.ones(2)), torch.ones(2))
+        call(forward.make_dual(torch.ones(2), torch.ones(2)))
+
+
+def freed(torch, call):
+    x = torch.ones(2)
+    x.untyped_storage().resize_(0)
+    call(x)
+
+
+def recorded(torch, call):
+    tracer = pytest.importorskip("torch.fx.experimental.proxy_tensor")
+    tracer.make_fx(lambda x: call(2 * x))(torch.ones(2))
+
+
+def subclass(torch, call):
+    class Units(torch.Tensor):
+        pass
+
+    call(torch.ones(2).as_subclass(Units))
+
+
+# What makes such a tensor and calls something with it, and what the error says.
+NOT_PLAIN = {
+    "requires a gradient": (
+        lambda torch, call: call(torch.ones(2, requires_grad=True)),
+        "detach",
+    ),
+    "dual": (dual, "detach"),
+    "sparse": (lambda torch, call: call(torch.ones(2).to_sparse()), "to_dense"),
+    "quantized": (
+        lambda torch, call: call(
+            torch.quantize_per_tensor(torch.ones(2), 1.0, 0, torch.qint8)
+        ),
+        "dequantize",
+    ),
+    "nested": (
+        lambda torch, call: call(torch.nested.nested_tensor([torch.ones(2)])),
+        "unbind",
+    ),
+    "of a class": (subclass, "Units.*as_subclass"),
+    "freed": (freed, "no memory"),
+    "on no device": (
+        lambda torch, call: call(torch.ones(2, device="meta")),
+        "no memory",
+    ),
+    "of all zeros": (
+        lambda torch, call: call(torch._efficientzerotensor(2)),
+        "no memory",
+    ),
+    "of a batch": (
+        lambda torch, call: torch.func.vmap(call)(torch.ones(1, 2)),
+        "no memory",
+    ),
+    "functional": (
+        lambda torch, call: torch.func.functionalize(call)(torch.ones(2)),
+        "no memory",
+    ),
+    "traced": (lambda torch, call: torch.jit.trace(call, torch.ones(2)), "traces"),
+    "recorded": (recorded, "traces"),
+}
+
+
 class TestTensors:
     @pytest.fixture(autouse=True)
     def torch(self):
@@ -388,9 +454,81 @@ class TestTensors:
             assert torch.equal(F.relu(x), torch.relu(x))
         assert torch.equal(F.relu(x.detach()), torch.relu(x))
 
-    def test_that_are_not_dense(self, torch):
-        with pytest.raises(TypeError, match="to_dense"):
-            F.relu(torch.eye(3).to_sparse())
+    @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")
+    @pytest.mark.parametrize("kind", NOT_PLAIN)
+    def test_that_are_more_than_numbers_or_less(self, torch, kind):
+        make, said = NOT_PLAIN[kind]
+        for call in (
+            F.relu,
+            lambda x: F.relu(x, inplace=True),
+            lambda x: F.relu(np.ones(2, np.float32), out=x),
+            lambda x: F.relu_backward(np.ones(2, np.float32), x),
+            lambda x: F.prelu(np.ones(2, np.float32), x, axis=0),
+            lambda x: F.leaky_relu(np.ones(2, np.float32), x),
+        ):
+            with pytest.raises(TypeError, match=rf"(?s)must be .*{said}"):
+                make(torch, call)
+
+    @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float64", "int8"])
+    def test_of_one_number(self, torch, dtype):
+        number = torch.tensor(3, dtype=getattr(torch, dtype))
+        assert torch.equal(
+            F.leaky_relu(torch.tensor([-2.0]), number), torch.tensor([-6.0])
+        )
+        negative = torch.tensor(1 + 2j).conj().imag
+        assert F.leaky_relu(np.float32(-1), negative) == 2
+        for bad in (torch.ones(1), torch.tensor(1j), torch.tensor(True)):
+            with pytest.raises(TypeError, match="negative_slope must be a real number"):
+                F.leaky_relu(torch.ones(2), bad)
+
+    def test_that_stand_for_the_negatives_of_their_memory(self, torch):
+        x = torch.tensor([1 + 1j, 1 - 2j]).conj().imag
+        assert x.is_neg()
+        assert torch.equal(F.relu(x), torch.tensor([0.0, 2.0]))
+        for call in (
+            lambda: F.relu(x, inplace=True),
+            lambda: F.relu(torch.ones(2), out=x),
+            lambda: F.prelu_backward(*(3 * [torch.ones(1, 2)]), out=(None, x)),
+        ):
+            with pytest.raises(TypeError, match="resolve_neg"):
+                call()
+        assert torch.equal(x, torch.tensor([-1.0, 2.0]))
+
+    @pytest.mark.parametrize(
+        "write",
+        [
+            lambda x, w: F.relu(x, inplace=True),
+            lambda x, w: F.relu(x.clone(), out=x, return_mask=True),
+            lambda x, w: F.prelu(x, w, out=x),
+            lambda x, w: F.relu_backward(x, x > 0, inplace=True),
+            lambda x, w: F.prelu_backward(x, x, w, inplace=True),
+            lambda x, w: F.prelu_backward(x.clone(), x, w, out=(None, x[0, :1])),
+        ],
+        ids=["in place", "out", "weights", "gradient", "both", "a weight's gradient"],
+    )
+    def test_that_a_backward_pass_needed(self, torch, write):
+        """PyTorch is told of what was written, and refuses to go on with it"""
+        weight = torch.ones(2, 3, requires_grad=True)
+        x = torch.randn(2, 3)
+        loss = (weight * x).sum()
+        write(x, torch.ones(1))
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward()
+        with torch.inference_mode():  # where nobody counts
+            write(torch.randn(2, 3), torch.ones(1))
+
+    @pytest.mark.filterwarnings("ignore:Dynamo:UserWarning", "ignore::FutureWarning")
+    def test_within_a_function_that_pytorch_compiles(self, torch):
+        """Its graph breaks there, as at any function that it does not know"""
+
+        def function(x):
+            y, mask = F.relu(2 * x, return_mask=True)
+            return F.relu_backward(y, mask) + 1
+
+        x = torch.tensor([1.0, -1.0])
+        for _ in "12":
+            y = torch.compile(function, backend="eager")(x)
+            assert torch.equal(y, torch.tensor([3.0, 1.0]))
 
     def test_of_bfloat16_without_a_dtype_for_it(self, torch, monkeypatch):
         monkeypatch.setitem(sys.modules, "ml_dtypes", None)

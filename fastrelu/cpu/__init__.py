@@ -117,7 +117,7 @@ def read(value: Any, *, convert: bool = True) -> Array:
         raise TypeError(msg)
     if issubclass(type(value), np.ndarray):
         return value
-    theirs = libraries.read(value)
+    theirs = libraries.read(value, not convert)
     if theirs is not None:
         return theirs
     if not convert:
@@ -131,6 +131,11 @@ def read(value: Any, *, convert: bool = True) -> Array:
 
 
 as_came = libraries.as_came
+written = libraries.written
+
+
+def lend(*arrays: Array) -> None:
+    """Take note of arrays that a call has for itself: they live as long as it does."""
 
 
 def hold(x: Array) -> Array:

@@ -12,7 +12,9 @@ from typing import Any
 
 import numpy as np
 
+from fastrelu import _torch
 from fastrelu._arguments import _is, is_number
+from fastrelu._torch import is_tensor
 from fastrelu.mask import has_gaps
 
 Array = Any
@@ -59,13 +61,13 @@ def _carries_more(type_: type) -> bool:
     """Say whether a subclass of NumPy's array says for itself what results are."""
     names = "__array_finalize__", "__array_ufunc__", "__array_wrap__"
     theirs = [getattr(type_, name) is not getattr(np.ndarray, name) for name in names]
-    return any(theirs) and not type_.__module__.startswith("numpy")
+    return any(theirs) and type_.__module__.partition(".")[0] != "numpy"
 
 
-def read(value: Any) -> Array | None:
+def read(value: Any, to_write: bool) -> Array | None:
     """Return the NumPy array on an array of another library, or None for all else."""
-    if _is_tensor(value):
-        return _read_tensor(value)
+    if is_tensor(value):
+        return _read_tensor(value, to_write)
     if _namespace_of(value) is not None:
         try:
             return np.from_dlpack(value)
@@ -92,10 +94,16 @@ def as_came(y: Array, *given: Any) -> Any:
     return _giving_back(given[0])(y)
 
 
+def written(value: Any) -> None:
+    """Let an array's library know that its memory was written to."""
+    if is_tensor(value):
+        _torch.written(value)
+
+
 def _giving_back(value: Any) -> Callable[[Array], Any]:
     if _is(value, np.ndarray):
         return np.asarray
-    if _is_tensor(value):
+    if is_tensor(value):
         return _tensor
     namespace = _namespace_of(value)
     if namespace is None:
@@ -107,21 +115,11 @@ def _giving_back(value: Any) -> Callable[[Array], Any]:
 # PyTorch ------------------------------------------------------------------------------
 
 
-def _is_tensor(value: Any) -> bool:
-    torch = sys.modules.get("torch")
-    return torch is not None and _is(value, getattr(torch, "Tensor", ()))
-
-
-def _read_tensor(value: Any) -> Array:
+def _read_tensor(value: Any, to_write: bool) -> Array:
     torch: Any = sys.modules["torch"]
-    if value.requires_grad and torch.is_grad_enabled():
-        msg = (
-            "got a tensor whose gradient would be lost: take its .detach(), or call "
-            "this within torch.no_grad()"
-        )
-        raise TypeError(msg)
-    if value.layout != torch.strided or value.is_quantized:
-        msg = f"got a tensor of layout {value.layout}: take its .to_dense()"
+    _torch.refuse(value)
+    if to_write and (value.is_conj() or value.is_neg()):
+        msg = "got a tensor of the negatives of its memory: take its .resolve_neg()"
         raise TypeError(msg)
     value = value.detach().resolve_conj().resolve_neg()
     if value.dtype == torch.bfloat16:

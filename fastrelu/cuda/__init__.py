@@ -50,9 +50,11 @@ __all__ = [
     "elementwise_mask",
     "empty_like",
     "hold",
+    "lend",
     "prelu_backward",
     "read",
     "uniform",
+    "written",
 ]
 
 KIND = "an array on a GPU"
@@ -77,6 +79,17 @@ def hold(x: Array) -> Array:
 def as_came(y: Any, *given: Any) -> Any:
     """Return a result, which is of the first argument's library already."""
     return y
+
+
+def written(given: Any) -> None:
+    """Let an array's library know that its memory was written to."""
+    arrays.library_of(type(given)).written(given)
+
+
+def lend(*given: Array) -> None:
+    """Take note of arrays that a call has for itself: a captured graph needs them."""
+    for x in given:
+        x.library.keep(x.given, x.library.stream(x.given, x.device))
 
 
 def empty_like(x: Array) -> Any:

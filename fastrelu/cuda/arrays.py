@@ -1,7 +1,7 @@
 """Arrays on a GPU, whichever library they belong to.
 
 What is asked of a library is where an array lies, the stream that its work is queued
-on, and memory of its own for results.  PyTorch is named here alone.
+on, and memory of its own for results.
 """
 
 import functools
@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from fastrelu import _torch
 from fastrelu._arguments import kind_of
 from fastrelu._dtypes import name_of
 from fastrelu._layout import c_strides
@@ -138,7 +139,12 @@ class Questions(NamedTuple):
     handle: str  # of what that returns, where that is not the handle
     make: Any  # called with a shape and a dtype for an array in C order, or None
     empty_like: Any  # called with an array
+    written: Any  # called with an array of the caller's that was written to, or None
     uint8: Any
+    around: (
+        tuple[Any, str, Any] | None
+    )  # a module, its attribute, and what that must be
+    captures: bool  # whether memory that a graph's calls lent must be kept
 
 
 class Library:
@@ -158,6 +164,9 @@ class Library:
         if str(own).endswith("bfloat16") and dtype.itemsize == 2:
             name = "bfloat16"
         pointer, read_only = interface["data"]
+        if not pointer and math.prod(interface["shape"]):
+            msg = f"got {kind_of(given)} that has no memory"
+            raise TypeError(msg)
         if hasattr(given, "__dlpack_device__"):
             device = int(given.__dlpack_device__()[1])
         else:
@@ -239,6 +248,12 @@ class Library:
         close = functools.partial(memory.close, launch.stream_of(stream))
         return int(memory.handle), close
 
+    def keep(self, memory: Any, stream: int) -> None:
+        """Take note of an array that a call has for itself on a stream."""
+
+    def written(self, given: Any) -> None:
+        """Take note that an array of the caller's was written to."""
+
     def unpack(self, bits: Any, size: int) -> Any:
         """Return the first bits of a mask as bools."""
         msg = f"fastrelu cannot make a {type(bits).__name__} of bools: see Mask.bits"
@@ -254,16 +269,35 @@ class _Pooled(Library):
 
     def lend(self, size: int, given: Any, device: int, stream: int) -> tuple[int, Any]:
         memory = self.empty_bytes(size, given)
+        self.keep(memory, stream)
         return self.address(memory), functools.partial(id, memory)
 
 
+_captured: list[
+    Any
+] = []  # as long as the process lives, for nobody tells of a graph's end
+
+
 class _CuPy(_Pooled):
+    def keep(self, memory: Any, stream: int) -> None:
+        # A graph writes to it at each replay, and its pool would lend it to others.
+        if launch.is_capturing(stream):
+            _captured.append(memory)
+
     def describe(self, given: Any) -> Array:
+        if _carries_more(given):
+            msg = (
+                f"got {type(given).__name__}, which carries more than numbers: take its "
+                ".view(cupy.ndarray)"
+            )
+            raise TypeError(msg)
         data, name = given.data, name_of(given.dtype)
         lies = data.ptr, given.shape, given.strides, given.itemsize
         return Array(self, given, name, data.device_id, *lies)
 
     def look(self, given: Any) -> Place | None:
+        if _carries_more(given):
+            return None
         data = given.data
         order: tuple[int, ...] | None = ()
         plain = getattr(given, "_c_contiguous", None)
@@ -294,7 +328,10 @@ class _CuPy(_Pooled):
             handle="ptr",
             make=type_,
             empty_like=self.empty_like,
+            written=None,
             uint8=np.dtype(np.uint8),
+            around=None,
+            captures=True,
         )
 
     def stream(self, given: Any, device: int) -> int:
@@ -328,6 +365,14 @@ class _CuPy(_Pooled):
     def unpack(self, bits: Any, size: int) -> Any:
         flags = sys.modules["cupy"].unpackbits(bits, bitorder="little")
         return flags[:size].view("bool")
+
+
+def _carries_more(given: Any) -> bool:
+    """Say whether an array is of a class that says for itself what results are."""
+    type_, plain, name = type(given), sys.modules["cupy"].ndarray, "__array_finalize__"
+    if type_ is plain:
+        return False
+    return getattr(type_, name, None) is not getattr(plain, name, None)
 
 
 class _Numba(Library):
@@ -370,12 +415,9 @@ class _Numba(Library):
 
 class _PyTorch(_Pooled):
     def describe(self, given: Any) -> Array:
-        if given.requires_grad:
-            msg = "got a tensor that requires a gradient: detach() it first"
-            raise TypeError(msg)
-        torch = sys.modules["torch"]
-        if given.layout is not torch.strided or given.is_neg():
-            msg = "got a tensor that is not plain: call to_dense() and resolve_neg()"
+        _torch.refuse(given)
+        if given.is_neg():
+            msg = "got a tensor of the negatives of its memory: take its .resolve_neg()"
             raise TypeError(msg)
         size, name = given.element_size(), name_of(given.dtype)
         strides = [stride * size for stride in given.stride()]
@@ -383,14 +425,16 @@ class _PyTorch(_Pooled):
         return Array(self, given, name, given.get_device(), *lies)
 
     def look(self, given: Any) -> Place | None:
-        strided = given.layout is sys.modules["torch"].strided
-        if not given.is_cuda or given.requires_grad or not strided or given.is_neg():
+        if not given.is_cuda or not _torch.is_plain(given) or given.is_neg():
             return None
         order = () if given.is_contiguous() else _order(given.shape, given.stride(), 1)
         return None if order is None else (given.data_ptr(), given.get_device(), order)
 
     def address(self, given: Any) -> int:
         return int(given.data_ptr())
+
+    def written(self, given: Any) -> None:
+        _torch.written(given)
 
     def questions(self, type_: Any) -> Questions | None:
         torch = sys.modules["torch"]
@@ -399,6 +443,7 @@ class _PyTorch(_Pooled):
             "requires_grad": False,
             "layout": torch.strided,
             "is_neg()": False,
+            "is_nested": False,
         }
         return Questions(
             model=type_,
@@ -414,7 +459,10 @@ class _PyTorch(_Pooled):
             handle="",
             make=None,
             empty_like=torch.empty_like,
+            written=torch.autograd.graph.increment_version,
             uint8=torch.uint8,
+            around=(_torch.forward_mode(), _torch.LEVEL, -1),
+            captures=False,
         )
 
     def stream(self, given: Any, device: int) -> int:

@@ -96,6 +96,7 @@ class Calls:
         stream = self.library.stream(x, device)
         run_mask(code, device, stream, itemsize, size, pointers, *scalars)
         self._learn(WITH_BITS, plan, device, x.dtype)
+        self._written(y, inplace, out)
         axes = _axes(x.shape, order) if order else None
         return y, Mask._make(bits, tuple(x.shape), axes, self.spec.predicate)
 
@@ -151,6 +152,7 @@ class Calls:
         sizes = head, vectors, size
         launch.launch(code, device, stream, blocks, *pointers, *sizes, *scalars)
         self._learn(WITH_BITS if what == "bits" else PLAIN, plan, device, a.dtype)
+        self._written(y, inplace, out)
         return y
 
     def by_channel(self, x: Any, inplace: Any, out: Any, weight: Any, axis: Any) -> Any:
@@ -187,6 +189,7 @@ class Calls:
         launch.launch(code, device, stream, blocks, *given)
         if code is plan[0]:
             self._learn(place_of, plan, device, x.dtype, weight.dtype)
+        self._written(y, inplace, out)
         return y
 
     def by_channel_backward(
@@ -203,6 +206,7 @@ class Calls:
         itemsize = grad.dtype.itemsize
         nbytes = math.prod(grad.shape) * itemsize
         out, dw = out if type(out) is tuple and len(out) == 2 else (out, None)
+        given_dw = dw
         saved = self._beside(x, grad, place)
         sums = slopes if dw is None else self._beside(dw, weight, (slopes, device, ()))
         if not saved or not sums or sums % weight.dtype.itemsize:
@@ -231,7 +235,14 @@ class Calls:
             last = plan_finish(dtypes[1], view[1], *plan[2:])
             launches = plan.pairs, plan.first, last
             self.quick.learn_both(view, launches, device, grad.dtype, weight.dtype)
+        self._written(y, inplace, out)
+        self._written(dw, False, given_dw)
         return y, dw
+
+    def _written(self, y: Any, inplace: Any, out: Any) -> None:
+        """Take note of a result that is an array of the caller's."""
+        if inplace or out is not None:
+            self.library.written(y)
 
     # Questions: 0 and None say that the matter is for the long way
 

@@ -16,6 +16,7 @@ from numba import types
 from fastrelu.cpu import objects
 from fastrelu.cpu.abi import (
     DATA,
+    KIND,
     MASK_AXES,
     MASK_BITS,
     MASK_PREDICATE,
@@ -40,7 +41,6 @@ from fastrelu.cpu.calls import (
 from fastrelu.cpu.jit import array_at, calling, inlined
 from fastrelu.cpu.loops import floats, words
 from fastrelu.cpu.objects import (
-    as_integer,
     decref,
     failed,
     from_integer,
@@ -61,18 +61,21 @@ from fastrelu.cuda.config import BYTES, THREADS
 from fastrelu.cuda.work import INT32, PLAIN, WITH_BITS, blocks_of, layout_of
 
 # Words of a table, behind those that `objects` knows: functions of the driver and objects,
-LAUNCH, CURRENT, MODEL, UINT8, PREDICATE, STREAM, HANDLE, REFUSED = range(
-    objects.LENGTH, objects.LENGTH + 8
+LAUNCH, CURRENT, CAPTURING, MODEL, UINT8, PREDICATE, STREAM, HANDLE, REFUSED = range(
+    objects.LENGTH, objects.LENGTH + 9
 )
-MAKE, EMPTY_LIKE, EMPTY_BYTES = range(REFUSED + 1, REFUSED + 4)
+MAKE, EMPTY_LIKE, EMPTY_BYTES, WRITTEN = range(REFUSED + 1, REFUSED + 5)
+# a module with an attribute and what that is where arrays are plain, and whether dtypes
+# are NumPy's,
+AROUND, LEVEL, OUTSIDE, NUMPY_DTYPES = range(WRITTEN + 1, WRITTEN + 5)
 # how many rows, operands and facts there are, and the operands' kinds,
-KNOWN, COUNT, FACTS, KINDS = range(EMPTY_BYTES + 1, EMPTY_BYTES + 5)
+KNOWN, COUNT, FACTS, KINDS = range(NUMPY_DTYPES + 1, NUMPY_DTYPES + 5)
 # questions, each of them a name and whether it is a method's,
 OWNER, START, DEVICE, DTYPE, SHAPE, SIZE, CONTIGUOUS, STRIDES, UNIT, FACT = range(
     KINDS + MOST_OPERANDS, KINDS + MOST_OPERANDS + 20, 2
 )
 # facts, which are questions with the answer of a plain array,
-MOST_FACTS = 4
+MOST_FACTS = 5
 # and rows: what is known of two dtypes, x's and a weight's, on one device.
 ROWS = FACT + 3 * MOST_FACTS
 OF_X, OF_WEIGHT, ON, CONTEXT, NUMBER, ITEM, WEIGHT_ITEM, SINGLE, KERNEL = range(9)
@@ -82,6 +85,7 @@ OF_X, OF_WEIGHT, ON, CONTEXT, NUMBER, ITEM, WEIGHT_ITEM, SINGLE, KERNEL = range(
 VIEW, PAIRS, FIRST, LAST = KERNEL, KERNEL + 3, KERNEL + 4, KERNEL + 10
 SIZES = 4
 ROW = LAST + 2 + SIZES
+NO_INTEGER = -1
 
 # Words of a call: where arrays are, each in four words: x, what lies beside it and the
 # result, and for both gradients a weight, its gradient and the sums' pairs,
@@ -97,6 +101,7 @@ _space = buffer(SPACE, types.int64)
 _address = types.int64
 _layout_of, _blocks_of = inlined(layout_of), inlined(blocks_of)
 _call_current = calling(types.intc(_address))
+_call_capturing = calling(types.intc(_address, _address))
 _call_launch = calling(
     types.intc(_address, *(7 * [types.uint32]), _address, _address, _address)
 )
@@ -120,11 +125,11 @@ def _ask(table, question, value, w):
 
 
 @inlined
-def _integer(value):
-    """Return an integer whose reference is given away, or -1."""
+def _integer(table, value):
+    """Return an int, whose reference is given away, or -1 for anything else."""
     if value == 0:
-        return -1
-    number = as_integer(value)
+        return NO_INTEGER
+    number = integer_of(table, value, NO_INTEGER)
     decref(value)
     return number
 
@@ -147,15 +152,18 @@ def _look(table, value, w, place):
         incref(owner)
     if owner == 0:
         return False
-    w[place] = _integer(_ask(table, START, owner, w))
-    w[place + _ON] = _integer(_ask(table, DEVICE, owner, w)) if w[place] > 0 else -1
+    w[place] = _integer(table, _ask(table, START, owner, w))
+    w[place + _ON] = (
+        _integer(table, _ask(table, DEVICE, owner, w)) if w[place] > 0 else -1
+    )
     decref(owner)
     if w[place + _ON] < 0:
         return False
-    w[place + _OF] = _ask(table, DTYPE, value, w)
-    decref(w[place + _OF])  # what equals one of a row lives on
-    if w[place + _OF] == 0:
+    dtype = _ask(table, DTYPE, value, w)
+    if dtype == 0:
         return False
+    w[place + _OF] = words(dtype)[KIND] if table[NUMPY_DTYPES] != 0 else dtype
+    decref(dtype)  # what equals one of a row lives on
     in_c = _ask(table, CONTIGUOUS, value, w)
     decref(in_c)
     w[place + _IN_C] = in_c == table[objects.TRUE]
@@ -172,7 +180,7 @@ def _shape_of_x(table, x, w):
 
 @inlined
 def _item(table, shape, axis):
-    return integer_of(table, tuple_item(shape, axis), -1)
+    return integer_of(table, tuple_item(shape, axis), NO_INTEGER)
 
 
 @inlined
@@ -182,7 +190,8 @@ def _have_same_items(table, shape, other):
     if tuple_size(other) != ndim:
         return False
     for axis in range(ndim):
-        if _item(table, shape, axis) != _item(table, other, axis):
+        length = _item(table, shape, axis)
+        if length == NO_INTEGER or length != _item(table, other, axis):
             return False
     return True
 
@@ -205,7 +214,7 @@ def _is_dense(table, x, w):
     shape, unit = _shape_of_x(table, x, w), 1
     w[_STEPS] = _ask(table, STRIDES, x, w) if shape != 0 else 0
     if w[_STEPS] != 0 and table[UNIT] != 0:
-        unit = _integer(_ask(table, UNIT, x, w))
+        unit = _integer(table, _ask(table, UNIT, x, w))
     if w[_STEPS] == 0 or unit <= 0 or tuple_size(w[_STEPS]) != tuple_size(shape):
         return False
     w[_UNIT], step = unit, unit
@@ -337,9 +346,14 @@ def _take_weight(table, value, given_axis, x, w, place):
 @inlined
 def _take_x(table, x, w):
     """Write what is known of the first array; say whether it is taken."""
+    if table[AROUND] != 0:
+        level = _attribute(table[AROUND], table[LEVEL])
+        decref(level)
+        if level != table[OUTSIDE]:
+            return False
     if not _look(table, x, w, _X):
         return False
-    w[_ELEMENTS] = _integer(_ask(table, SIZE, x, w))
+    w[_ELEMENTS] = _integer(table, _ask(table, SIZE, x, w))
     return w[_ELEMENTS] > 0 and (w[_X + _IN_C] != 0 or _is_dense(table, x, w))
 
 
@@ -415,8 +429,19 @@ def _stream(table, row, w):
         handle = _attribute(stream, table[HANDLE])
         decref(stream)
         stream = handle
-    handle = _integer(stream)
+    handle = _integer(table, stream)
     return 0 if handle == 1 else handle  # the legacy stream has both
+
+
+@inlined
+def _is_captured(table, stream, w):
+    """Say whether memory must be kept for the graph that a stream may be captured in."""
+    w[_FIRST] = 0
+    if table[CAPTURING] == 0:
+        return False
+    if _call_capturing(table[CAPTURING], (stream, w.ctypes.data + 8 * _FIRST)) != 0:
+        return True
+    return w[_FIRST] != 0
 
 
 # Memory -------------------------------------------------------------------------------
@@ -439,6 +464,19 @@ def _target(table, x, inplace, out, w):
 
 
 @inlined
+def _made(table, like, w):
+    """Return a new array in C order of another's shape and dtype, or 0."""
+    shape, y = _ask(table, SHAPE, like, w), 0
+    dtype = _ask(table, DTYPE, like, w) if shape != 0 else 0
+    w[_FIRST], w[_SECOND] = shape, dtype
+    if dtype != 0:
+        y = vectorcall(table[MAKE], w.ctypes.data + 8 * _FIRST, 2, 0)
+    decref(shape)
+    decref(dtype)
+    return y
+
+
+@inlined
 def _reference_to(table, like, result, w, model, place):
     """Return a new reference to a result, or a new array like another one, or 0.
 
@@ -447,15 +485,11 @@ def _reference_to(table, like, result, w, model, place):
     if result != 0:
         incref(result)
         return result
-    maker, shape, number, y = table[MAKE], 0, 2, 0
     if table[MAKE] == 0 or w[model + _IN_C] == 0:
-        maker, number = table[EMPTY_LIKE], 1
+        w[_FIRST] = like
+        y = vectorcall(table[EMPTY_LIKE], w.ctypes.data + 8 * _FIRST, 1, 0)
     else:
-        shape = _ask(table, SHAPE, like, w)
-    w[_FIRST], w[_SECOND] = like if number == 1 else shape, w[model + _OF]
-    if w[_FIRST] != 0:
-        y = vectorcall(maker, w.ctypes.data + 8 * _FIRST, number, 0)
-    decref(shape)
+        y = _made(table, like, w)
     if y == 0:
         return 0
     if not _look(table, y, w, place) or not _lies_like(table, y, w, place, model):
@@ -561,6 +595,17 @@ def _queue(table, kernel, blocks, count, stream, w):
 
 
 @inlined
+def _is_written(table, array, w):
+    """Let the library know of an array of the caller's, if any; say if it took that."""
+    if array == 0 or table[WRITTEN] == 0:
+        return True
+    w[_FIRST] = array
+    answer = vectorcall(table[WRITTEN], w.ctypes.data + 8 * _FIRST, 1, 0)
+    decref(answer)
+    return answer != 0
+
+
+@inlined
 def _launch(table, row, kernel, stream, given, w):
     """Launch a kernel for the operands; say whether the driver took it."""
     width = BYTES // table[row + ITEM]
@@ -578,14 +623,15 @@ def _answer(table, given, w):
     if kernel == 0 or not _is_current(table, row, w):
         return -1
     stream = _stream(table, row, w)
-    y = _target(table, x, given[1], given[2], w) if stream >= 0 else -1
-    if y != -1:
-        y = _reference_to(table, x, y, w, _X, _Y)
-    if y == 0 or y == -1:
+    target = _target(table, x, given[1], given[2], w) if stream >= 0 else -1
+    y = _reference_to(table, x, target, w, _X, _Y) if target != -1 else 0
+    if y == 0:
         return -1
     if w[_MAKES_BITS] != 0:
         y = _with_mask(table, x, y, w)
-    if y != 0 and _lie_well(w) and _launch(table, row, kernel, stream, given, w):
+    taken = y != 0 and _lie_well(w)
+    taken = taken and _launch(table, row, kernel, stream, given, w)
+    if taken and _is_written(table, target, w):
         return y
     decref(y)
     return -1
@@ -734,7 +780,7 @@ def _answer_both(table, given, w):
     if row == 0 or not _is_current(table, row, w):
         return -1
     stream, result, total = _stream(table, row, w), -1, -1
-    if stream >= 0:
+    if stream >= 0 and not _is_captured(table, stream, w):
         result = _target(table, grad, given[1], out, w)
     if result != -1:
         total = _total(table, weight, out_weight, w)
@@ -752,7 +798,9 @@ def _answer_both(table, given, w):
     taken = _launch_both(table, row, stream, w) if both != 0 else -1
     decref(pairs)  # which its library lends in the order of the stream
     if taken == 0:
-        return both
+        if _is_written(table, result, w) and _is_written(table, total, w):
+            return both
+        taken = -1
     decref(both)
     return -1 if taken == -1 else _refused(table, taken, w)
 

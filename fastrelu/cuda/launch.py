@@ -24,6 +24,8 @@ from fastrelu.cuda.config import SIMULATED, THREADS
 
 HINT = 'pip install "fastrelu[cuda13]", or "fastrelu[cuda12]" for a driver of CUDA 12'
 
+# Errors that another toolkit may not have: none, an old one, or one that is too new.
+_NOT_FOR_THIS = "DynamicLibNotFoundError", "NvvmSupportError", "CCSupportError"
 _PACKAGES = "numba-cuda", "cuda-core", "cuda-bindings"
 SOURCES = sources(__package__)  # before anybody can change them
 
@@ -136,8 +138,7 @@ def machine_code(kernel: Kernel, capability: tuple[int, int]) -> tuple[str, byte
             ptx, entry = compile_ptx(kernel, capability)
             kept = entry, link(ptx, capability)
         except Exception as error:
-            cause = type(error).__name__
-            if cause not in ("DynamicLibNotFoundError", "NvvmSupportError"):
+            if type(error).__name__ not in _NOT_FOR_THIS:
                 raise
             msg = f"fastrelu cannot compile for the GPU ({error}): {HINT}"
             raise RuntimeError(msg) from error
@@ -228,17 +229,25 @@ def refused(error: int) -> None:
     raise RuntimeError(msg)
 
 
-def functions() -> tuple[int, int]:
-    """Return the addresses of the driver's cuLaunchKernel and cuCtxGetCurrent."""
+def functions() -> list[int]:
+    """Return the addresses of the driver's functions that compiled code calls."""
     driver, found = _driver(), []
     flags = driver.CUdriverProcAddress_flags.CU_GET_PROC_ADDRESS_LEGACY_STREAM
-    for name in ("cuLaunchKernel", "cuCtxGetCurrent"):
+    for name in ("cuLaunchKernel", "cuCtxGetCurrent", "cuStreamIsCapturing"):
         error, address, _ = driver.cuGetProcAddress(name.encode(), 12000, flags)
         if error:
             msg = f"the CUDA driver has no {name}: {error}"
             raise RuntimeError(msg)
         found.append(int(address))
-    return found[0], found[1]
+    return found
+
+
+def is_capturing(stream: int) -> bool:
+    """Say whether a graph is being made of what is queued on a stream."""
+    if SIMULATED:
+        return False
+    error, status = _driver().cuStreamIsCapturing(stream)
+    return not error and bool(int(status))  # an error where another one captures
 
 
 _primary: dict[int, Any] = {}  # each device's context that all libraries share
@@ -263,12 +272,23 @@ def is_current(device: int) -> bool:
 
 @contextlib.contextmanager
 def current(device: int) -> Iterator[None]:
-    """Make the device the current one of this thread for a while."""
+    """Make the device the current one of this thread for a while.
+
+    A thread that has none yet keeps the first one, as by the first call of a runtime.
+    """
     if is_current(device):
         yield
         return
-    driver = _driver()
-    driver.cuCtxPushCurrent(_context(device))
+    driver, context = _driver(), _context(device)
+    error, now = driver.cuCtxGetCurrent()
+    stays = not error and not int(now) and device == 0
+    (error,) = (driver.cuCtxSetCurrent if stays else driver.cuCtxPushCurrent)(context)
+    if error:
+        msg = f"the CUDA driver cannot make device {device} the current one: {error}"
+        raise RuntimeError(msg)
+    if stays:
+        yield
+        return
     try:
         yield
     finally:

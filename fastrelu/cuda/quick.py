@@ -38,14 +38,16 @@ class Quick:
         self.lock = threading.Lock()
         self.code = _compiled(compiled.call_both if both else compiled.call)
         table[: objects.LENGTH] = objects.known()
-        table[compiled.LAUNCH], table[compiled.CURRENT] = launch.functions()
+        functions = compiled.LAUNCH, compiled.CURRENT, compiled.CAPTURING
+        table[[*functions]] = launch.functions()
+        table[compiled.CAPTURING] *= asked.captures
+        table[compiled.NUMPY_DTYPES] = isinstance(asked.uint8, np.dtype)
         table[compiled.HANDLE], _ = _question(asked.handle)
         table[compiled.COUNT], table[compiled.FACTS] = len(kinds), len(asked.facts)
         table[compiled.KINDS :][: len(kinds)] = kinds
         held = {
             compiled.PREDICATE: sys.intern(predicate),
             compiled.MODEL: asked.model,
-            compiled.UINT8: asked.uint8,
             compiled.STREAM: asked.stream,
             compiled.EMPTY_LIKE: asked.empty_like,
             compiled.EMPTY_BYTES: library.empty_bytes,
@@ -53,10 +55,16 @@ class Quick:
         }
         if asked.make is not None:
             held[compiled.MAKE] = asked.make
+        if asked.written is not None:
+            held[compiled.WRITTEN] = asked.written
+        if asked.around is not None:
+            words = compiled.AROUND, compiled.LEVEL, compiled.OUTSIDE
+            held |= dict(zip(words, asked.around, strict=True))
         for word, value in held.items():
             table[word] = id(value)
-        names = asked.owner, asked.start, asked.device, "dtype", "shape", asked.size
-        names += asked.contiguous, asked.strides, asked.unit
+        table[compiled.UINT8] = _word(asked.uint8)
+        names = [asked.owner, asked.start, asked.device, "dtype", "shape", asked.size]
+        names += [asked.contiguous, asked.strides, asked.unit]
         for k, name in enumerate(names):
             table[compiled.OWNER + 2 * k :][:2] = _question(name)
         for k, (name, answer) in enumerate(asked.facts.items()):
@@ -103,8 +111,8 @@ class Quick:
                 return self.rows.get(key, 0)
             row = compiled.ROWS + compiled.ROW * len(self.rows)
             words = {
-                compiled.OF_X: id(dtype),
-                compiled.OF_WEIGHT: 0 if weight is None else id(weight),
+                compiled.OF_X: _word(dtype),
+                compiled.OF_WEIGHT: 0 if weight is None else _word(weight),
                 compiled.ON: device,
                 compiled.CONTEXT: launch.context_of(device),
                 compiled.NUMBER: id(device),
@@ -113,7 +121,7 @@ class Quick:
             }
             for word, value in words.items():
                 self.table[row + word] = value
-            keep_for_ever((dtype, weight, device))  # which are known by addresses
+            keep_for_ever(device)  # which is known by its address
             self.rows[key] = row
             self.table[compiled.KNOWN] = len(self.rows)
             return row
@@ -129,6 +137,13 @@ class Quick:
 def _handle(code: launch.Kernel, device: int) -> int:
     """Return the driver's handle of a kernel that a device has loaded."""
     return int(keep_for_ever(code.loaded[device]).handle)
+
+
+def _word(dtype: Any) -> int:
+    """Return the word by which compiled code knows a dtype."""
+    if isinstance(dtype, np.dtype):
+        return objects.dtype_word(dtype)
+    return id(keep_for_ever(dtype))
 
 
 def _question(name: str) -> tuple[int, bool]:
