@@ -19,6 +19,7 @@ from numpy import ndarray
 
 from fastrelu import _arguments, cpu
 from fastrelu._arguments import is_on_gpu
+from fastrelu._dtypes import is_accepted, row_of
 from fastrelu._spec import ARRAY, BITS, NUMBER, WEIGHT, Operation, Spec
 from fastrelu.cpu.abi import Unproven
 from fastrelu.mask import Mask
@@ -357,7 +358,8 @@ class _Function:
         if out is not None:
             return self.long(spread, inplace, out, saved, *others)
         y = cpu.empty_like(model if model.dtype == spread.dtype else spread)
-        result = self.long(spread, inplace, y, saved, *others)
+        y[...] = spread
+        result = self.call(y, True, None, saved, *others)
         y = cpu.as_came(y, saved)
         return (y, result[1]) if type(result) is tuple else y
 
@@ -403,13 +405,47 @@ class _Backward(_Function):
 
     way = "backward"
 
-    def __init__(self, spec: Spec) -> None:
+    def __init__(self, spec: Spec, forward: _Forward) -> None:
         numbers = tuple(NUMBER for _ in spec.numbers_kept)
         super().__init__(
             spec,
             Operation(spec.of_saved, (ARRAY, ARRAY, *numbers)),
             **_masked(spec, spec.from_bits),
         )
+        self.forward = forward
+
+    def left(self, grad: Any, inplace: Any, out: Any, saved: Any, *numbers: Any) -> Any:
+        mask = self._mask_of(grad, saved, numbers)
+        if mask is None:
+            return super().left(grad, inplace, out, saved, *numbers)
+        return self.call(grad, inplace, out, mask, *numbers)
+
+    def _mask_of(self, grad: Any, saved: Any, numbers: Any) -> Mask | None:
+        """Return the mask of a plain saved array of another dtype, or None.
+
+        Quick calls take it, where the long way would cost small arrays many times more.
+        """
+        if type(saved) is not ndarray or type(grad) is not ndarray:
+            return None
+        if saved.dtype == grad.dtype or saved.shape != grad.shape:
+            return None
+        if self.spec.active is None:
+            return None
+        if saved.dtype == np.bool_:
+            if not grad.flags.c_contiguous:
+                return Mask.pack(saved, self.spec.predicate)
+            bits = np.packbits(saved, None, "little")
+            return Mask._make(bits, saved.shape, None, self.spec.predicate)
+        row = row_of(saved.dtype)
+        if (
+            not is_accepted(row, integers=self.spec.integers)
+            or not saved.dtype.isnative
+        ):
+            return None
+        more = len(self.spec.numbers) - len(numbers)
+        given = *numbers, *(more * (0.0,))  # of which a mask does not depend
+        mask: Mask = self.forward.call(saved, False, None, True, *given)[1]
+        return mask
 
     def long(self, grad: Any, inplace: Any, out: Any, saved: Any, *numbers: Any) -> Any:
         spec, mask, function, name = self.spec, None, self.spec.of_saved, "saved"
@@ -440,6 +476,13 @@ def _masked(spec: Spec, operation: Operation) -> dict[str, Any]:
     return {"masked": operation, "predicate": spec.predicate}
 
 
+def _is_weak_beside(weight: Any, x: Any) -> bool:
+    """Say whether a weight of Python's numbers goes with a plain array."""
+    if type(x) is not ndarray or not _arguments.is_weak(weight):
+        return False
+    return is_accepted(row_of(x.dtype), integers=False) and x.dtype.isnative
+
+
 class _ByChannel(_Function):
     """``call(x, inplace, out, weight, axis)``."""
 
@@ -447,6 +490,11 @@ class _ByChannel(_Function):
 
     def __init__(self, spec: Spec) -> None:
         super().__init__(spec, Operation(spec.formula, (ARRAY, WEIGHT)))
+
+    def left(self, x: Any, inplace: Any, out: Any, weight: Any, axis: Any) -> Any:
+        if not _is_weak_beside(weight, x):
+            return super().left(x, inplace, out, weight, axis)
+        return self.call(x, inplace, out, _arguments.slopes(weight, x), axis)
 
     def long(self, x: Any, *others: Any) -> Any:
         return _prelu(self.spec, x, *others)
@@ -461,6 +509,16 @@ class _ByChannelBackward(_Function):
         super().__init__(
             spec, Operation(spec.of_saved, (ARRAY, ARRAY, WEIGHT)), sums=True
         )
+
+    def left(
+        self, grad: Any, inplace: Any, out: Any, x: Any, weight: Any, axis: Any
+    ) -> Any:
+        if not _is_weak_beside(weight, x) or type(grad) is not ndarray:
+            return super().left(grad, inplace, out, x, weight, axis)
+        slopes = _arguments.slopes(weight, x)
+        dx, dw = self.call(grad, inplace, out, x, slopes, axis)
+        given = type(out) is tuple and out[1] is not None
+        return dx, dw if given else cpu.as_came(dw, weight)
 
     def long(self, grad: Any, *others: Any) -> Any:
         if _stands_for_all(grad, others[0], others[2]):
@@ -503,7 +561,8 @@ class _ByElementBackward(_Function):
 
 def elementwise(spec: Spec) -> tuple[_Function, _Function]:
     """Return the functions of an activation with numbers, or none, for parameters."""
-    return _Forward(spec), _Backward(spec)
+    forward = _Forward(spec)
+    return forward, _Backward(spec, forward)
 
 
 def by_channel(spec: Spec) -> tuple[_Function, _Function]:

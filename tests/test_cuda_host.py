@@ -443,7 +443,7 @@ def test_any_array_with_an_interface(gpu, put):
 def test_what_an_interface_tells(gpu, put):
     """Gaps, no memory, a dtype that NumPy has no letters for, and the device."""
     x = gpu.own(np.array([-1, 2], "f4"))
-    with pytest.raises(TypeError, match="x must be .* has no memory"):
+    with pytest.raises(TypeError, match=r"x must be .* has no memory"):
         F.relu(Interface(x, data=(0, False)), out=put(x))
     with pytest.raises(TypeError, match="mask of gaps"):
         F.relu(Interface(x, mask=Interface(x)), out=put(x))

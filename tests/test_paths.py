@@ -22,7 +22,7 @@ from conftest import FLOATS, normal, place, sample
 from reference import assert_same
 
 import fastrelu as F
-from fastrelu import _dispatch, activations
+from fastrelu import _dispatch, activations, cpu
 from fastrelu._spec import ARRAY, BITS, NUMBER, WEIGHT, Operation
 from fastrelu.cpu import (
     build,
@@ -1138,3 +1138,47 @@ def test_a_child_gets_a_pool_that_works(fresh_pool):
         finally:
             os._exit(0 if fine else 1)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+
+
+BESIDE = {
+    "bools": lambda x, g: F.relu_backward(g, x > 0),
+    "bools into an array": lambda x, g: F.leaky_relu_backward(g, x > 0, 0.5, out=x),
+    "bools of columns": lambda x, g: F.relu6_backward(g, np.asfortranarray(x > 0)),
+    "columns and bools of columns": lambda x, g: F.relu_backward(g.T, x.T > 0),
+    "another float": lambda x, g: F.leaky_relu_backward(g, x.astype("f8"), 0.5),
+    "integers": lambda x, g: F.relu_backward(g, x.astype("i1"), inplace=True),
+    "of two numbers": lambda x, g: F.threshold_backward(g, x.astype("f8"), 0.5),
+    "a number's gradient": lambda x, g: F.relu_backward(1.0, x),
+    "an int's": lambda x, g: F.leaky_relu_backward(2, x, 0.5),
+    "a number's weight": lambda x, g: F.prelu(x, 0.25),
+    "a list": lambda x, g: F.prelu(x, [0.25] * 9, inplace=True),
+    "both": lambda x, g: F.prelu_backward(g, x, 0.25),
+    "both into arrays": lambda x, g: F.prelu_backward(g, x, [0.25], out=(x, g[0, :1])),
+    "both, of a number": lambda x, g: F.prelu_backward(1.0, x, [0.25]),
+}
+
+
+@pytest.mark.skipif(not cpu.is_fast(), reason="portable loops have no quick calls")
+@pytest.mark.parametrize("case", BESIDE)
+def test_what_is_beside_the_plainest_is_quick_too(case, monkeypatch):
+    """Small arrays would take twenty times as long on the long way"""
+    x, g = (normal((7, 9), np.float32, seed) for seed in (1, 2))
+    with monkeypatch.context() as patch:
+        patch.setattr(_dispatch._Backward, "_mask_of", lambda *_: None)
+        patch.setattr(_dispatch, "_is_weak_beside", lambda *_: False)
+        for function in twins.public_functions():
+            patch.setattr(function, "call", function.left)
+            patch.setattr(function, "asks_numpy", True)  # and stays so
+            patch.setattr(function, "_again", lambda *_: None)
+        expected = BESIDE[case](x.copy(), g.copy())
+    BESIDE[case](x.copy(), g.copy())
+
+    def refuse(*arguments, **more):
+        raise AssertionError("the long way")
+
+    for way in ("_elementwise", "_prelu", "_prelu_backward"):
+        monkeypatch.setattr(_dispatch, way, refuse)
+    found = BESIDE[case](x.copy(), g.copy())
+    pairs = zip(found, expected) if isinstance(found, tuple) else [(found, expected)]
+    for a, b in pairs:
+        assert_same(a, b)
