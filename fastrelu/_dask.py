@@ -135,6 +135,15 @@ class DaskMask(DaskMethodsMixin):  # type: ignore[misc]
         return _rebuilt, (*self.array.__dask_postpersist__(), self.predicate)
 
 
+def pack(bools: Any, predicate: str) -> DaskMask:
+    """Return the mask of an array of bools, as `Mask.pack` does for each block."""
+    bools = bools.unpack() if isinstance(bools, DaskMask) else bools
+    call = functools.partial(Mask.pack, predicate=predicate)
+    call(bools._meta)  # refuses what its blocks are
+    bits = _mapped("pack", call, bools, (bools,), bools.dtype)
+    return DaskMask(bits, predicate)
+
+
 def _unpack(mask: Mask) -> Array:
     return mask.unpack()
 

@@ -138,7 +138,7 @@ class Mask:
         ----------
         bools : array of bool
             True where the gradient passes.  Of NumPy, or what ``numpy.asarray`` makes
-            such an array of.
+            such an array of.  One of Dask's gives a mask that is not computed yet.
         predicate : str
             What True says of an element.
 
@@ -150,7 +150,8 @@ class Mask:
         Raises
         ------
         TypeError
-            If `bools` is not of bools, or `predicate` is not a string.
+            If `bools` is not of bools, lies on a GPU or carries more than bools, or
+            `predicate` is not a string.
 
         Examples
         --------
@@ -158,10 +159,16 @@ class Mask:
         >>> Mask.pack([True, False, True]).bits
         array([5], dtype=uint8)
         """
-        if is_foreign(type(bools)) and not hasattr(bools, "__array__"):
+        from fastrelu import _arguments, _dispatch, cpu
+
+        engine = _dispatch._lazily(bools)
+        if engine is not None:
+            lazy: Mask = engine.pack(bools, predicate)
+            return lazy
+        if _arguments.is_on_gpu(bools):
             msg = f"bools must be in the host's memory, got {type(bools).__name__}"
             raise TypeError(msg)
-        array = np.asarray(bools)
+        (array,) = _arguments.read(cpu, ("bools", bools))
         if array.dtype != np.bool_:
             msg = f"bools must be an array of bool, got {array.dtype}"
             raise TypeError(msg)

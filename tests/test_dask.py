@@ -296,6 +296,24 @@ def test_a_lazy_mask():
     assert graph.dependencies["one"] == {mask.array.name}
 
 
+def test_lazy_bools_give_a_lazy_mask():
+    x = lazy(X)
+    of_bools = F.Mask.pack(x > 0)
+    assert (type(of_bools), of_bools.chunks) == (_dask.DaskMask, x.chunks)
+    again = F.Mask.pack(of_bools, "0 < x < 6")  # a mask is an array of bools, too
+    assert again.predicate == again.compute().predicate == "0 < x < 6"
+    for mask in (of_bools, again):
+        assert_same(mask.compute().bits, F.relu(X, return_mask=True)[1].bits)
+    assert_same(F.relu_backward(lazy(G), of_bools).compute(), F.relu_backward(G, X))
+    for bools, predicate, said in (
+        (x, "x > 0", "bools must be an array of bool, got float32"),
+        ((x > 0).map_blocks(np.ma.masked_array), "x > 0", "bools must be .* its gaps"),
+        (x > 0, 0, "predicate must be a string"),
+    ):
+        with pytest.raises(TypeError, match=said):
+            F.Mask.pack(bools, predicate)
+
+
 def test_a_mask_is_made_in_the_same_pass(monkeypatch):
     """An array and its mask that are computed together cost one call for a block."""
     calls, run = [], _dask._run

@@ -84,6 +84,19 @@ def test_only_bools_are_packed(wrong):
         F.Mask.pack(wrong)
 
 
+def test_what_is_more_than_bools_is_not_packed():
+    with pytest.raises(TypeError, match=r"bools must be .* fill its gaps first"):
+        F.Mask.pack(np.ma.array([True, False], mask=[False, True]))
+    with pytest.raises(TypeError, match=r"bools must be .* inhomogeneous"):
+        F.Mask.pack([[True], [True, False]])
+
+
+def test_bools_with_labels_are_not_packed():
+    pandas = pytest.importorskip("pandas")
+    with pytest.raises(TypeError, match=r"bools must be .* take its \.to_numpy\(\)"):
+        F.Mask.pack(pandas.Series([True, False], index=["a", "b"]))
+
+
 @pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
 def test_masks_are_kept(protocol):
     for x, mask in masks():
