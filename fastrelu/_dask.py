@@ -403,7 +403,7 @@ class _Weight:
             msg = "weight must have known chunk sizes: call its compute_chunk_sizes()"
             raise ValueError(msg)
         self.axes = range(ndim - given.ndim, ndim)  # which of x's are the weight's
-        if given.ndim == 1 and given.size > 1 and -ndim <= position < ndim:
+        if given.ndim == 1 and given.size != 1 and -ndim <= position < ndim:
             self.axes = range(position % ndim, position % ndim + 1)
         lengths = dict(zip(self.axes, given.shape, strict=True))
         hint = [lengths.get(axis, 1) for axis in range(ndim)]
@@ -417,7 +417,7 @@ class _Weight:
         )
         self.value = checked if in_memory else given
         self.dtype, self.spread = checked.dtype, spread.shape
-        self.kept = tuple(axis for axis, size in enumerate(self.spread) if size > 1)
+        self.kept = tuple(axis for axis, size in enumerate(self.spread) if size != 1)
 
     def beside(self, x: Any) -> Any:
         """Return it with x's axes: in memory, if x has one block along the weight's."""
@@ -429,7 +429,10 @@ class _Weight:
             if all(x.numblocks[axis] == 1 for axis in self.kept):
                 return value
             value = da.from_array(value, -1)
-        return value.rechunk({axis: x.chunks[axis] for axis in self.kept})
+        chunks = x.chunks
+        return value.rechunk(
+            [n if i in self.kept else -1 for i, n in enumerate(chunks)]
+        )
 
     def without(self, sums: Any) -> Any:
         """Return sums that have x's axes in the weight's own shape."""

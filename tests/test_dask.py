@@ -201,6 +201,21 @@ def test_no_dimensions_and_no_elements(shape):
     assert training.compute().shape == slopes.compute().shape == shape
 
 
+EMPTY, ONE = np.ones(0, np.float32), np.ones(1, np.float32)
+
+
+@in_turn("weight", [EMPTY, lazy(EMPTY, 1), lazy(ONE, ((1, 0),))])
+def test_weights_with_empty_chunks(weight):
+    x = sample((5, 0, 2) if weight.size == 0 else (5, 3, 2), FLOAT32)
+    blocks, plain = lazy(x, 2), np.asarray(weight)
+    assert_same(F.prelu(blocks, weight).compute(), F.prelu(x, plain))
+    dx, dw = dask.compute(*F.prelu_backward(blocks, blocks, weight))
+    expected, sums = F.prelu_backward(x, x, plain)
+    assert_same(dx, expected)
+    assert dw.shape == sums.shape
+    assert_weight_gradient(dw, x, x, plain)
+
+
 def test_unknown_chunk_sizes():
     keep = X[:, 0, 0] > 0
     x, g = lazy(X)[lazy(keep, 16)], lazy(G)[lazy(keep, 16)]
