@@ -22,6 +22,7 @@ array([0., 0., 0., 1., 2.])
 """
 
 import functools
+import itertools
 import math
 import multiprocessing
 import operator
@@ -84,6 +85,11 @@ class DaskMask(DaskMethodsMixin):  # type: ignore[misc]
         return shape
 
     @property
+    def ndim(self) -> int:
+        """The number of its axes."""
+        return len(self.shape)
+
+    @property
     def dtype(self) -> np.dtype[Any]:
         """That of ``unpack()``, bool."""
         return np.dtype(np.bool_)
@@ -93,13 +99,28 @@ class DaskMask(DaskMethodsMixin):  # type: ignore[misc]
         """The lengths of the blocks along each axis."""
         return self.array.chunks
 
+    @property
+    def nbytes(self) -> Any:
+        """The bytes that the bits of all blocks take, NaN where it is not known."""
+        return sum(-(-math.prod(n) // 8) for n in itertools.product(*self.chunks))
+
     def unpack(self) -> Any:
         """Return a Dask array of bool: True where the gradient passes."""
         return _mapped("unpack", _unpack, self.array, (self.array,), self.dtype)
 
+    to_dask_array = unpack  # what Dask's own functions ask for
+
     def count(self, axis: int | tuple[int, ...] | None = None) -> Any:
         """Return how many bits are set, along some axes or all, as a Dask array."""
         return self.unpack().sum(axis)
+
+    def __getattr__(self, name: str) -> Any:
+        msg = f"{type(self).__name__!r} object has no attribute {name!r}"
+        if name in ("bits", "axes"):
+            msg = (
+                f"a mask that is not computed yet has no {name}: take compute().{name}"
+            )
+        raise AttributeError(msg)
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> Any:
         return self.compute().__array__(dtype, copy)
@@ -137,7 +158,7 @@ class DaskMask(DaskMethodsMixin):  # type: ignore[misc]
 
 def pack(bools: Any, predicate: str) -> DaskMask:
     """Return the mask of an array of bools, as `Mask.pack` does for each block."""
-    bools = bools.unpack() if isinstance(bools, DaskMask) else bools
+    bools = da.asarray(_read("bools", bools))
     call = functools.partial(Mask.pack, predicate=predicate)
     call(bools._meta)  # refuses what its blocks are
     bits = _mapped("pack", call, bools, (bools,), bools.dtype)
@@ -240,6 +261,10 @@ def _refuse(inplace: Any, out: Any) -> None:
 def _read(name: str, value: Any) -> Any:
     """Return an argument as Dask's or as an array in memory."""
     if is_lazy(value):
+        if not isinstance(value.dtype, np.dtype):
+            came = _arguments.kind_of(value._meta)
+            msg = f"{name} must be made of arrays of NumPy or CuPy, got {came}"
+            raise TypeError(msg)
         meta = getattr(value, "_meta", None)
         if meta is not None and not is_on_gpu(meta):
             _arguments.read(cpu, (name, meta))
@@ -359,11 +384,16 @@ def backward(
     if issubclass(type(saved), Mask):
         saved = _arguments.unchanged(saved).unpack()
     grad, saved, given, model = _pair(grad, name, saved, integers=spec.integers)
+    names = spec.numbers_kept
+    rounded = _numbers(names, numbers, given)
     if spec.active is None:
         _arguments.like(name, model, "grad_output", given)
     else:
         _arguments.active(name, model, "grad_output", given)
-    rounded = _numbers(spec.numbers_kept, numbers, given)
+        if model.dtype not in (given.dtype, np.bool_):
+            # What was active is asked in saved's own dtype: each block rounds to both.
+            _numbers(names, numbers, model)
+            rounded = list(map(_arguments._real, names, numbers))
     label, call = f"{spec.name}_backward", functools.partial(_call, function)
     return _mapped(label, call, saved, (grad, saved, *rounded), given.dtype)
 
@@ -403,7 +433,7 @@ class _Weight:
             msg = "weight must have known chunk sizes: call its compute_chunk_sizes()"
             raise ValueError(msg)
         self.axes = range(ndim - given.ndim, ndim)  # which of x's are the weight's
-        if given.ndim == 1 and given.size != 1 and -ndim <= position < ndim:
+        if given.ndim == 1 and given.shape != (1,) and -ndim <= position < ndim:
             self.axes = range(position % ndim, position % ndim + 1)
         lengths = dict(zip(self.axes, given.shape, strict=True))
         hint = [lengths.get(axis, 1) for axis in range(ndim)]
@@ -421,18 +451,23 @@ class _Weight:
 
     def beside(self, x: Any) -> Any:
         """Return it with x's axes: in memory, if x has one block along the weight's."""
+        cut = [axis for axis in self.kept if x.numblocks[axis] > 1]
+        if any(math.isnan(x.shape[axis]) for axis in cut):
+            msg = (
+                "x must have known chunk sizes, or one block, along the axes of weight, "
+                f"got shape {x.shape}: call its compute_chunk_sizes()"
+            )
+            raise ValueError(msg)
         if is_lazy(self.value):
             places = [slice(None) if i in self.axes else None for i in range(x.ndim)]
             value = self.value[tuple(places) if x.ndim or not self.value.ndim else 0]
         else:
             value = self.value.reshape(self.spread)
-            if all(x.numblocks[axis] == 1 for axis in self.kept):
+            if not cut:
                 return value
             value = da.from_array(value, -1)
-        chunks = x.chunks
-        return value.rechunk(
-            [n if i in self.kept else -1 for i, n in enumerate(chunks)]
-        )
+        chunks = enumerate(x.chunks)
+        return value.rechunk([n if axis in cut else -1 for axis, n in chunks])
 
     def without(self, sums: Any) -> Any:
         """Return sums that have x's axes in the weight's own shape."""

@@ -10,6 +10,7 @@ import signal
 import sys
 import threading
 import types
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -235,11 +236,17 @@ def test_unknown_chunk_sizes():
         F.prelu(x, w[:3])
     with pytest.raises(ValueError, match="weight must have known chunk sizes"):
         F.prelu(x, lazy(w, 4)[lazy(w, 4) > 0])
+    with pytest.raises(ValueError, match=r"x must have known .* the axes of weight"):
+        F.prelu(x, np.ones(len(X), "f4"), axis=0)
     with pytest.raises(ValueError, match="as many blocks as the other"):
         F.relu_backward(g, x.rechunk({1: 8}))
     one = lazy(X[:, 0, 0], -1)
     one = one[one > 0]  # of one block, which one in memory has, too
     assert_same(F.relu_backward(X[keep, 0, 0], one).compute(), X[keep, 0, 0])
+    slopes = normal(keep.sum(), FLOAT32)
+    for weight in (slopes, lazy(slopes, 2)):
+        y = F.prelu(-one, weight, axis=0)
+        assert_same(y.compute(), F.prelu(-X[keep, 0, 0], slopes, axis=0))
 
 
 def test_saved_in_other_ways():
@@ -248,6 +255,17 @@ def test_saved_in_other_ways():
     expected = F.relu_backward(G, X)
     for saved in (mask, X > 0, x > 0, X.astype("f8"), F.relu(x)):
         assert_same(F.relu_backward(g, saved).compute(), expected)
+
+
+def test_what_was_active_is_asked_in_the_dtype_of_the_forward_pass():
+    """A number is rounded to it, and to that of the gradient, each time once."""
+    third = Fraction(1, 3)
+    nearest = np.nextafter(float(third), 1), float(np.float32(third))
+    x = np.array([*nearest, 0, 1])
+    assert_same(
+        F.threshold_backward(lazy(G[0, 0, :4], 3), lazy(x, 3), third).compute(),
+        F.threshold_backward(G[0, 0, :4], x, third),
+    )
 
 
 def test_random_slopes():
@@ -283,6 +301,10 @@ def test_random_slopes():
 # Masks --------------------------------------------------------------------------------
 
 
+def blocks_of(mask):
+    return dask.compute(*mask.array.to_delayed().ravel())
+
+
 def test_a_lazy_mask():
     y, mask = F.relu(lazy(X), return_mask=True)
     assert (mask.shape, mask.dtype, mask.chunks) == (X.shape, bool, y.chunks)
@@ -295,11 +317,22 @@ def test_a_lazy_mask():
     assert_same(np.asarray(mask), X > 0)
     assert mask.count().compute() == (X > 0).sum()
     assert_same(mask.count(axis=0).compute(), (X > 0).sum(0))
+    assert mask.nbytes == sum(block.bits.nbytes for block in blocks_of(mask))
+    assert_same(da.asarray(mask).compute(), X > 0)
+    for where in (da.where, np.where):
+        y = where(mask, lazy(X), 0)
+        assert isinstance(y, da.Array)
+        assert_same(y.compute(), np.where(X > 0, X, 0))
+    for name in ("bits", "axes"):
+        with pytest.raises(AttributeError, match=rf"take compute\(\)\.{name}"):
+            getattr(mask, name)
+    with pytest.raises(AttributeError, match=r"'DaskMask' .* no attribute 'colour'"):
+        _ = mask.colour
     with pytest.raises(ValueError, match=r"use mask\.count\(\)"):
         bool(mask)
     kept = mask.persist()
     assert type(kept) is type(mask)
-    blocks = dask.compute(*(kept.array.to_delayed().ravel()))
+    blocks = blocks_of(kept)
     assert {type(block) for block in blocks} == {F.Mask}
     assert sum(block.bits.nbytes for block in blocks) < X.nbytes // 32 + len(blocks)
     assert_same(F.relu_backward(lazy(G), kept).compute(), F.relu_backward(G, X))
@@ -367,12 +400,18 @@ REFUSED = [
     (lambda x: F.leaky_relu(x.astype("i4")), TypeError, "x must have dtype"),
     (lambda x: F.relu(x > 0), TypeError, "x must have dtype"),
     (lambda x: F.leaky_relu(x, 1e39), ValueError, "negative_slope must be finite"),
+    (
+        lambda x: F.leaky_relu_backward(x.astype("f8"), x, 1e39),
+        ValueError,
+        "negative_slope must be finite in float32",
+    ),
     (lambda x: F.leaky_relu(x, "a"), TypeError, "negative_slope must be a real"),
     (lambda x: F.relu(x, 2), TypeError, "inplace must be True or False"),
     (lambda x: F.relu(x, return_mask=2), TypeError, "return_mask must be True"),
     (lambda x: F.relu_backward(x, x[1:]), ValueError, "saved must have the shape"),
     (lambda x: F.prelu(x, x[0].astype("f8")), TypeError, "weight must have the dt"),
     (lambda x: F.prelu(x, [1, 2]), ValueError, "weight must have one element, or 8"),
+    (lambda x: F.prelu(x, F.Mask.pack(x > 0)), TypeError, "weight must have dtype"),
     (lambda x: F.prelu(x, 1, axis=3), ValueError, "axis must be in"),
     (lambda x: F.prelu(x[0, 0, 0], [1, 2]), ValueError, "weight must have one"),
     (lambda x: F.prelu_backward(x, x.astype("f8"), 1), TypeError, "x must have the"),
@@ -401,6 +440,19 @@ REFUSED = [
         "x must be .*from_delayed",
     ),
 ]
+
+
+def test_blocks_are_of_a_library_that_dask_knows():
+    torch = pytest.importorskip("torch")
+    blocks = lazy(X).map_blocks(torch.asarray, meta=torch.ones(0, 0, 0))
+    for name, call in {
+        "x": lambda: F.relu(blocks),
+        "weight": lambda: F.prelu(lazy(X), blocks),
+        "bools": lambda: F.Mask.pack(blocks),
+    }.items():
+        said = f"{name} must be made of arrays of NumPy or CuPy, got Tensor of dtype"
+        with pytest.raises(TypeError, match=said):
+            call()
 
 
 @in_turn("case", REFUSED)
