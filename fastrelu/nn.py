@@ -28,7 +28,7 @@ import contextlib
 import functools
 import math
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from types import ModuleType
 from typing import Any
 
@@ -41,8 +41,10 @@ from fastrelu._arguments import (
     generator,
     index,
     kind_of,
+    like,
     number,
     shown,
+    weakly,
 )
 from fastrelu._dtypes import FLOATS, is_accepted, row_of
 from fastrelu.activations import (
@@ -53,6 +55,7 @@ from fastrelu.activations import (
     relu,
     relu_backward,
 )
+from fastrelu.cpu.libraries import refuse
 
 __all__ = [
     "SGD",
@@ -90,6 +93,18 @@ def _check_array(name: str, x: Array) -> None:
     if _library(type_) not in ("numpy", "cupy") or not hasattr(type_, "__setitem__"):
         msg = f"{name} must be an array of NumPy or CuPy, got {kind_of(x)}"
         raise TypeError(msg)
+    try:
+        refuse(x)
+    except TypeError as error:
+        msg = f"{name} must be an array of NumPy or CuPy, {error}"
+        raise TypeError(msg) from error
+
+
+def _check_shape(name: str, x: Array, shape: tuple[int, ...]) -> None:
+    """Refuse another shape."""
+    if np.shape(x) != shape:
+        msg = f"{name} must have shape {shape}, got {np.shape(x)}"
+        raise ValueError(msg)
 
 
 def _check_floats(name: str, x: Array) -> None:
@@ -118,16 +133,21 @@ def _count(name: str, value: Any) -> int:
 
 def _parameter_dtype(dtype: Any, xp: Any) -> np.dtype[Any]:
     """Return the dtype of a layer's parameters, which are to be arrays of ``xp``."""
-    if not isinstance(xp, ModuleType):
-        msg = f"xp must be the module numpy or cupy, got {shown(xp)}"
+    if not isinstance(xp, ModuleType) or xp.__name__ not in ("numpy", "cupy"):
+        msg = f"xp must be the module numpy or cupy, got {_quoted(xp)}"
         raise TypeError(msg)
     found = np.dtype[Any](object)
     with contextlib.suppress(TypeError, ValueError):
         found = np.dtype(dtype)
     if not is_accepted(row_of(found), integers=False):
-        msg = f"dtype must be {FLOATS}, got {shown(dtype)}"
+        msg = f"dtype must be {FLOATS}, got {_quoted(dtype)}"
         raise TypeError(msg)
-    return found
+    return found.newbyteorder("=")
+
+
+def _quoted(value: object) -> str:
+    """Return a value as text; a string is told from what it names by its quotes."""
+    return repr(value) if isinstance(value, str) else shown(value)
 
 
 @functools.cache
@@ -198,7 +218,13 @@ class Parameter:
         ----------
         grad : array
             Of the shape of ``value``.
+
+        Raises
+        ------
+        ValueError
+            If it has another shape: nothing is broadcast.
         """
+        _check_shape("grad", grad, self.value.shape)
         if not self._used:
             self.grad += grad
         elif grad is not self.grad:
@@ -228,7 +254,7 @@ class Layer:
     saves nothing and leaves what is saved alone.  ``backward(grad_output,
     out=None)`` gives the gradients of the parameters to `Parameter.add_grad`,
     returns the gradient towards ``x`` and frees what was saved: once per forward
-    pass.  Its ``out`` may be the ``x`` of the forward pass, which is how
+    pass, unless it has raised.  Its ``out`` may be the ``x`` of the forward pass, which is how
     `Sequential` needs no memory for gradients.
 
     What was saved belongs in the attribute ``_saved``, which pickles and copies
@@ -268,16 +294,17 @@ class Layer:
         """Return the gradient towards the input of the latest forward pass."""
         raise NotImplementedError
 
-    def _take(self) -> Any:
-        """Return what the forward pass saved, and forget it."""
-        saved, self._saved = self._saved, None
-        if saved is None:
+    @contextlib.contextmanager
+    def _take(self) -> Iterator[Any]:
+        """Give what the forward pass saved, and forget it unless its use fails."""
+        if self._saved is None:
             msg = (
                 f"{type(self).__name__}.backward needs a forward pass with "
                 "training=True before it, and each serves one backward pass"
             )
             raise RuntimeError(msg)
-        return saved
+        yield self._saved
+        self._saved = None
 
 
 class Dense(Layer):
@@ -297,7 +324,7 @@ class Dense(Layer):
     rng : numpy.random.Generator or int, optional
         Where the weights are drawn from.
     dtype : data-type
-        Of the parameters and of every input.
+        Of the parameters and of every input, in the machine's own byte order.
     xp : module
         The namespace whose arrays the parameters are: numpy or cupy.
 
@@ -407,17 +434,24 @@ class Dense(Layer):
         ------
         RuntimeError
             Without a forward pass with ``training=True`` before it.
+        TypeError, ValueError
+            If ``grad_output`` is no array of floats of the layer's library, or it or
+            ``out`` has another shape than it must.
         """
-        x = self._take()
-        xp = get_array_module(x)
         weight, bias = self.weight, self.bias
-        weight.add_grad(xp.matmul(grad_output.T, x, out=weight._grad_out()))
-        dtype = _sum_dtype(bias.value.dtype)
-        bias.add_grad(xp.sum(grad_output, axis=0, dtype=dtype, out=bias._grad_out()))
-        if out is None:
-            out = xp.empty(x.shape, dtype=x.dtype)
-        # Last, because out may be x.
-        return xp.matmul(grad_output, weight.value, out=out)
+        with self._take() as x:
+            _check_library("grad_output", grad_output, "the weight", weight.value)
+            accepted("grad_output", grad_output)
+            _check_shape("grad_output", grad_output, (len(x), self.out_features))
+            xp = get_array_module(x)
+            if out is None:
+                out = xp.empty(x.shape, dtype=x.dtype)
+            like("out", out, "x", x)
+            weight.add_grad(xp.matmul(grad_output.T, x, out=weight._grad_out()))
+            sums = {"dtype": _sum_dtype(bias.value.dtype), "out": bias._grad_out()}
+            bias.add_grad(xp.sum(grad_output, axis=0, **sums))
+            # Last, because out may be x.
+            return xp.matmul(grad_output, weight.value, out=out)
 
 
 class Activation(Layer):
@@ -466,7 +500,8 @@ class ReLU(Activation):
         RuntimeError
             Without a forward pass with ``training=True`` before it.
         """
-        return relu_backward(grad_output, self._take(), out=out)
+        with self._take() as mask:
+            return relu_backward(grad_output, mask, out=out)
 
 
 class LeakyReLU(Activation):
@@ -527,9 +562,8 @@ class LeakyReLU(Activation):
         RuntimeError
             Without a forward pass with ``training=True`` before it.
         """
-        return leaky_relu_backward(
-            grad_output, self._take(), self.negative_slope, out=out
-        )
+        with self._take() as mask:
+            return leaky_relu_backward(grad_output, mask, self.negative_slope, out=out)
 
 
 class PReLU(Activation):
@@ -562,7 +596,7 @@ class PReLU(Activation):
     TypeError
         If an argument is of another kind, or ``dtype`` is not one of floats.
     ValueError
-        If ``num_parameters`` is below 1, or ``init`` is not finite.
+        If ``num_parameters`` is below 1, or ``init`` is not finite in ``dtype``.
 
     Notes
     -----
@@ -595,10 +629,10 @@ class PReLU(Activation):
         xp: ModuleType = np,
     ) -> None:
         n = _count("num_parameters", num_parameters)
-        start = number("init", init).float64
         self.axis = index("axis", axis)
         dtype = _parameter_dtype(dtype, xp)
-        self.weight = Parameter(xp.full(n, start, dtype=dtype), decay=False)
+        start = weakly("init", np.asarray(number("init", init).float64), dtype)
+        self.weight = Parameter(xp.full(n, start.item(), dtype=dtype), decay=False)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.weight.value.size}, axis={self.axis})"
@@ -618,12 +652,13 @@ class PReLU(Activation):
         ValueError
             If ``out`` is ``x`` although ``x`` is needed for ``backward``.
         """
+        if training and out is x:
+            msg = "out must not be x: PReLU.backward needs the input, got out is x"
+            raise ValueError(msg)
+        y = prelu(x, self.weight.value, axis=self.axis, out=out)
         if training:
-            if out is x:
-                msg = "out must not be x: PReLU.backward needs the input, got out is x"
-                raise ValueError(msg)
             self._saved = x
-        return prelu(x, self.weight.value, axis=self.axis, out=out)
+        return y
 
     def backward(self, grad_output: Array, /, *, out: Array | None = None) -> Array:
         """Return the gradient towards ``x``; add up that of the weight.
@@ -633,15 +668,16 @@ class PReLU(Activation):
         RuntimeError
             Without a forward pass with ``training=True`` before it.
         """
-        grad_input, grad_weight = prelu_backward(
-            grad_output,
-            self._take(),
-            self.weight.value,
-            axis=self.axis,
-            out=(out, self.weight._grad_out()),
-        )
-        self.weight.add_grad(grad_weight)
-        return grad_input
+        with self._take() as x:
+            grad_input, grad_weight = prelu_backward(
+                grad_output,
+                x,
+                self.weight.value,
+                axis=self.axis,
+                out=(out, self.weight._grad_out()),
+            )
+            self.weight.add_grad(grad_weight)
+            return grad_input
 
 
 class Sequential(Layer):
@@ -761,9 +797,10 @@ class Sequential(Layer):
             Without a forward pass with ``training=True`` before it.
         """
         grad = grad_output
-        for layer, h in zip(reversed(self.layers), reversed(self._take()), strict=True):
-            grad = layer.backward(grad, out=out if h is None else h)
-        return grad
+        with self._take() as inputs:
+            for layer, h in zip(self.layers[::-1], inputs[::-1], strict=True):
+                grad = layer.backward(grad, out=out if h is None else h)
+            return grad
 
     def _buffer(self, i: int, x: Array) -> Array:
         """Return memory for the output of layer ``i`` for the input ``x``."""

@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import math
 import pickle
 import tracemalloc
 
@@ -193,6 +194,55 @@ def test_a_forward_pass_serves_one_backward_pass(activation):
         model.backward(y)
     with pytest.raises(RuntimeError, match="forward pass"):
         ACTIVATIONS[activation]().backward(x)
+
+
+BAD_GRADIENTS = {
+    "one row more": lambda g: np.vstack([g, g[:1]]),
+    "a row less": lambda g: g[1:],
+    "a column less": lambda g: g[:, 1:],
+    "no dimensions": lambda g: g[0, 0],
+    "a list": lambda g: g.tolist(),
+    "integers": lambda g: g.astype(int),
+    "gaps": np.ma.masked_array,
+}
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("what", BAD_GRADIENTS)
+def test_a_backward_pass_that_fails_may_be_tried_again(activation, what):
+    model, twin, (x, _) = small(activation), small(activation), data()
+    g = model.forward(x)
+    for layer in (model, model.layers[-1]):  # the first is where it fails
+        with pytest.raises((TypeError, ValueError), match="grad_output"):
+            layer.backward(BAD_GRADIENTS[what](g))
+    twin.forward(x)
+    np.testing.assert_array_equal(model.backward(g), twin.backward(g))
+    for ours, theirs in zip(model.parameters, twin.parameters, strict=True):
+        np.testing.assert_array_equal(ours.grad, theirs.grad)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_an_activation_that_fails_may_be_tried_again(activation):
+    layer, x = ACTIVATIONS[activation](), data()[0] - 0.5
+    if "per channel" in activation:
+        x = np.hstack([x, x[:, :1]])
+    layer.forward(x)
+    with pytest.raises(ValueError, match="grad_output"):
+        layer.backward(x[1:])
+    with pytest.raises(TypeError, match="x"):
+        layer.forward("x")
+    assert layer.backward(x).shape == x.shape
+    assert layer._saved is None
+
+
+def test_a_target_that_does_not_fit_is_told_before_gradients_are_added():
+    layer, (x, _) = nn.Dense(5, 4, dtype=np.float64), data()
+    g = layer.forward(x)
+    for out, error in ((x[1:], ValueError), (x.astype("f4"), TypeError)):
+        with pytest.raises(error, match="out must have the"):
+            layer.backward(g, out=out)
+    layer.backward(g)
+    np.testing.assert_array_equal(layer.bias.grad, g.sum(0))
 
 
 def test_prelu_starts_at_a_quarter_and_learns():
@@ -477,6 +527,14 @@ def test_dead_units():
     np.testing.assert_array_equal(second, (hidden <= 0).all(axis=0))
 
 
+def test_parameters_are_in_the_machine_s_byte_order():
+    swapped = np.dtype(np.float32).newbyteorder()
+    for layer in (nn.Dense(2, 2, dtype=swapped), nn.PReLU(2, dtype=swapped)):
+        y = layer.forward(np.ones((3, 2), np.float32))
+        assert layer.backward(y).dtype == np.float32
+        assert all(p.value.dtype == np.float32 for p in layer.parameters)
+
+
 def test_the_shape_of_an_output():
     model = small("prelu")
     assert model.output_shape((7, 5)) == model.forward(np.ones((7, 5))).shape
@@ -598,6 +656,7 @@ WRONG = {
             (TypeError, "Parameter", nn.Parameter, "value", [1.0]),
             (TypeError, "Parameter", nn.Parameter, "value", np.float64(1)),
             (TypeError, "Parameter", nn.Parameter, "value", np.arange(3)),
+            (TypeError, "Parameter", nn.Parameter, "value", np.ma.array([1.0])),
             (TypeError, "Parameter", parameter, "decay", 1),
             (ValueError, "Dense", dense, "in_features", 0),
             (ValueError, "Dense", dense, "out_features", -1),
@@ -609,9 +668,11 @@ WRONG = {
             (TypeError, "Dense", dense, "dtype", int),
             (TypeError, "Dense", dense, "dtype", "real"),
             (TypeError, "Dense", dense, "xp", "numpy"),
+            (TypeError, "Dense", dense, "xp", math),
             (TypeError, "PReLU", nn.PReLU, "num_parameters", True),
             (ValueError, "PReLU", nn.PReLU, "num_parameters", 0),
             (TypeError, "PReLU", nn.PReLU, "init", None),
+            (ValueError, "PReLU", nn.PReLU, "init", 1e39),
             (TypeError, "PReLU", nn.PReLU, "axis", 1.0),
             (TypeError, "PReLU", nn.PReLU, "dtype", bool),
             (TypeError, "PReLU", nn.PReLU, "xp", None),
@@ -620,6 +681,15 @@ WRONG = {
         ]
     },
     "x's kind": (TypeError, "x", lambda: dense().forward([[1.0, 2.0, 3.0]])),
+    "x's gaps": (TypeError, "x", lambda: dense().forward(np.ma.ones((1, 3), "f4"))),
+    **{
+        f"a gradient of shape {np.shape(grad)}": (
+            ValueError,
+            "grad",
+            lambda grad=grad: parameter().add_grad(grad),
+        )
+        for grad in (1.0, np.ones(1), np.ones((1, 3)))
+    },
     "a layer's kind": (TypeError, "layers", lambda: nn.Sequential([nn.ReLU()])),
     "a layer's class": (TypeError, "layers", lambda: nn.Sequential(nn.ReLU)),
     "logits' kind": (
@@ -680,3 +750,13 @@ def test_wrong_arguments_are_named(what):
     error, name, call = WRONG[what]
     with pytest.raises(error, match=rf"\b{name}\b"):
         call()
+
+
+def test_text_is_told_from_what_it_names():
+    for options, said in (
+        ({"xp": "numpy"}, "xp must be the module numpy or cupy, got 'numpy'"),
+        ({"dtype": "real"}, "dtype must be float16, .* got 'real'"),
+        ({"xp": math}, "xp must be the module numpy or cupy, got <module 'math'"),
+    ):
+        with pytest.raises(TypeError, match=said):
+            dense(**options)

@@ -27,13 +27,13 @@ class Idiom(nn.Layer):
 
     def backward(self, grad_output: Array, /, *, out: Any = None) -> Array:
         """Return a new array; ``out`` goes unused."""
-        x = self._take()
-        if isinstance(self.layer, nn.ReLU):
-            return grad_output * (x > 0)
-        if isinstance(self.layer, nn.PReLU):
-            terms = self.xp.where(x > 0, 0, x * grad_output)
-            self.layer.weight.grad[:] = self.xp.sum(terms)
-        return self.xp.where(x > 0, grad_output, self.slope * grad_output)
+        with self._take() as x:
+            if isinstance(self.layer, nn.ReLU):
+                return grad_output * (x > 0)
+            if isinstance(self.layer, nn.PReLU):
+                terms = self.xp.where(x > 0, 0, x * grad_output)
+                self.layer.weight.grad[:] = self.xp.sum(terms)
+            return self.xp.where(x > 0, grad_output, self.slope * grad_output)
 
     @property
     def slope(self) -> Any:
