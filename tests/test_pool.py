@@ -1,12 +1,14 @@
 """The pool beside all that a host may do: signals, finalizers, no memory, odd owners."""
 
 import contextlib
+import copy
 import ctypes
 import functools
 import gc
 import itertools
 import mmap
 import os
+import pickle
 import signal
 import sys
 import threading
@@ -48,6 +50,22 @@ def test_a_result_owns_its_block(empty_pool):
     assert empty_pool.used_bytes() == mmap.PAGESIZE
     del y
     assert empty_pool.used_bytes() == 0
+
+
+def test_a_copy_of_the_pool_is_the_pool_of_the_process(empty_pool):
+    default = F.get_default_memory_pool()
+    assert copy.copy(default) is copy.deepcopy(default) is default
+    script = f"""
+    import pickle
+    import fastrelu as F
+    pool = pickle.loads({pickle.dumps(default)})
+    pool.ready()
+    print(pool is F.get_default_memory_pool())
+    """
+    assert run(script) == "True\n"
+    for copied in (copy.copy, copy.deepcopy, pickle.dumps):
+        with pytest.raises(TypeError, match="a pool belongs to its process"):
+            copied(empty_pool)
 
 
 def test_a_pool_is_made_once_by_two_threads(empty_pool):

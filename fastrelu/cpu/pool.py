@@ -147,6 +147,15 @@ class MemoryPool:
         self._handler = 0  # NumPy's handle of the pool, once it is made
         self._call: Any = None
 
+    def __reduce__(self) -> Any:
+        """Have copies and pickles mean the pool of the process that they are in."""
+        if self is not _DEFAULT:
+            msg = "a pool belongs to its process: only the default one can be copied"
+            raise TypeError(msg)
+        from fastrelu import cpu  # whose pool may be another one there
+
+        return cpu.get_default_memory_pool, ()
+
     def ready(self) -> None:
         """Have all compiled that NumPy calls: before the first large result."""
         if not self._words[blocks.HANDLER]:
