@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+import fastrelu
 from fastrelu import __main__ as process
 from fastrelu import _command, cli
 from fastrelu.cli.peers.cases import Case
@@ -337,6 +338,7 @@ def test_no_command_shows_the_commands(capsys):
     assert cli.main([]) == 0
     output, errors = capsys.readouterr()
     assert output.startswith("usage: fastrelu")
+    assert f"\n{fastrelu.__doc__}\n" in output
     assert all(f"    {command} " in output for command in ("train", "bench", "info"))
     assert errors == ""
 

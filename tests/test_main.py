@@ -16,6 +16,7 @@ from fastrelu import nn
 from fastrelu.cli import main, parser, training
 from fastrelu.cli.train import draw
 from fastrelu.cli.training import Epoch, Run, load_digits
+from fastrelu.cpu import host
 
 pytest.importorskip("sklearn")
 pytest.importorskip("rich")
@@ -238,6 +239,26 @@ def test_a_wrong_argument_is_one_line(arguments, tmp_path, monkeypatch, capsys):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("affinity", [True, False])
+def test_no_more_threads_than_processors(affinity, monkeypatch, capsys):
+    """OpenBLAS's would spin for each other"""
+    if affinity:
+        monkeypatch.setattr(os, "sched_getaffinity", lambda _: {2, 5, 7}, raising=False)
+    else:
+        monkeypatch.delattr(os, "sched_getaffinity", raising=False)
+        monkeypatch.setattr(os, "cpu_count", lambda: 3)
+    monkeypatch.setattr(host, "_limits", lambda *_: ["max"])
+    assert parser().parse_args(["train", "--threads", "3"]).threads == 3
+    for argument, said in (("--threads=4", "1 to 3, got '4'"), ("--help", "use, 3")):
+        with pytest.raises(SystemExit):
+            main(["train", argument])
+        assert said in " ".join("".join(capsys.readouterr()).split())
+    monkeypatch.setattr(host, "_limits", lambda *_: ["150000 100000"])
+    with pytest.raises(SystemExit):
+        main(["train", "--threads", "3"])
+    assert "1 to 2, got '3'" in capsys.readouterr().err
+
+
 def test_a_run_that_diverges_says_so(small):
     output = small("--learning-rate", "1e9", "--epochs", "2", status=1)
     assert "diverged" in output.err
@@ -361,6 +382,29 @@ def test_a_reader_may_leave(tmp_path):
         process.stdout.close()
         assert process.wait(timeout=PATIENCE) == -signal.SIGPIPE
         assert process.stderr.read() == ""
+
+
+FULL = pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+
+
+@pytest.mark.parametrize("command", [["train"], ["info"], ["--help"]])
+@pytest.mark.parametrize(
+    ("to", "said"),
+    [
+        ("&-", "standard output is closed"),
+        pytest.param("/dev/full", "No space left on device", marks=FULL),
+    ],
+)
+@posix
+def test_output_that_cannot_be_written(command, to, said, tmp_path):
+    """One line, and no second one when the process ends"""
+    environment = {k: v for k, v in ENVIRONMENT.items() if k != "PYTHONUNBUFFERED"}
+    shell = ["sh", "-c", f'"$@" >{to}', "sh", *COMMAND, *command]
+    done = run_command(shell, cwd=tmp_path, env=environment)
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("fastrelu: error: ")
+    assert line.endswith(said)
 
 
 @posix

@@ -25,6 +25,7 @@ from fastrelu.cli.training import (
     load_digits,
     read,
 )
+from fastrelu.cpu import host
 
 Array = Any
 
@@ -79,9 +80,10 @@ def add(commands: Any) -> None:
     )
     command.add_argument(
         "--threads",
-        type=whole(1),
+        type=whole(1, most := processors()),
         metavar="N",
-        help="of matrix products on the CPU (default: one or all, whichever is quicker "
+        help="of matrix products on the CPU, at most one for each processor that this "
+        f"process may use, {most} (default: one or all, whichever is quicker "
         "meanwhile); with a number, a seed's run is the same each time",
     )
     command.add_argument(
@@ -92,6 +94,18 @@ def add(commands: Any) -> None:
         "as PNG, PDF or SVG",
     )
     command.set_defaults(run=train, fail=command.error)
+
+
+def processors() -> int:
+    """Return how many this process may use: with more threads, products take minutes.
+
+    OpenBLAS's wait for each other by spinning.
+    """
+    try:
+        found = len(os.sched_getaffinity(0))
+    except AttributeError:  # not on Linux
+        found = os.cpu_count() or 1
+    return host.processors(found)
 
 
 def plot_file(text: str) -> Path:
