@@ -7,13 +7,14 @@ with parameters take that namespace as ``xp``.  On a GPU nothing here waits for 
 device: results come when somebody looks at them.
 
 >>> import numpy as np
+>>> from fastrelu import nn
 >>> rng = np.random.default_rng(0)
->>> model = Sequential(Dense(2, 16, rng=rng), ReLU(), Dense(16, 2, rng=rng))
->>> optimiser = SGD(model.parameters, lr=0.1, momentum=0.9)
+>>> model = nn.Sequential(nn.Dense(2, 16, rng=rng), nn.ReLU(), nn.Dense(16, 2, rng=rng))
+>>> optimiser = nn.SGD(model.parameters, lr=0.1, momentum=0.9)
 >>> x = np.array([[0, 0], [0, 1], [1, 0], [1, 1]], dtype=np.float32)
 >>> labels = np.array([0, 1, 1, 0])
 >>> for _ in range(100):
-...     loss, grad = softmax_cross_entropy(model.forward(x), labels)
+...     loss, grad = nn.softmax_cross_entropy(model.forward(x), labels)
 ...     _ = model.backward(grad)
 ...     optimiser.step()
 >>> model.forward(x, training=False).argmax(axis=1)
@@ -180,7 +181,9 @@ class Parameter:
 
     Examples
     --------
-    >>> p = Parameter(np.array([1.0, 2.0]))
+    >>> import numpy as np
+    >>> from fastrelu import nn
+    >>> p = nn.Parameter(np.array([1.0, 2.0]))
     >>> p.add_grad(np.array([3.0, 4.0]))
     >>> p.add_grad(np.array([3.0, 4.0]))
     >>> p.grad
@@ -353,7 +356,9 @@ class Dense(Layer):
 
     Examples
     --------
-    >>> layer = Dense(64, 10, negative_slope=1, rng=0)
+    >>> import numpy as np
+    >>> from fastrelu import nn
+    >>> layer = nn.Dense(64, 10, negative_slope=1, rng=0)
     >>> layer.forward(np.ones((3, 64), dtype=np.float32)).shape
     (3, 10)
     """
@@ -474,7 +479,9 @@ class ReLU(Activation):
 
     Examples
     --------
-    >>> layer = ReLU()
+    >>> import numpy as np
+    >>> from fastrelu import nn
+    >>> layer = nn.ReLU()
     >>> layer.forward(np.array([-2.0, 0.0, 3.0]))
     array([0., 0., 3.])
     >>> layer.backward(np.array([1.0, 1.0, 1.0]))
@@ -529,7 +536,9 @@ class LeakyReLU(Activation):
 
     Examples
     --------
-    >>> layer = LeakyReLU(0.1)
+    >>> import numpy as np
+    >>> from fastrelu import nn
+    >>> layer = nn.LeakyReLU(0.1)
     >>> layer.forward(np.array([-2.0, 0.0, 3.0]))
     array([-0.2,  0. ,  3. ])
     >>> layer.backward(np.array([1.0, 1.0, 1.0]))
@@ -610,7 +619,9 @@ class PReLU(Activation):
 
     Examples
     --------
-    >>> layer = PReLU(dtype=np.float64)
+    >>> import numpy as np
+    >>> from fastrelu import nn
+    >>> layer = nn.PReLU(dtype=np.float64)
     >>> layer.forward(np.array([[-2.0, 0.0, 3.0]]))
     array([[-0.5,  0. ,  3. ]])
     >>> layer.backward(np.array([[1.0, 1.0, 1.0]]))
@@ -714,7 +725,9 @@ class Sequential(Layer):
 
     Examples
     --------
-    >>> model = Sequential(Dense(4, 8, rng=0), PReLU(8), Dense(8, 2, rng=1))
+    >>> import numpy as np
+    >>> from fastrelu import nn
+    >>> model = nn.Sequential(nn.Dense(4, 8, rng=0), nn.PReLU(8), nn.Dense(8, 2, rng=1))
     >>> model
     Sequential(Dense(4, 8), PReLU(8, axis=1), Dense(8, 2))
     >>> y = model.forward(np.ones((5, 4), dtype=np.float32))
@@ -849,9 +862,11 @@ def dead_units(
 
     Examples
     --------
-    >>> layer = Dense(1, 2, dtype=np.float64)
+    >>> import numpy as np
+    >>> from fastrelu import nn
+    >>> layer = nn.Dense(1, 2, dtype=np.float64)
     >>> layer.weight.value[:] = [[1], [-1]]
-    >>> dead_units(Sequential(layer, ReLU()), np.array([[2.0], [3.0]]))
+    >>> nn.dead_units(nn.Sequential(layer, nn.ReLU()), np.array([[2.0], [3.0]]))
     [array([False,  True])]
     """
     if not isinstance(model, Sequential):
@@ -908,7 +923,9 @@ def softmax_cross_entropy(logits: Array, labels: Array, /) -> tuple[Any, Array]:
 
     Examples
     --------
-    >>> loss, grad = softmax_cross_entropy(np.zeros((1, 4)), np.array([2]))
+    >>> import numpy as np
+    >>> from fastrelu import nn
+    >>> loss, grad = nn.softmax_cross_entropy(np.zeros((1, 4)), np.array([2]))
     >>> print(f"{loss:.4f} = log(4)")
     1.3863 = log(4)
     >>> grad
@@ -976,8 +993,10 @@ class SGD:
 
     Examples
     --------
-    >>> p = Parameter(np.array([1.0, 2.0]))
-    >>> optimiser = SGD([p], lr=0.5)
+    >>> import numpy as np
+    >>> from fastrelu import nn
+    >>> p = nn.Parameter(np.array([1.0, 2.0]))
+    >>> optimiser = nn.SGD([p], lr=0.5)
     >>> p.grad[:] = [2.0, 4.0]
     >>> optimiser.step()
     >>> p.value

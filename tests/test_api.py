@@ -93,8 +93,9 @@ def test_docstrings(name):
 
 @pytest.mark.parametrize("name", ["activations", "mask", "nn"])
 def test_examples(name):
+    """They run as they are copied, with their own imports."""
     module = importlib.import_module(f"fastrelu.{name}")
-    failed, tried = doctest.testmod(module)
+    failed, tried = doctest.testmod(module, globs={})
     assert tried
     assert not failed
 

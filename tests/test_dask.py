@@ -727,7 +727,7 @@ def test_the_benchmark_runs(monkeypatch):
 
 def test_examples():
     pytest.importorskip("xarray")
-    failed, tried = doctest.testmod(_dask)
+    failed, tried = doctest.testmod(_dask, globs={})
     assert tried > 8
     assert not failed
 
