@@ -1,6 +1,6 @@
 """The types that public functions speak of."""
 
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, SupportsFloat, TypeVar
 
 from fastrelu.mask import Mask
 
@@ -20,6 +20,7 @@ class Array(Protocol):
 A = TypeVar("A", bound=Array)
 B = TypeVar("B", bound=Array)
 
+Real = float | SupportsFloat  # Python's numbers, NumPy's, fractions
 Numbers = float | list[Any] | tuple[Any, ...]  # what arrays are made of
 Weight = Array | Numbers
 Saved = Array | Mask

@@ -48,6 +48,7 @@ from fastrelu._arguments import (
     weakly,
 )
 from fastrelu._dtypes import FLOATS, is_accepted, row_of
+from fastrelu._typing import Real
 from fastrelu.activations import (
     leaky_relu,
     leaky_relu_backward,
@@ -368,7 +369,7 @@ class Dense(Layer):
         in_features: int,
         out_features: int,
         *,
-        negative_slope: float = 0.0,
+        negative_slope: Real = 0.0,
         rng: np.random.Generator | int | None = None,
         dtype: DTypeLike = np.float32,
         xp: ModuleType = np,
@@ -547,9 +548,9 @@ class LeakyReLU(Activation):
 
     inplace = True
 
-    def __init__(self, negative_slope: float = 0.01) -> None:
+    def __init__(self, negative_slope: Real = 0.01) -> None:
         number("negative_slope", negative_slope)
-        self.negative_slope = negative_slope
+        self.negative_slope: Any = negative_slope
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.negative_slope})"
@@ -633,7 +634,7 @@ class PReLU(Activation):
     def __init__(
         self,
         num_parameters: int = 1,
-        init: float = 0.25,
+        init: Real = 0.25,
         *,
         axis: int = 1,
         dtype: DTypeLike = np.float32,
@@ -1006,13 +1007,14 @@ class SGD:
     def __init__(
         self,
         parameters: Iterable[Parameter],
-        lr: float,
-        momentum: float = 0.0,
-        weight_decay: float = 0.0,
+        lr: Real,
+        momentum: Real = 0.0,
+        weight_decay: Real = 0.0,
     ) -> None:
         settings = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
-        for name, value in settings.items():
-            if number(name, value).float64 < 0:
+        checked = [number(*setting).float64 for setting in settings.items()]
+        for name, value in zip(settings, checked, strict=True):
+            if value < 0:
                 msg = f"{name} must be at least 0, got {value}"
                 raise ValueError(msg)
         if not isinstance(parameters, Iterable):
@@ -1028,9 +1030,7 @@ class SGD:
         if not self.parameters:
             msg = "parameters must hold at least one parameter, got none"
             raise ValueError(msg)
-        self.lr = lr
-        self.momentum = momentum
-        self.weight_decay = weight_decay
+        self.lr, self.momentum, self.weight_decay = checked
         self._velocity = [
             get_array_module(p.value).zeros_like(
                 p.value, dtype=_sum_dtype(p.value.dtype)

@@ -5,6 +5,7 @@ import itertools
 import math
 import pickle
 import tracemalloc
+from fractions import Fraction
 
 import ml_dtypes
 import numpy as np
@@ -287,6 +288,19 @@ def test_sgd_takes_steps_that_can_be_told_by_hand():
     for value in (1.25, 0.21875):  # with velocities of 1.5 and 2.0625
         optimiser.step()
         assert parameter.value.tolist() == [value]
+
+
+@pytest.mark.parametrize(
+    "half", [np.float32(0.5), np.array(0.5), Fraction(1, 2), np.float64(0.5)]
+)
+def test_any_real_number_will_do(half):
+    assert nn.PReLU(1, half).weight.value == 0.5
+    assert nn.LeakyReLU(half).forward(np.array([-2.0], np.float32)) == -1
+    p = nn.Parameter(np.ones(1, np.float32))
+    optimiser = nn.SGD([p], half, half, half)
+    p.add_grad(np.ones(1))
+    optimiser.step()
+    assert p.value == 1 - 0.5 * (1 + 0.5)
 
 
 def test_slopes_take_no_weight_decay():

@@ -1,10 +1,12 @@
 """A user's file: type checkers must find the lines marked as wrong, and no others."""
 
+from fractions import Fraction
+
 import numpy as np
 from numpy.typing import NDArray
 
 import fastrelu as F
-from fastrelu import Mask, leaky_relu, relu
+from fastrelu import Mask, leaky_relu, nn, relu
 
 x: NDArray[np.float32] = np.ones((2, 3), np.float32)
 
@@ -31,6 +33,9 @@ array: NDArray[np.float64] = F.relu([1.0, -2.0])
 total: int = mask.count()
 F.get_default_memory_pool().set_limit(1 << 30)
 scalar: np.float32 = F.relu(np.float32(2))
+layer = nn.LeakyReLU(np.float32(0.1))
+prelu = nn.PReLU(1, Fraction(1, 4))
+optimiser = nn.SGD(prelu.parameters, np.float32(0.1), np.array(0.9), np.int64(0))
 
 bad: int = F.relu(x)  # wrong
 bad = F.prelu(x, 0.25)  # wrong
@@ -45,3 +50,6 @@ y = F.prelu_backward(x, x, 0.25)  # wrong
 F.relu_backward(x)  # wrong
 F.gelu(x)  # wrong
 F.relu(x, inplace="yes")  # wrong
+nn.LeakyReLU("0.1")  # wrong
+nn.PReLU(1, "0.1")  # wrong
+nn.SGD(prelu.parameters, "0.1")  # wrong
