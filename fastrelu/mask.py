@@ -46,10 +46,10 @@ class Mask:
 
     Parameters
     ----------
-    bits : array of uint8, of NumPy or on a GPU
+    bits : array of uint8, in the host's memory or on a GPU
         One-dimensional, of ``ceil(prod(shape) / 8)`` bytes: the elements in the order of
         `axes`, the first in the lowest bit, as ``numpy.packbits(..., bitorder="little")``.
-        Not copied.
+        Not copied.  What lies in the host's memory becomes an array of NumPy's.
     shape : int or tuple of int
         The shape of the array the mask was made from.
     axes : tuple of int, optional
@@ -102,6 +102,11 @@ class Mask:
         elif not is_foreign(type_) or not hasattr(bits, "dtype"):
             msg = f"bits must be an array of uint8, got {type_.__name__}"
             raise TypeError(msg)
+        else:
+            from fastrelu import _arguments, cpu
+
+            if not _arguments.is_on_gpu(bits):
+                (plain,) = _arguments.read(cpu, ("bits", bits))
         if name_of(plain.dtype) != "uint8":
             msg = f"bits must be an array of uint8, got {plain.dtype}"
             raise TypeError(msg)
@@ -213,6 +218,13 @@ class Mask:
         ------
         TypeError
             If that library is not one that arrays can be asked of.
+
+        Examples
+        --------
+        >>> from fastrelu import Mask
+        >>> Mask.pack([[True, False], [False, False]]).unpack()
+        array([[ True, False],
+               [False, False]])
         """
         axes = self.axes
         lengths = tuple(self.shape[axis] for axis in axes)

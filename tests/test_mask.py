@@ -109,6 +109,20 @@ def test_masks_are_kept(protocol):
         assert kept.bits is not mask.bits
 
 
+def test_bits_of_a_tensor_in_the_host_s_memory():
+    torch = pytest.importorskip("torch")
+    bits = torch.tensor([0b110], dtype=torch.uint8)
+    mask = F.Mask(bits, 3)
+    assert_same(np.asarray(mask), np.array([False, True, True]))
+    bits[0] = 1  # the same memory
+    assert mask.count() == 1
+    assert_same(F.relu_backward(np.ones(3), mask), np.array([1.0, 0, 0]))
+    with pytest.raises(TypeError, match="bits must be an array of uint8, got int8"):
+        F.Mask(bits.view(torch.int8), 3)
+    with pytest.raises(TypeError, match=r"bits must be .* a tensor of layout"):
+        F.Mask(bits.to_sparse(), 3)
+
+
 def test_axes_of_length_1_are_in_any_order():
     bits = np.zeros(1, np.uint8)
     assert F.Mask(bits, (2, 1, 3), (1, 0, 2)).axes == (0, 1, 2)
