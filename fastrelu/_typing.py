@@ -2,6 +2,8 @@
 
 from typing import Any, Protocol, SupportsFloat, TypeVar
 
+import numpy as np
+
 from fastrelu.mask import Mask
 
 
@@ -20,7 +22,8 @@ class Array(Protocol):
 A = TypeVar("A", bound=Array)
 B = TypeVar("B", bound=Array)
 
-Real = float | SupportsFloat  # Python's numbers, NumPy's, fractions
 Numbers = float | list[Any] | tuple[Any, ...]  # what arrays are made of
-Weight = Array | Numbers
+Real = SupportsFloat  # one number: Python's, NumPy's, an array without dimensions
+Input = Array | Numbers
 Saved = Array | Mask
+Spread = Numbers | np.generic  # a gradient that may not have the result's type

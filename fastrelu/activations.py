@@ -22,7 +22,7 @@ from typing import Any, Literal, overload
 
 from fastrelu import _dispatch
 from fastrelu._spec import Spec
-from fastrelu._typing import A, Array, B, Numbers, Saved, Weight
+from fastrelu._typing import A, Array, B, Input, Numbers, Real, Saved, Spread
 from fastrelu.mask import Mask
 
 __all__ = [
@@ -72,7 +72,12 @@ def relu(
 ) -> tuple[A, Mask]: ...
 @overload
 def relu(
-    x: Numbers, /, inplace: bool = ..., *, out: Any = ..., return_mask: bool = ...
+    x: Input,
+    /,
+    inplace: bool = ...,
+    *,
+    out: Any = ...,
+    return_mask: bool = ...,
 ) -> Any: ...
 def relu(
     x: Any, /, inplace: bool = False, *, out: Any = None, return_mask: bool = False
@@ -130,12 +135,12 @@ def relu(
 
 @overload
 def relu_backward(
-    grad_output: A, saved: Saved | Numbers, /, *, inplace: bool = ..., out: Any = ...
-) -> A: ...
+    grad_output: Spread, saved: Any, /, *, inplace: bool = ..., out: Any = ...
+) -> Any: ...
 @overload
 def relu_backward(
-    grad_output: Numbers, saved: Any, /, *, inplace: bool = ..., out: Any = ...
-) -> Any: ...
+    grad_output: A, saved: Saved | Numbers, /, *, inplace: bool = ..., out: Any = ...
+) -> A: ...
 def relu_backward(
     grad_output: Any, saved: Any, /, *, inplace: bool = False, out: Any = None
 ) -> Any:
@@ -215,7 +220,7 @@ _leaky_relu_forward, _leaky_relu_backward = _dispatch.elementwise(_LEAKY_RELU)
 def leaky_relu(
     x: A,
     /,
-    negative_slope: float = ...,
+    negative_slope: Real = ...,
     inplace: bool = ...,
     *,
     out: Any = ...,
@@ -225,7 +230,7 @@ def leaky_relu(
 def leaky_relu(
     x: A,
     /,
-    negative_slope: float = ...,
+    negative_slope: Real = ...,
     inplace: bool = ...,
     *,
     out: Any = ...,
@@ -233,9 +238,9 @@ def leaky_relu(
 ) -> tuple[A, Mask]: ...
 @overload
 def leaky_relu(
-    x: Numbers,
+    x: Input,
     /,
-    negative_slope: float = ...,
+    negative_slope: Real = ...,
     inplace: bool = ...,
     *,
     out: Any = ...,
@@ -244,7 +249,7 @@ def leaky_relu(
 def leaky_relu(
     x: Any,
     /,
-    negative_slope: float = 0.01,
+    negative_slope: Real = 0.01,
     inplace: bool = False,
     *,
     out: Any = None,
@@ -308,29 +313,29 @@ def leaky_relu(
 
 @overload
 def leaky_relu_backward(
-    grad_output: A,
-    saved: Saved | Numbers,
-    /,
-    negative_slope: float = ...,
-    *,
-    inplace: bool = ...,
-    out: Any = ...,
-) -> A: ...
-@overload
-def leaky_relu_backward(
-    grad_output: Numbers,
+    grad_output: Spread,
     saved: Any,
     /,
-    negative_slope: float = ...,
+    negative_slope: Real = ...,
     *,
     inplace: bool = ...,
     out: Any = ...,
 ) -> Any: ...
+@overload
+def leaky_relu_backward(
+    grad_output: A,
+    saved: Saved | Numbers,
+    /,
+    negative_slope: Real = ...,
+    *,
+    inplace: bool = ...,
+    out: Any = ...,
+) -> A: ...
 def leaky_relu_backward(
     grad_output: Any,
     saved: Any,
     /,
-    negative_slope: float = 0.01,
+    negative_slope: Real = 0.01,
     *,
     inplace: bool = False,
     out: Any = None,
@@ -392,13 +397,13 @@ _prelu_forward, _prelu_backward = _dispatch.by_channel(_LEAKY_RELU)
 
 @overload
 def prelu(
-    x: A, /, weight: Weight, *, axis: int = ..., inplace: bool = ..., out: Any = ...
+    x: A, /, weight: Input, *, axis: int = ..., inplace: bool = ..., out: Any = ...
 ) -> A: ...
 @overload
 def prelu(
     x: Numbers,
     /,
-    weight: Weight,
+    weight: Input,
     *,
     axis: int = ...,
     inplace: bool = ...,
@@ -465,8 +470,19 @@ def prelu(
 
 @overload
 def prelu_backward(
+    grad_output: Spread,
+    x: Any,
+    /,
+    weight: Input,
+    *,
+    axis: int = ...,
+    inplace: bool = ...,
+    out: Any = ...,
+) -> tuple[Any, Any]: ...
+@overload
+def prelu_backward(
     grad_output: A,
-    x: Array | Numbers,
+    x: Input,
     /,
     weight: B,
     *,
@@ -477,7 +493,7 @@ def prelu_backward(
 @overload
 def prelu_backward(
     grad_output: A,
-    x: Array | Numbers,
+    x: Input,
     /,
     weight: Numbers,
     *,
@@ -485,17 +501,6 @@ def prelu_backward(
     inplace: bool = ...,
     out: Any = ...,
 ) -> tuple[A, Any]: ...
-@overload
-def prelu_backward(
-    grad_output: Numbers,
-    x: Any,
-    /,
-    weight: Weight,
-    *,
-    axis: int = ...,
-    inplace: bool = ...,
-    out: Any = ...,
-) -> tuple[Any, Any]: ...
 def prelu_backward(
     grad_output: Any,
     x: Any,
@@ -589,7 +594,12 @@ def relu6(
 ) -> tuple[A, Mask]: ...
 @overload
 def relu6(
-    x: Numbers, /, inplace: bool = ..., *, out: Any = ..., return_mask: bool = ...
+    x: Input,
+    /,
+    inplace: bool = ...,
+    *,
+    out: Any = ...,
+    return_mask: bool = ...,
 ) -> Any: ...
 def relu6(
     x: Any, /, inplace: bool = False, *, out: Any = None, return_mask: bool = False
@@ -646,12 +656,12 @@ def relu6(
 
 @overload
 def relu6_backward(
-    grad_output: A, saved: Saved | Numbers, /, *, inplace: bool = ..., out: Any = ...
-) -> A: ...
+    grad_output: Spread, saved: Any, /, *, inplace: bool = ..., out: Any = ...
+) -> Any: ...
 @overload
 def relu6_backward(
-    grad_output: Numbers, saved: Any, /, *, inplace: bool = ..., out: Any = ...
-) -> Any: ...
+    grad_output: A, saved: Saved | Numbers, /, *, inplace: bool = ..., out: Any = ...
+) -> A: ...
 def relu6_backward(
     grad_output: Any, saved: Any, /, *, inplace: bool = False, out: Any = None
 ) -> Any:
@@ -767,12 +777,12 @@ def squared_relu(x: Any, /, inplace: bool = False, *, out: Any = None) -> Any:
 
 @overload
 def squared_relu_backward(
-    grad_output: A, x: Array | Numbers, /, *, inplace: bool = ..., out: Any = ...
-) -> A: ...
+    grad_output: Spread, x: Any, /, *, inplace: bool = ..., out: Any = ...
+) -> Any: ...
 @overload
 def squared_relu_backward(
-    grad_output: Numbers, x: Any, /, *, inplace: bool = ..., out: Any = ...
-) -> Any: ...
+    grad_output: A, x: Input, /, *, inplace: bool = ..., out: Any = ...
+) -> A: ...
 def squared_relu_backward(
     grad_output: Any, x: Any, /, *, inplace: bool = False, out: Any = None
 ) -> Any:
@@ -850,8 +860,8 @@ _threshold_forward, _threshold_backward = _dispatch.elementwise(_THRESHOLD)
 def threshold(
     x: A,
     /,
-    threshold: float,
-    value: float,
+    threshold: Real,
+    value: Real,
     inplace: bool = ...,
     *,
     out: Any = ...,
@@ -861,8 +871,8 @@ def threshold(
 def threshold(
     x: A,
     /,
-    threshold: float,
-    value: float,
+    threshold: Real,
+    value: Real,
     inplace: bool = ...,
     *,
     out: Any = ...,
@@ -870,10 +880,10 @@ def threshold(
 ) -> tuple[A, Mask]: ...
 @overload
 def threshold(
-    x: Numbers,
+    x: Input,
     /,
-    threshold: float,
-    value: float,
+    threshold: Real,
+    value: Real,
     inplace: bool = ...,
     *,
     out: Any = ...,
@@ -882,8 +892,8 @@ def threshold(
 def threshold(
     x: Any,
     /,
-    threshold: float,
-    value: float,
+    threshold: Real,
+    value: Real,
     inplace: bool = False,
     *,
     out: Any = None,
@@ -940,29 +950,29 @@ def threshold(
 
 @overload
 def threshold_backward(
-    grad_output: A,
-    saved: Saved | Numbers,
-    /,
-    threshold: float,
-    *,
-    inplace: bool = ...,
-    out: Any = ...,
-) -> A: ...
-@overload
-def threshold_backward(
-    grad_output: Numbers,
+    grad_output: Spread,
     saved: Any,
     /,
-    threshold: float,
+    threshold: Real,
     *,
     inplace: bool = ...,
     out: Any = ...,
 ) -> Any: ...
+@overload
+def threshold_backward(
+    grad_output: A,
+    saved: Saved | Numbers,
+    /,
+    threshold: Real,
+    *,
+    inplace: bool = ...,
+    out: Any = ...,
+) -> A: ...
 def threshold_backward(
     grad_output: Any,
     saved: Any,
     /,
-    threshold: float,
+    threshold: Real,
     *,
     inplace: bool = False,
     out: Any = None,
@@ -1024,8 +1034,8 @@ _rrelu_forward, _rrelu_backward = _dispatch.by_element(_LEAKY_RELU)
 def rrelu(
     x: A,
     /,
-    lower: float = ...,
-    upper: float = ...,
+    lower: Real = ...,
+    upper: Real = ...,
     training: Literal[False] = ...,
     inplace: bool = ...,
     *,
@@ -1036,8 +1046,8 @@ def rrelu(
 def rrelu(
     x: A,
     /,
-    lower: float,
-    upper: float,
+    lower: Real,
+    upper: Real,
     training: Literal[True],
     inplace: bool = ...,
     *,
@@ -1048,8 +1058,8 @@ def rrelu(
 def rrelu(
     x: A,
     /,
-    lower: float = ...,
-    upper: float = ...,
+    lower: Real = ...,
+    upper: Real = ...,
     *,
     training: Literal[True],
     inplace: bool = ...,
@@ -1058,10 +1068,10 @@ def rrelu(
 ) -> tuple[A, A]: ...
 @overload
 def rrelu(
-    x: Numbers,
+    x: Input,
     /,
-    lower: float = ...,
-    upper: float = ...,
+    lower: Real = ...,
+    upper: Real = ...,
     training: bool = ...,
     inplace: bool = ...,
     *,
@@ -1071,8 +1081,8 @@ def rrelu(
 def rrelu(
     x: Any,
     /,
-    lower: float = 1 / 8,
-    upper: float = 1 / 3,
+    lower: Real = 1 / 8,
+    upper: Real = 1 / 3,
     training: bool = False,
     inplace: bool = False,
     *,
@@ -1147,24 +1157,24 @@ def rrelu(
 
 @overload
 def rrelu_backward(
-    grad_output: A,
-    x: Array | Numbers,
-    /,
-    slopes: Weight,
-    *,
-    inplace: bool = ...,
-    out: Any = ...,
-) -> A: ...
-@overload
-def rrelu_backward(
-    grad_output: Numbers,
+    grad_output: Spread,
     x: Any,
     /,
-    slopes: Weight,
+    slopes: Input | Real,
     *,
     inplace: bool = ...,
     out: Any = ...,
 ) -> Any: ...
+@overload
+def rrelu_backward(
+    grad_output: A,
+    x: Input,
+    /,
+    slopes: Input | Real,
+    *,
+    inplace: bool = ...,
+    out: Any = ...,
+) -> A: ...
 def rrelu_backward(
     grad_output: Any, x: Any, /, slopes: Any, *, inplace: bool = False, out: Any = None
 ) -> Any:

@@ -36,6 +36,20 @@ scalar: np.float32 = F.relu(np.float32(2))
 layer = nn.LeakyReLU(np.float32(0.1))
 prelu = nn.PReLU(1, Fraction(1, 4))
 optimiser = nn.SGD(prelu.parameters, np.float32(0.1), np.array(0.9), np.int64(0))
+for slope in np.float32(0.1), np.int64(1), np.array(0.1), Fraction(1, 10):
+    y = F.leaky_relu(x, slope)
+    y = F.leaky_relu_backward(x, x, slope)
+    y = F.threshold(x, slope, slope)
+    y = F.rrelu(x, 0, slope)
+    y = F.rrelu_backward(x, x, slope)
+y = F.relu_backward(np.float32(1), x)
+y, dw = F.prelu_backward(np.float32(1), x, dw)
+for flag in (True, False):
+    either = F.relu(x, return_mask=flag)
+    either = F.leaky_relu(x, 0.2, return_mask=flag)
+    either = F.threshold(x, 0.5, 0.0, return_mask=flag)
+    either = F.rrelu(x, training=flag)
+    either = F.rrelu(x, 0.1, 0.3, flag)
 
 bad: int = F.relu(x)  # wrong
 bad = F.prelu(x, 0.25)  # wrong
@@ -44,6 +58,10 @@ F.relu("x")  # wrong
 F.relu(x, return_masks=True)  # wrong
 F.relu(x=x)  # wrong
 F.leaky_relu(x, "0.1")  # wrong
+F.leaky_relu(x, 0.1j)  # wrong
+F.threshold(x, "0.5", 0)  # wrong
+F.rrelu(x, 0, "1")  # wrong
+F.rrelu(x, training="yes")  # wrong
 F.prelu(x)  # wrong
 F.prelu(x, 0.25, 1)  # wrong
 y = F.prelu_backward(x, x, 0.25)  # wrong
