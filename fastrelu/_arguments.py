@@ -321,10 +321,10 @@ def is_scalar(value: Any) -> bool:
     return _is(value, (np.generic, numbers.Real))
 
 
-def bounds(lower: Any, upper: Any) -> tuple[float, float]:
+def bounds(lower: Any, upper: Any) -> tuple[Number, Number]:
     """Return two finite numbers, the first not above the second."""
-    low, high = number("lower", lower).float64, number("upper", upper).float64
-    if low > high:
+    low, high = number("lower", lower), number("upper", upper)
+    if low.float64 > high.float64:
         msg = f"lower must not be above upper, {shown(upper)}, got {shown(lower)}"
         raise ValueError(msg)
     return low, high

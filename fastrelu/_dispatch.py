@@ -9,6 +9,7 @@ that needs the long way, with its checks and error messages.
 import functools
 import importlib
 import importlib.util
+import math
 import sys
 from collections.abc import Callable, Sequence
 from types import ModuleType
@@ -576,19 +577,29 @@ def by_element(spec: Spec) -> tuple[_Function, _Function]:
 
 
 def middle(low: Any, high: Any) -> Any:
-    """Return the mean of two bounds."""
-    return low + (high - low) / 2
+    """Return the mean of two bounds, whose difference may be beyond all numbers."""
+    width = high - low
+    return low + width / 2 if math.isfinite(width) else low / 2 + high / 2
 
 
 def slopes(x: Any, lower: Any, upper: Any, training: Any, rng: Any) -> Any:
     """Return a slope for each element of x in training, and their mean otherwise."""
-    low, high = _arguments.bounds(lower, upper)
-    if not _arguments.flag("training", training):
+    bounds = _arguments.bounds(lower, upper)
+    low, high = (bound.float64 for bound in bounds)
+    draw = _arguments.flag("training", training)
+    fit = all(math.isfinite(bound.float32) for bound in bounds)  # whatever x is
+    if fit and rng is None and not draw:
         return middle(low, high)
-    lazy = _lazily(x)
+    engine, lazy = engine_of(x), _lazily(x)
+    model = x if lazy else _arguments.read(engine, ("x", x))[0]
+    model = _arguments.accepted("x", model)
+    for bound in bounds:
+        bound.of(model)
+    if not draw:
+        if engine is cpu and rng is not None:
+            _arguments.generator(rng)
+        return middle(low, high)
     if lazy is not None:
         return lazy.slopes(x, low, high, rng)
-    engine = engine_of(x)
-    (given,) = _arguments.read(engine, ("x", x))
-    drawn = engine.uniform(_arguments.accepted("x", given), low, high, rng)
+    drawn = engine.uniform(model, low, high, rng)
     return engine.as_came(drawn, x)

@@ -674,6 +674,7 @@ def test_what_real_tensors_draw_and_how_they_turn():
         assert bool(((drawn >= 0.25) & (drawn <= 0.5)).all())
         assert bool((drawn == again).all())
         assert not bool((drawn == library.uniform(x, 0.25, 0.5, None)).all())
+        assert bool(library.uniform(x, -3e38, 3e38, None).isfinite().all())
     with pytest.raises(TypeError, match=r"rng must be a torch\.Generator .* got int"):
         library.uniform(x, 0.25, 0.5, 0)
     x = np.random.default_rng(0).random((2, 3, 5)) < 0.5

@@ -73,12 +73,51 @@ def test_lists_are_welcome():
     assert F.rrelu_backward([1.0, 1.0], [-1.0, 2.0], [0.5, 0.25]).tolist() == [0.5, 1.0]
 
 
+def drawn(dtype, lower, upper):
+    """What 99 slopes are of a generator seeded with 0, in the type of products"""
+    product = np.float64 if dtype == np.float64 else np.float32
+    values = np.random.default_rng(0).random(99, product)
+    with np.errstate(all="ignore"):
+        return (values * product(upper - lower) + product(lower)).astype(dtype)
+
+
+@pytest.mark.parametrize(
+    "bounds", [(0.25, 0.5), (0, 1e-8), (1e-45, 1e-40), (1e-60, 1e-50), (0, 1e5)]
+)
+@each_float
+def test_what_a_cast_loses_is_no_error(dtype, bounds):
+    with np.errstate(all="raise"):
+        _, slopes = F.rrelu(np.ones(99, dtype), *bounds, training=True, rng=0)
+    assert_same(slopes, drawn(dtype, *bounds))
+
+
+@pytest.mark.parametrize(("dtype", "high"), [("float32", 3e38), ("float64", 1e308)])
+def test_bounds_whose_difference_is_no_number(dtype, high):
+    x = np.full(99, -1, dtype)
+    with np.errstate(all="raise"):
+        y, slopes = F.rrelu(x, -high, high, training=True, rng=0)
+        assert not F.rrelu(x, -high, high).any()
+    assert_same(y, -slopes)
+    assert (np.abs(slopes - drawn(x.dtype, -1, 1) * high) <= high * 1e-6).all()
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_bounds_must_be_finite_in_the_type_of_products(dtype, training):
+    for lower, upper, name in (0, 1e39, "upper"), (-1e39, 0, "lower"):
+        said = rf"{name} must be finite in float32, got -?1e\+39"
+        with pytest.raises(ValueError, match=said):
+            F.rrelu(np.ones(3, dtype), lower, upper, training)
+        assert np.isfinite(F.rrelu([-1.0, 2.0], lower, upper, training)).all()
+
+
 WRONG = {
     "lower above upper": (ValueError, "lower", {"lower": 0.5, "upper": 0.25}),
     "infinite": (ValueError, "upper", {"upper": np.inf}),
     "a string": (TypeError, "lower", {"lower": "0.1"}),
     "no flag": (TypeError, "training", {"training": 1}),
     "no generator": (TypeError, "rng", {"rng": "seed", "training": True}),
+    "no generator, no training": (TypeError, "rng", {"rng": "seed"}),
     "negative seed": (ValueError, "rng", {"rng": -1, "training": True}),
     "integers": (TypeError, "x", {"x": np.arange(3), "training": True}),
     "another shape": (ValueError, "out", {"out": np.empty(4), "training": True}),

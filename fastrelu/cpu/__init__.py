@@ -153,10 +153,19 @@ def uniform(x: Array, lower: float, upper: float, rng: Any) -> Array:
     """Return an array like x of numbers drawn in C order, in the type of products."""
     row = row_of(x.dtype)
     assert row is not None
-    drawn: Array = generator(rng).random(x.shape, row.product)
+    drawn = generator(rng).random(x.shape, row.product)
+    with np.errstate(all="ignore"):
+        drawn = between(drawn, lower, upper, row.compute)
+        return np.asarray(drawn).astype(x.dtype, copy=False)
+
+
+def between(drawn: Array, lower: float, upper: float, dtype: str) -> Array:
+    """Return numbers drawn from 0 to 1, which are lost, as numbers from lower to upper."""
+    if upper - lower > float(np.finfo(dtype).max):
+        return lower * (1 - drawn) + upper * drawn
     drawn *= upper - lower
     drawn += lower
-    return np.asarray(drawn).astype(x.dtype, copy=False)
+    return drawn
 
 
 quick_call = _loops.quick_call

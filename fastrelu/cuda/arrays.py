@@ -16,6 +16,7 @@ from fastrelu import _torch
 from fastrelu._arguments import kind_of
 from fastrelu._dtypes import name_of
 from fastrelu._layout import c_strides
+from fastrelu.cpu import between
 from fastrelu.cuda import launch
 from fastrelu.cuda.config import SIMULATED
 
@@ -355,9 +356,7 @@ class _CuPy(_Pooled):
             raise TypeError(msg)
         dtype = "float64" if given.itemsize == 8 else "float32"
         drawn = (rng or random).random(given.shape, dtype)
-        drawn *= upper - lower
-        drawn += lower
-        return drawn.astype(given.dtype, copy=False)
+        return between(drawn, lower, upper, dtype).astype(given.dtype, copy=False)
 
     def empty_bytes(self, size: int, given: Any) -> Any:
         return sys.modules["cupy"].ndarray((size,), np.uint8)
@@ -478,12 +477,10 @@ class _PyTorch(_Pooled):
         if rng is not None and not isinstance(rng, torch.Generator):
             msg = f"rng must be a torch.Generator or None, got {kind_of(rng)}"
             raise TypeError(msg)
-        dtype = torch.float64 if given.element_size() == 8 else torch.float32
-        options = {"generator": rng, "dtype": dtype, "device": given.device}
-        drawn = torch.rand(given.shape, **options)
-        drawn *= upper - lower
-        drawn += lower
-        return drawn.to(given.dtype)
+        dtype = "float64" if given.element_size() == 8 else "float32"
+        options = {"generator": rng, "device": given.device}
+        drawn = torch.rand(given.shape, dtype=getattr(torch, dtype), **options)
+        return between(drawn, lower, upper, dtype).to(given.dtype)
 
     def empty_bytes(self, size: int, given: Any) -> Any:
         torch = sys.modules["torch"]
