@@ -89,6 +89,8 @@ def read(
         if value is None and name.startswith("out"):
             arrays.append(None)
             continue
+        if _is(value, Mask):
+            raise _no_mask(name)
         convert = not (name.startswith("out") or (in_place and i == 0))
         try:
             arrays.append(engine.read(value, convert=convert))
@@ -96,6 +98,12 @@ def read(
             msg = f"{name} must be {engine.KIND}, {error}"
             raise (TypeError if _is(error, TypeError) else ValueError)(msg) from error
     return [x if x is None else engine.hold(x) for x in arrays]
+
+
+def _no_mask(name: str) -> TypeError:
+    """Return what is raised of a mask for anything but `saved`."""
+    needed = "the input" if name == "x" else "an array"
+    return TypeError(f"{name} must be {needed}, got a mask, which does not tell enough")
 
 
 def _row(x: Array) -> Row | None:
@@ -121,8 +129,8 @@ def same_device(name: str, x: Array, other_name: str, other: Array) -> None:
 
 
 def like(name: str, x: Array, other_name: str, other: Array) -> Array:
-    """Return an array that must have the dtype and shape of another argument."""
-    x = accepted(name, x, integers=True)
+    """Return an array that must have the dtype and shape of another argument's floats."""
+    x = accepted(name, x)
     if x.dtype != other.dtype:
         msg = (
             f"{name} must have the dtype of {other_name}, {other.dtype}, got {x.dtype}: "
@@ -293,7 +301,7 @@ def weakly(name: str, given: Array, dtype: np.dtype[Any]) -> Array:
         if dtype.kind in "iu":
             fits = rounded == given
     if not np.all(fits):
-        msg = f"{name} must be finite in {dtype}, got {shown(given)}"
+        msg = f"{name} must fit {dtype}, got {shown(given)}"
         raise ValueError(msg)
     return rounded
 
@@ -304,7 +312,8 @@ def spread(name: str, value: Any, model: Array) -> Array:
     if is_weak(value):
         row = _row(model)
         is_float = row is not None and row.kind == "f"
-        dtype = np.result_type(type(value)(0), model.dtype)
+        zero = 0.0 if _is(value, float) else 0  # of no subclass, which may be an enum
+        dtype = np.result_type(zero, model.dtype)
         given = weakly(name, given, model.dtype if is_float else dtype)
     return np.broadcast_to(given, model.shape)
 
@@ -433,8 +442,7 @@ def unchanged(mask: Mask) -> Mask:
 def tells_enough(name: str, spec: Spec) -> None:
     """Refuse a mask where one bit is not enough for the gradient."""
     if spec.active is None:
-        msg = f"{name} must be the input: of {spec.name}, a mask does not tell enough"
-        raise TypeError(msg)
+        raise _no_mask(name)
 
 
 def same_predicate(mask: Any, predicate: str) -> None:

@@ -1,7 +1,9 @@
 """Everything that can be wrong with an argument, and all that only looks wrong."""
 
+import enum
 import inspect
 import itertools
+import re
 import signal
 import time
 from fractions import Fraction
@@ -409,6 +411,37 @@ def test_the_other_half_is_no_weight(function):
         refuses(TypeError, "weight", function, given)
 
 
+# Numbers for gradients
+
+
+class One(enum.IntEnum):
+    ONE = 1
+
+
+class Weighed(float):
+    def __new__(cls, value, unit):
+        return super().__new__(cls, value)
+
+
+@pytest.mark.parametrize("number", [One.ONE, Weighed(1, "kg")])
+def test_one_number_of_a_subclass(number):
+    x = normal((2, 3), FLOAT32)
+    assert_same(F.relu_backward(number, x), F.relu_backward(1.0, x))
+    expected = F.relu_backward(number.real, x > 0)
+    assert_same(F.relu_backward(number, x > 0), expected)
+
+
+@pytest.mark.parametrize(
+    ("number", "dtype"),
+    [(300, "int8"), (-1, "uint64"), (1e39, "float32"), (-1e5, "float16")],
+)
+def test_one_number_that_does_not_fit(number, dtype):
+    with pytest.raises(
+        ValueError, match=f"grad_output must fit {dtype}, got {re.escape(str(number))}"
+    ):
+        F.relu_backward(number, np.ones(3, dtype))
+
+
 # What the forward pass saved
 
 
@@ -498,10 +531,31 @@ def test_mask_of_another_function(function):
             refuses(ValueError, "saved", function, given | {"saved": mask})
 
 
-def test_a_bit_is_not_enough_for_every_gradient():
-    x = np.ones((2, 3), np.float32)
-    given = {"grad_output": x, "x": F.relu(x, return_mask=True)[1]}
-    refuses(TypeError, "x", "squared_relu_backward", given)
+NEEDED = "must be the input, got a mask, which does not tell enough"
+
+
+@pytest.mark.parametrize(
+    "function", [n for n, second in SECOND.items() if second == "x"]
+)
+def test_a_bit_is_not_enough_for_every_gradient(function):
+    given = sound(function)
+    given["x"] = F.relu(given["x"], return_mask=True)[1]
+    refuses(TypeError, f"x {NEEDED}", function, given)
+    refuses(TypeError, f"x {NEEDED}", function, given | {"grad_output": 1.0})
+    given["x"] = given["x"].unpack()
+    refuses(
+        TypeError,
+        "x must have dtype float16, bfloat16, float32 or float64, got bool",
+        function,
+        given,
+    )
+
+
+@each_first_array
+def test_a_mask_for_the_first_argument(function, argument):
+    given = sound(function)
+    given[argument] = F.relu(given[argument], return_mask=True)[1]
+    refuses(TypeError, f"{argument} must be .*, got a mask", function, given)
 
 
 def test_mask_of_a_shape_that_no_array_has():

@@ -50,8 +50,8 @@ def test_a_weight_is_rounded_to_bfloat16_once():
 @pytest.mark.parametrize(
     ("weight", "error", "said"),
     [
-        (1e39, ValueError, "weight must be finite in float32"),
-        ([0.1, -1e39, 1.0], ValueError, "weight must be finite in float32"),
+        (1e39, ValueError, r"weight must fit float32, got 1e\+39"),
+        ([0.1, -1e39, 1.0], ValueError, "weight must fit float32, got"),
         (10**400, TypeError, "weight must be real numbers"),
         (True, TypeError, "weight must have dtype"),
         ([True, 1.0, 2.0], TypeError, "weight must have the dtype of x"),
@@ -108,6 +108,7 @@ def test_one_number_for_all_gradients():
     assert_same(F.relu_backward(0.5, integers), np.array([0.0, 0.0, 0.5]))
     _, mask = F.relu(X, return_mask=True)
     assert_same(F.relu_backward(1.0, mask), active.astype(float))
+    assert_same(F.relu_backward(1, mask), active.astype(int))
     out = np.empty_like(X)
     assert F.relu_backward(1.0, X, out=out) is out
     dx, dw = F.prelu_backward(1.0, X, [0.1, 0.2, 0.3])
