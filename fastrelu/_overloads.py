@@ -162,6 +162,13 @@ def _numbers(names: Sequence[str], dtype: str, *, check: bool = True) -> dict[st
     return {"rounded": _rounding(len(names), dtype), "finite": finite}
 
 
+def _fits(name: str, dtype: str) -> Any:
+    """Return what refuses a number, perhaps of Python's, that a dtype cannot hold."""
+    is_float = BY_NAME[dtype].kind == "f"
+    fits = templates.fits_float if is_float else templates.fits_integer
+    return _made(fits, message=f"{name} must fit {dtype}")
+
+
 def _like(order: str, dtype: str) -> dict[str, Any]:
     template = templates.like_fortran if order == "F" else templates.like_c
     return {"like": _made(template, scalar=_scalar(dtype))}
@@ -309,7 +316,8 @@ def _forward_body(spec: Spec, given: dict[str, Any]) -> Any:
     x, out = given["x"], given["out"]
     dtype = _accepted("x", x, integers=spec.integers)
     inplace, want_bits = (_flag(name, given.get(name, False)) for name in _FLAGS)
-    names = _of(dtype) | _numbers(spec.numbers, dtype)
+    check = "weight" not in given  # which may be infinite, too
+    names = _of(dtype) | _numbers(spec.numbers, dtype, check=check)
     names["formula"] = _made(spec.formula)
     for number in spec.numbers:
         _number_type(number, given.get(number, 0.0))
@@ -359,6 +367,7 @@ def _backward_body(spec: Spec, given: dict[str, Any]) -> Any:
     names = _of(dtype) | _numbers(numbers, dtype)
     names["formula"] = names["gradient"] = _made(spec.gradient)
     names["passes"] = _passes(spec, told, told_dtype, len(numbers) - len(slopes))
+    names["fits"] = _fits("grad_output", dtype)
     if not _is_array(g) and not _is_array(saved) and not slopes:
         body = _made(templates.number_backward, **names)
         return _for_number("grad_output", g, inplace, out, body)
@@ -420,14 +429,15 @@ def _mean_body(spec: Spec, given: dict[str, Any]) -> Any:
     middle = _made(_dispatch.middle)
     if not _is_array(given["x"]):
         return _made(templates.mean_number, run=run, middle=middle)
-    finite = _made(templates.finite_two, message="lower and upper must be finite")
+    names = _numbers(("lower", "upper"), _dtype(given["x"]))
     msg = "lower must not be above upper"
-    return _made(templates.mean, run=run, middle=middle, finite=finite, message=msg)
+    return _made(templates.mean, run=run, middle=middle, message=msg, **names)
 
 
 def _weight_view(x: Any, weight: Any, axis: Any, order: str) -> Any:
     """Return ``view(x, weight, axis)``, of a weight that fits x."""
     names = {"scalar": _scalar(_dtype(x)), "reverse": order == "F"}
+    names["fits"] = _fits("weight", _dtype(x))
     if not isinstance(axis, (int, types.Integer, types.Omitted)):
         msg = f"axis must be an integer, got {axis}"
         raise TypeError(msg)
@@ -475,8 +485,10 @@ def _weighted_body(spec: Spec, given: dict[str, Any]) -> Any:
     _checked_weight(weight, x)
     inplace = _flag("inplace", given["inplace"])
     if not _is_array(weight) or weight.ndim == 0:
+        names = {"scalar": _scalar(dtype), "value_of": _value_of(weight)}
+        fits = _fits("weight", dtype) if _is_array(x) else _made(templates.no_check)
         run = _forward_body(spec, given)
-        return _made(templates.prelu_number, run=run, value_of=_value_of(weight))
+        return _made(templates.prelu_number, run=run, fits=fits, **names)
     if not _is_array(x):
         msg = f"weight must be a number as x is, got {weight}"
         raise TypeError(msg)
@@ -592,14 +604,24 @@ def _both_body(spec: Spec, given: dict[str, Any]) -> Any:
 # Registering --------------------------------------------------------------------------
 
 
-def _register(public: Function, spec: Spec, implement: Function, passed: str) -> None:
-    """Have Numba type a public function, whose arguments go on as is `passed`."""
+def _register(
+    public: Function,
+    spec: Spec,
+    implement: Function,
+    passed: str,
+    numbers: Sequence[str] | None,
+) -> None:
+    """Have Numba type a public function, whose arguments go on as is `passed`.
+
+    After them comes a tuple of its numbers, unless there is none.
+    """
 
     def typed(*args: Any, **kws: Any) -> Any:
         signature = inspect.signature(public)
         try:
             given = signature.bind(*args, **kws)
             given.apply_defaults()
+            more = "" if numbers is None else f", {_tuple(numbers, given.arguments)}"
             body = implement(spec, given.arguments)
         except (TypeError, ValueError) as error:
             raise TypingError(str(error)) from error
@@ -609,30 +631,42 @@ def _register(public: Function, spec: Spec, implement: Function, passed: str) ->
             for p in signature.parameters.values()
         ]
         named = str(inspect.Signature(parameters))[1:-1]
-        return eval(f"lambda {named}: body({passed})", {"body": body})
+        names = {"body": body, "element_of": _made(templates.element_of)}
+        return eval(f"lambda {named}: body({passed}{more})", names)
 
     overload(public, jit_options=_OPTIONS, strict=False, prefer_literal=True)(typed)
 
 
-def _tuple(names: Sequence[str]) -> str:
-    return f"({''.join(f'{name}, ' for name in names)})"
+def _tuple(names: Sequence[str], given: dict[str, Any]) -> str:
+    """Return the tuple of some numbers, in Python's words.
+
+    One in an array is read here, before anything is written, and is no array any more.
+    """
+    items = []
+    for name in names:
+        type_ = given[name]
+        is_inside = _is_array(type_) and type_.ndim == 0
+        items.append(f"element_of({name}), " if is_inside else f"{name}, ")
+        given[name] = type_.dtype if is_inside else type_
+    return f"({''.join(items)})"
 
 
 def _register_row(row: Row) -> None:
     spec = row.spec
-    numbers, kept = _tuple(spec.numbers), _tuple(spec.numbers_kept)
+    numbers: Any = spec.numbers
+    kept: Any = spec.numbers_kept
     saved = "x" if spec.active is None or row.parameter else "saved"
+    passed = "x, out", f"grad_output, {saved}, out"
     forward, backward = _forward_body, _backward_body
     if row.parameter == "weight":
         forward, backward = _weighted_body, _both_body
         passed = "x, weight, axis, out", "grad_output, x, weight, axis, out"
+        numbers = kept = None
     elif row.parameter == "slopes":
         forward = _mean_body
-        passed = "x, out, (lower, upper)", "grad_output, x, out, (slopes,)"
-    else:
-        passed = f"x, out, {numbers}", f"grad_output, {saved}, out, {kept}"
-    _register(row.forward, spec, forward, passed[0])
-    _register(row.backward, spec, backward, passed[1])
+        numbers, kept = ("lower", "upper"), ("slopes",)
+    _register(row.forward, spec, forward, passed[0], numbers)
+    _register(row.backward, spec, backward, passed[1], kept)
 
 
 for _each in ACTIVATIONS.values():

@@ -304,6 +304,30 @@ def test_as_python_slopes_of_each_element(plainly, inside):
     assert_same(np.array(y), expected)
 
 
+WITHOUT_DIMENSIONS = {  # numbers of the forward and of the backward pass
+    "leaky_relu": [(0.25,), (0.25,)],
+    "threshold": [(0.5, -1.0), (0.5,)],
+    "rrelu": [(0.25, 0.5), (0.375,)],
+}
+
+
+@pytest.mark.parametrize("name", WITHOUT_DIMENSIONS)
+def test_as_python_arrays_without_dimensions_for_numbers(name, plainly, inside):
+    row, (forward, backward) = ROWS[name], WITHOUT_DIMENSIONS[name]
+    x, g = (normal((3, 4), np.float32, seed) for seed in range(2))
+    got = inside(row.forward)(x, *map(np.array, forward))
+    assert_same(got, row.forward(x, *forward))
+    for grad in g, 1.0:
+        got = inside(row.backward)(grad, x, *map(np.array, backward))
+        assert_same(got, row.backward(grad, x, *backward))
+
+
+def test_as_python_a_number_in_the_output_is_read_before_it_is_written(plainly, inside):
+    x, y = (np.array(values, np.float32) for values in ([0.4, 0.3, 0.7], [0.5, 0, 0]))
+    inside(F.threshold_backward)(1.0, x, y[0, ...], out=y)
+    assert y.tolist() == [0, 0, 1]
+
+
 def numbers_of(name, x):
     return ROWS[name], slopes_for(name, x)
 
@@ -343,6 +367,8 @@ TYPING = [  # what is wrong from the types alone
     (lambda x: F.relu(x.size, True), "x must be an array with inplace"),
     (lambda x: F.relu(x.size, return_mask=True), "x must be an array with inplace"),
     (lambda x: F.leaky_relu(x, 1j), "negative_slope must be a real number, got compl"),
+    (lambda x: F.leaky_relu(x, x[0]), "negative_slope must be a real number, got arr"),
+    (lambda x: F.rrelu(x, np.array(False)), "lower must be a real number, got bool"),
     (lambda x: F.relu_backward(x, x[0]), "saved must have the shape of grad_output"),
     (lambda x: F.relu_backward(x, 1.0), "saved must be an array as grad_output is"),
     (lambda x: F.relu_backward(x, 1j * x), "saved must have dtype float16, .* complex"),
@@ -403,6 +429,15 @@ RAISED = [
     (lambda x, y: F.rrelu_backward(x, x, y), (X, X[:1]), "x must have the shape of gr"),
     (lambda x, y: F.rrelu(x, y, 1.0), (X, 2.0), "lower must not be above upper"),
     (lambda x, y: F.rrelu(x, y, 1.0), (X, -np.inf), "lower and upper must be finite"),
+    (lambda x, y: F.rrelu(x, y, 1.0), (X, -1e39), "lower and upper must be finite in"),
+    (lambda x, y: F.prelu(x, y), (X, 1e39), "weight must fit float32"),
+    (lambda x, y: F.prelu_backward(x, x, y), (X, -1e39), "weight must fit float32"),
+    (lambda x, y: F.relu_backward(y, x), (X, 1e39), "grad_output must fit float32"),
+    (
+        lambda x, y: F.relu_backward(y, x),
+        (X.astype("u1"), np.int64(300)),
+        "grad_output must fit uint8",
+    ),
 ]
 
 
@@ -416,6 +451,13 @@ def test_as_python_wrong_values_are_errors(case, inside):
     with pytest.raises(ValueError, match=message):
         function(*arguments)
     assert (before == X).all()
+
+
+def test_compiled_numbers_that_do_not_fit():
+    spread = njit(lambda g, x: F.relu_backward(g, x))
+    for g, dtype in (300, "uint8"), (-1, "uint64"), (1e39, "float32"):
+        with pytest.raises(ValueError, match=f"grad_output must fit {dtype}"):
+            spread(g, np.ones((2, 2), dtype))
 
 
 def test_interleaved_axes_share_nothing(inside):
@@ -520,7 +562,11 @@ CASES = {
     "weights": lambda x, f, w: (F.prelu(f, w[:4], axis=0), F.prelu(x, x[:, :1])),
     "slopes": lambda x, f, w: (F.rrelu(x), F.rrelu_backward(x, x, x)),
     "sums": lambda x, f, w: F.prelu_backward(f, x, w),
+    "numbers": lambda x, f, w: (F.prelu(x, np.inf), F.leaky_relu(f, ONE_SLOPE)),
+    "nan": lambda x, f, w: (F.prelu(x, np.nan), F.relu_backward(-np.inf, f)),
+    "bounds": lambda x, f, w: (F.rrelu(x, -3e38, 3e38), F.rrelu(x, ONE_SLOPE, 1.0)),
 }
+ONE_SLOPE = np.array(0.25)
 
 
 @pytest.mark.parametrize("case", CASES)

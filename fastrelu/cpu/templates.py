@@ -28,6 +28,7 @@ copy_out: Any
 copy_too: Any
 fence: Any
 finite: Any
+fits: Any
 first_out: Any
 formula: Any
 get: Any
@@ -124,6 +125,16 @@ def finite_two(numbers):
 
 
 FINITE = any_number, finite_one, finite_two
+
+
+def fits_float(value, number):
+    if np.isfinite(np.float64(number)) and not np.isfinite(value):
+        raise ValueError(message)
+
+
+def fits_integer(value, number):
+    if value != number:
+        raise ValueError(message)
 
 
 # Where arrays lie ---------------------------------------------------------------------
@@ -357,8 +368,10 @@ def backward(g, saved, out, numbers):
 def backward_spread(g, saved, out, numbers):
     s = rounded(numbers)
     finite(s)
+    grad = scalar(g)
+    fits(grad, g)
     y = take(saved, out)
-    apart((scalar(g), saved, numbers), y, s)
+    apart((grad, saved, numbers), y, s)
     return y
 
 
@@ -375,8 +388,8 @@ def mean_number(x, out, bounds):
 
 
 def mean(x, out, bounds):
+    finite(rounded(bounds))
     low, high = np.float64(bounds[0]), np.float64(bounds[1])
-    finite((low, high))
     if low > high:
         raise ValueError(message)
     return run(x, out, (middle(low, high),))
@@ -433,8 +446,9 @@ def bits_apart(x, bits, y, s, size):
 
 
 def view_number(x, weight, axis):
-    slopes = np.empty(1, scalar)
-    slopes[0] = value_of(weight)
+    slopes, value = np.empty(1, scalar), value_of(weight)
+    slopes[0] = scalar(value)
+    fits(slopes[0], value)
     return slopes, np.zeros(1, np.intp), x.size
 
 
@@ -497,7 +511,9 @@ def channels_of(x, weight, steps):
 
 
 def prelu_number(x, weight, axis, out):
-    return run(x, out, (value_of(weight),))
+    value = value_of(weight)
+    fits(scalar(value), value)
+    return run(x, out, (value,))
 
 
 def prelu(x, weight, axis, out):
