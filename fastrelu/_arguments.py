@@ -312,9 +312,11 @@ def spread(name: str, value: Any, model: Array) -> Array:
     if is_weak(value):
         row = _row(model)
         is_float = row is not None and row.kind == "f"
-        zero = 0.0 if _is(value, float) else 0  # of no subclass, which may be an enum
-        dtype = np.result_type(zero, model.dtype)
-        given = weakly(name, given, model.dtype if is_float else dtype)
+        dtype = model.dtype
+        if not is_float:
+            zero = 0.0 if _is(value, float) else 0  # of no subclass: it may be an enum
+            dtype = np.result_type(zero, dtype)
+        given = weakly(name, given, dtype)
     return np.broadcast_to(given, model.shape)
 
 

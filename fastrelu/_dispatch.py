@@ -290,7 +290,7 @@ class _Function:
     def __dask_tokenize__(self) -> Any:
         return self.names
 
-    def left(self, x: Any, *others: Any) -> Any:
+    def left(self, x: Any, /, *others: Any) -> Any:
         """Take what the quick call does not."""
         if type(x) is ndarray:
             y = self._again(x, *others)

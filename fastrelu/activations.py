@@ -156,27 +156,30 @@ def relu_backward(
     Parameters
     ----------
     grad_output : array or float
-        The gradient towards relu's output; dtypes as for `relu`.  One number stands
-        for the gradient of every element, and takes no array.
+        The gradient towards relu's output; dtypes as for `relu`.  One number stands for
+        the gradient of every element, without an array of ones.
     saved : array or Mask
         What was kept of the forward pass: its input, its output or its mask; or bools,
         True where a unit was active.  Of any real dtype, the gradient's or another.
     inplace : bool
         Overwrite `grad_output` and return it.
     out : array, optional
-        Where to write the result; of grad_output's shape and dtype.
+        Where to write the result; of its shape and dtype.
 
     Returns
     -------
     array
-        Of grad_output's shape and dtype.
+        Of grad_output's shape and dtype.  One number gives saved's shape; one of
+        Python's takes saved's dtype if that is a float type, or else what NumPy makes
+        of both, such as float64 of 1.0 and a mask.
 
     Raises
     ------
     TypeError
         For another kind of argument or dtype.
     ValueError
-        If `saved` has another shape, and for `out` as `relu` does.
+        If `saved` has another shape or is a mask of another activation, and for `out` as
+        `relu` does.
 
     References
     ----------
@@ -351,8 +354,8 @@ def leaky_relu_backward(
     Parameters
     ----------
     grad_output : array or float
-        The gradient towards leaky_relu's output; dtypes as for `leaky_relu`.  One number stands
-        for the gradient of every element, and takes no array.
+        The gradient towards leaky_relu's output; dtypes as for `leaky_relu`.  One
+        number stands for the gradient of every element, without an array of ones.
     saved : array or Mask
         What was kept of the forward pass: its input or its mask; or bools, True where a
         unit was active; or its output, if `negative_slope` is at least 0.  (A negative
@@ -363,20 +366,22 @@ def leaky_relu_backward(
     inplace : bool
         Overwrite `grad_output` and return it.
     out : array, optional
-        Where to write the result; of grad_output's shape and dtype.
+        Where to write the result; of its shape and dtype.
 
     Returns
     -------
     array
-        Of grad_output's shape and dtype.
+        Of grad_output's shape and dtype.  One number gives saved's shape; one of
+        Python's takes saved's dtype if that is a float type, or else what NumPy makes
+        of both, such as float64 of 1.0 and a mask.
 
     Raises
     ------
     TypeError
         For another kind of argument or dtype.
     ValueError
-        If `saved` has another shape, `negative_slope` is not finite once it is rounded,
-        and for `out` as `relu` does.
+        If `saved` has another shape or is a mask of another activation, if
+        `negative_slope` is not finite once it is rounded, and for `out` as `relu` does.
 
     Examples
     --------
@@ -527,7 +532,7 @@ def prelu_backward(
     ----------
     grad_output : array or float
         The gradient towards prelu's output; dtypes as for `prelu`.  One number stands
-        for the gradient of every element, and takes no array.
+        for the gradient of every element, without an array of ones.
     x : array
         The input of the forward pass; of grad_output's shape and dtype.
     weight, axis
@@ -540,14 +545,14 @@ def prelu_backward(
     Returns
     -------
     grad_input : array
-        Of grad_output's shape and dtype.
+        Of x's shape and dtype.
     grad_weight : array
         Of weight's shape and dtype.
 
     Raises
     ------
     TypeError
-        For another kind of argument or dtype.
+        For another kind of argument or dtype, a mask among them.
     ValueError
         If `x` or `weight` do not fit grad_output, `axis` is out of range, `out` holds
         other than two arrays, and for each of them as `relu` does.
@@ -677,19 +682,21 @@ def relu6_backward(
     ----------
     grad_output : array or float
         The gradient towards relu6's output; dtypes as for `relu6`.  One number stands
-        for the gradient of every element, and takes no array.
+        for the gradient of every element, without an array of ones.
     saved : array or Mask
         What was kept of the forward pass: its input, its output or its mask; or bools,
         True where a unit was active.  Of any real dtype, the gradient's or another.
     inplace : bool
         Overwrite `grad_output` and return it.
     out : array, optional
-        Where to write the result; of grad_output's shape and dtype.
+        Where to write the result; of its shape and dtype.
 
     Returns
     -------
     array
-        Of grad_output's shape and dtype.
+        Of grad_output's shape and dtype.  One number gives saved's shape; one of
+        Python's takes saved's dtype if that is a float type, or else what NumPy makes
+        of both, such as float64 of 1.0 and a mask.
 
     Raises
     ------
@@ -797,20 +804,20 @@ def squared_relu_backward(
     Parameters
     ----------
     grad_output : array or float
-        The gradient towards squared_relu's output; dtypes as for `squared_relu`.  One number stands
-        for the gradient of every element, and takes no array.
+        The gradient towards squared_relu's output; dtypes as for `squared_relu`.  One
+        number stands for the gradient of every element, without an array of ones.
     x : array
         The input of the forward pass; of grad_output's shape and dtype.  A mask, 1 bit,
         does not tell how large it was.
     inplace : bool
         Overwrite `grad_output` and return it.
     out : array, optional
-        Where to write the result; of grad_output's shape and dtype.
+        Where to write the result; of its shape and dtype.
 
     Returns
     -------
     array
-        Of grad_output's shape and dtype.
+        Of x's shape and dtype.
 
     Raises
     ------
@@ -988,8 +995,8 @@ def threshold_backward(
     Parameters
     ----------
     grad_output : array or float
-        The gradient towards threshold's output; dtypes as for `threshold`.  One number stands
-        for the gradient of every element, and takes no array.
+        The gradient towards threshold's output; dtypes as for `threshold`.  One number
+        stands for the gradient of every element, without an array of ones.
     saved : array or Mask
         What was kept of the forward pass: its input or its mask; or bools, True where
         ``x > threshold``; or its output, if its `value`, as x's dtype holds it, is not
@@ -999,12 +1006,14 @@ def threshold_backward(
     inplace : bool
         Overwrite `grad_output` and return it.
     out : array, optional
-        Where to write the result; of grad_output's shape and dtype.
+        Where to write the result; of its shape and dtype.
 
     Returns
     -------
     array
-        Of grad_output's shape and dtype.
+        Of grad_output's shape and dtype.  One number gives saved's shape; one of
+        Python's takes saved's dtype if that is a float type, or else what NumPy makes
+        of both, such as float64 of 1.0 and a mask.
 
     Raises
     ------
@@ -1130,8 +1139,8 @@ def rrelu(
     TypeError
         For another kind of argument or dtype.
     ValueError
-        If `lower` or `upper` is not finite, or `lower` above `upper`, and for `out` as
-        `relu` does.
+        If `lower` or `upper` is not finite once it is rounded, as slopes of `leaky_relu`
+        are, or `lower` above `upper`, and for `out` as `relu` does.
 
     References
     ----------
@@ -1190,7 +1199,7 @@ def rrelu_backward(
     ----------
     grad_output : array or float
         The gradient towards rrelu's output; dtypes as for `rrelu`.  One number stands
-        for the gradient of every element, and takes no array.
+        for the gradient of every element, without an array of ones.
     x : array
         The input of the forward pass; of grad_output's shape and dtype.
     slopes : array or float
@@ -1198,17 +1207,17 @@ def rrelu_backward(
     inplace : bool
         Overwrite `grad_output` and return it.
     out : array, optional
-        Where to write the result; of grad_output's shape and dtype.
+        Where to write the result; of its shape and dtype.
 
     Returns
     -------
     array
-        Of grad_output's shape and dtype.
+        Of x's shape and dtype.
 
     Raises
     ------
     TypeError
-        For another kind of argument or dtype.
+        For another kind of argument or dtype, a mask among them.
     ValueError
         If `x` or `slopes` has another shape, and for `out` as `relu` does.
 
