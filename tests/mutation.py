@@ -1629,6 +1629,12 @@ FAULTS = {
     ],
     "cpu/__init__.py": [
         Fault(
+            "    if upper - lower > float(np.finfo(dtype).max):\n",
+            "    if False:\n",
+            "bounds that are far apart give infinite slopes",
+            "test_rrelu.py::test_bounds_whose_difference_is_no_number",
+        ),
+        Fault(
             "        except abi.Unproven as error:\n"
             "            give_up(error)\n"
             "            return function(*arguments, **options)\n",
@@ -1971,6 +1977,12 @@ FAULTS = {
         ),
     ],
     "cpu/templates.py": [
+        Fault(
+            "    fits(grad, g)\n",
+            "",
+            "one number for all gradients wraps within Numba",
+            "test_inside_numba.py::test_compiled_numbers_that_do_not_fit",
+        ),
         Fault(
             "1, lead + whole * strip_size, flat.size)",
             "1, lead + whole * strip_size, lead)",
