@@ -90,7 +90,7 @@ def read(
             arrays.append(None)
             continue
         if _is(value, Mask):
-            raise _no_mask(name)
+            raise no_mask(name)
         convert = not (name.startswith("out") or (in_place and i == 0))
         try:
             arrays.append(engine.read(value, convert=convert))
@@ -100,7 +100,7 @@ def read(
     return [x if x is None else engine.hold(x) for x in arrays]
 
 
-def _no_mask(name: str) -> TypeError:
+def no_mask(name: str) -> TypeError:
     """Return what is raised of a mask for anything but `saved`."""
     needed = "the input" if name == "x" else "an array"
     return TypeError(f"{name} must be {needed}, got a mask, which does not tell enough")
@@ -444,7 +444,7 @@ def unchanged(mask: Mask) -> Mask:
 def tells_enough(name: str, spec: Spec) -> None:
     """Refuse a mask where one bit is not enough for the gradient."""
     if spec.active is None:
-        raise _no_mask(name)
+        raise no_mask(name)
 
 
 def same_predicate(mask: Any, predicate: str) -> None:

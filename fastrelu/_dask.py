@@ -158,7 +158,9 @@ class DaskMask(DaskMethodsMixin):  # type: ignore[misc]
 
 def pack(bools: Any, predicate: str) -> DaskMask:
     """Return the mask of an array of bools, as `Mask.pack` does for each block."""
-    bools = da.asarray(_read("bools", bools))
+    if not isinstance(bools, DaskMask):
+        bools = _read("bools", bools)
+    bools = da.asarray(bools)
     call = functools.partial(Mask.pack, predicate=predicate)
     call(bools._meta)  # refuses what its blocks are
     bits = _mapped("pack", call, bools, (bools,), bools.dtype)
@@ -260,6 +262,8 @@ def _refuse(inplace: Any, out: Any) -> None:
 
 def _read(name: str, value: Any) -> Any:
     """Return an argument as Dask's or as an array in memory."""
+    if isinstance(value, DaskMask) and name != "saved":
+        raise _arguments.no_mask(name)
     if is_lazy(value):
         if not isinstance(value.dtype, np.dtype):
             came = _arguments.kind_of(value._meta)

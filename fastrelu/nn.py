@@ -550,7 +550,7 @@ class LeakyReLU(Activation):
 
     def __init__(self, negative_slope: Real = 0.01) -> None:
         number("negative_slope", negative_slope)
-        self.negative_slope: Any = negative_slope
+        self.negative_slope = negative_slope
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.negative_slope})"

@@ -330,6 +330,13 @@ def test_a_lazy_mask():
         _ = mask.colour
     with pytest.raises(ValueError, match=r"use mask\.count\(\)"):
         bool(mask)
+    for call, name in (
+        (lambda: F.relu_backward(mask, lazy(X)), "grad_output"),
+        (lambda: F.prelu_backward(lazy(X), mask, 0.1), "x"),
+        (lambda: F.prelu(lazy(X), mask), "weight"),
+    ):
+        with pytest.raises(TypeError, match=f"{name} must be .*, got a mask"):
+            call()
     kept = mask.persist()
     assert type(kept) is type(mask)
     blocks = blocks_of(kept)
@@ -411,7 +418,7 @@ REFUSED = [
     (lambda x: F.relu_backward(x, x[1:]), ValueError, "saved must have the shape"),
     (lambda x: F.prelu(x, x[0].astype("f8")), TypeError, "weight must have the dt"),
     (lambda x: F.prelu(x, [1, 2]), ValueError, "weight must have one element, or 8"),
-    (lambda x: F.prelu(x, F.Mask.pack(x > 0)), TypeError, "weight must have dtype"),
+    (lambda x: F.prelu(x, F.Mask.pack(x > 0)), TypeError, "weight must be .*a mask"),
     (lambda x: F.prelu(x, 1, axis=3), ValueError, "axis must be in"),
     (lambda x: F.prelu(x[0, 0, 0], [1, 2]), ValueError, "weight must have one"),
     (lambda x: F.prelu_backward(x, x.astype("f8"), 1), TypeError, "x must have the"),
