@@ -271,6 +271,26 @@ def check_graphs(device, library):
             assert_weight_gradient(library.get(sums), dx, middle, w)
 
 
+def check_memory_of_graphs(device, library):
+    """What a captured call lends for itself is no other array's afterwards."""
+    dtype = np.dtype(np.float32)
+    x, g, y = (put(library, normal((64, 33), dtype, k)) for k in (1, 2, 3))
+    w, sums = (put(library, normal(33, dtype, k)) for k in (4, 5))
+
+    def work():
+        F.prelu_backward(g, x, w, out=(y, sums))
+
+    with library.stream():
+        work()
+        device.synchronize()
+        replay = library.capture(work)
+        others = [put(library, np.full(2**k, 7, dtype)) for k in range(14)]
+        replay()
+        device.synchronize()
+        for other in others:
+            assert_same(library.get(other), np.full(other.shape, 7, dtype))
+
+
 def check_threads(device, library):
     """Threads with streams of their own."""
     barrier = threading.Barrier(THREADS)
@@ -383,6 +403,7 @@ def checks(libraries):
     each = {
         "streams": check_streams,
         "graphs": check_graphs,
+        "memory of graphs": check_memory_of_graphs,
         "threads": check_threads,
         "weight gradient": check_repeats,
         "processes": check_processes,

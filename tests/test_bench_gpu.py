@@ -91,7 +91,7 @@ def test_everything_that_is_timed(run):
 def test_everything_that_is_checked(run):
     patterns = ["relu float32 *", "relu uint8 cupy", "prelu bfloat16 cupy"]
     patterns += ["leaky_relu float64 cupy", "weight gradient cupy"]
-    patterns += [f"{name} *" for name in ("streams", "graphs", "threads")]
+    patterns += ["streams *", "graphs *", "memory of graphs *", "threads *"]
     patterns += ["beyond *", "sanitizer *"]
     status, _, kept, printed = run("--only", *patterns, without="triton jax")
     assert status == 0, printed.err
@@ -99,7 +99,7 @@ def test_everything_that_is_checked(run):
     skipped = [name for name, verdict in found.items() if verdict != "ok"]
     may = "beyond", "sanitizer"
     assert all(name.startswith(may) for name in skipped), printed.out
-    assert len(found) == 6 * LIBRARIES + 4
+    assert len(found) == 7 * LIBRARIES + 4
     assert all(f"- {name}: skipped" in printed.out for name in skipped)
 
 
