@@ -1062,6 +1062,7 @@ def test_whether_a_device_is_current_is_one_question_to_the_driver(driver):
 @pytest.mark.skipif(not launch.SIMULATED, reason="needs NUMBA_ENABLE_CUDASIM=1")
 def test_a_simulated_device_is_always_current():
     assert launch.is_current(3)
+    assert not launch.is_capturing(3)
 
 
 @emulated
