@@ -24,6 +24,6 @@ def test_every_fault_can_be_planted():
         seen.add((file, fault.text, fault.new))
         for name in fault.tests.split():
             path, _, function = name.partition("::")
-            found = rf"^def {function.partition('[')[0]}\(" if function else ""
+            found = rf"^(def|class) {function.partition('[')[0]}\b" if function else ""
             assert re.search(found, (tests / path).read_text(), re.MULTILINE), name
     assert len(seen) > 100
