@@ -40,7 +40,7 @@ class ndarray(gpu.ndarray, np.lib.mixins.NDArrayOperatorsMixin):
         if host is not shape:
             device = self.machine.device
         super().__init__(host, device)
-        self.size, self.ndim, self.nbytes = host.size, host.ndim, host.nbytes
+        self.ndim = host.ndim
         memory = root(host)
         self.data = Pointer(memory, host.ctypes.data, device)
         self.device = types.SimpleNamespace(id=device)
@@ -256,10 +256,15 @@ def module(machine):
     def properties(device):
         return {"name": b"a GPU that is none", "major": 9, "minor": 0}
 
+    def alloc(nbytes):
+        memory = machine.empty(nbytes, np.uint8)
+        return Pointer(memory, memory.ctypes.data, machine.device)
+
     pool = types.SimpleNamespace(free_all_blocks=lambda: None)
     cupy.get_default_memory_pool = lambda: pool
     cupy.asarray = asarray
     cupy.cuda.Device = lambda: types.SimpleNamespace(id=0)
+    cupy.cuda.alloc = alloc
     cupy.cuda.Event, cupy.cuda.Stream = Event, Stream
     cupy.cuda.get_current_stream = now
     cupy.cuda.get_elapsed_time = lambda a, b: (b.at - a.at) * 1e3
