@@ -518,8 +518,8 @@ class _ByChannelBackward(_Function):
             return super().left(grad, inplace, out, x, weight, axis)
         slopes = _arguments.slopes(weight, x)
         dx, dw = self.call(grad, inplace, out, x, slopes, axis)
-        given = type(out) is tuple and out[1] is not None
-        return dx, dw if given else cpu.as_came(dw, weight)
+        is_given = _arguments.pair(out)[1] is not None
+        return dx, dw if is_given else cpu.as_came(dw, weight)
 
     def long(self, grad: Any, *others: Any) -> Any:
         if _stands_for_all(grad, others[0], others[2]):

@@ -7,6 +7,7 @@ import re
 import signal
 import time
 from fractions import Fraction
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -529,6 +530,20 @@ def test_mask_of_another_function(function):
         mask = mask_for(name, given["saved"])
         if mask.predicate != mask_for(function, given["saved"]).predicate:
             refuses(ValueError, "saved", function, given | {"saved": mask})
+
+
+class Both(NamedTuple):
+    grad_input: np.ndarray | None
+    grad_weight: np.ndarray | None
+
+
+def test_a_named_tuple_for_both_outputs():
+    """As NumPy's functions take one; what was given comes back, of a number's weight too"""
+    x, total = normal((2, 3), FLOAT32), np.zeros((), np.float32)
+    for weight in 0.25, np.array(0.25, np.float32):
+        dx, dw = F.prelu_backward(x, x, weight, out=Both(None, total))
+        assert dw is total
+        assert_same(dx, F.prelu_backward(x, x, weight)[0])
 
 
 NEEDED = "must be the input, got a mask, which does not tell enough"
