@@ -471,16 +471,6 @@ def bits_of(mask: Mask, bits: Array, predicate: str, name: str, model: Array) ->
     return bits
 
 
-def slopes(value: Any, x: Array) -> Array:
-    """Return a weight of Python's numbers as an array of x's dtype, rounded once."""
-    try:
-        given = np.asarray(value)
-    except ValueError as error:
-        msg = f"weight must be an array, got {kind_of(value)}: {error}"
-        raise TypeError(msg) from error
-    return weakly("weight", given, x.dtype)
-
-
 def weight(value: Any, given: Array, x: Array, position: int) -> tuple[Array, Array]:
     """Return the weight as a native array, and reshaped to broadcast against x.
 

@@ -92,6 +92,14 @@ def _target(
     return _fresh(engine, model)
 
 
+def _given_back(engine: ModuleType, y: Any, is_given: bool, *came: Any) -> Any:
+    """Return the caller's array, whose library hears of it, or a new one as they came."""
+    if not is_given:
+        return engine.as_came(y, *came)
+    engine.written(y)
+    return y
+
+
 Named = tuple[str, Any]
 
 
@@ -143,10 +151,8 @@ def _elementwise(
     else:
         kept = spec.active, len(spec.numbers_kept)
         bits, axes = engine.elementwise_mask(function, *kept, operands, target)
-    if overwrite or out is not None:
-        engine.written(y)
-    else:
-        y = engine.as_came(y, x, *(value for _, value in others if mask is None))
+    beside = [value for _, value in others if mask is None]
+    y = _given_back(engine, y, overwrite or out is not None, x, *beside)
     if not want_mask:
         return y
     return y, Mask._make(bits, checked.shape, axes, spec.predicate)
@@ -192,10 +198,7 @@ def _prelu(spec: Spec, x: Any, inplace: Any, out: Any, weight: Any, axis: Any) -
     y, target = _target(engine, "x", (x, out), (given, target), checked, overwrite)
     operands = (ARRAY, checked), (WEIGHT, broadcast)
     engine.elementwise(spec.formula, operands, target)
-    if not overwrite and out is None:
-        return engine.as_came(y, x)
-    engine.written(y)
-    return y
+    return _given_back(engine, y, overwrite or out is not None, x)
 
 
 def _prelu_backward(
@@ -232,18 +235,14 @@ def _prelu_backward(
         written = given if overwrite else target
         if written is not None:
             _arguments.distinct("out[0]", written, "out[1]", sums)
+        dw = out_weight
     else:
         dw, sums = _fresh(engine, slopes.astype(np.float64) if exact else slopes)
     dx, target = _target(engine, "grad_output", objects, views, grad, overwrite)
     engine.prelu_backward(spec.of_saved, grad, checked, broadcast, target, sums)
-    if overwrite or out_input is not None:
-        engine.written(dx)
-    else:
-        dx = engine.as_came(dx, grad_output, x)
-    if out_weight is None:
-        return dx, engine.as_came(dw, weight)
-    engine.written(out_weight)
-    return dx, out_weight
+    given_dx = overwrite or out_input is not None
+    dx = _given_back(engine, dx, given_dx, grad_output, x)
+    return dx, _given_back(engine, dw, out_weight is not None, weight)
 
 
 def prelu_backward_exactly(
@@ -437,11 +436,7 @@ class _Backward(_Function):
                 return Mask.pack(saved, self.spec.predicate)
             bits = np.packbits(saved, None, "little")
             return Mask._make(bits, saved.shape, None, self.spec.predicate)
-        row = row_of(saved.dtype)
-        if (
-            not is_accepted(row, integers=self.spec.integers)
-            or not saved.dtype.isnative
-        ):
+        if not _is_native(saved, integers=self.spec.integers):
             return None
         more = len(self.spec.numbers) - len(numbers)
         given = *numbers, *(more * (0.0,))  # of which a mask does not depend
@@ -477,11 +472,23 @@ def _masked(spec: Spec, operation: Operation) -> dict[str, Any]:
     return {"masked": operation, "predicate": spec.predicate}
 
 
+def _is_native(x: ndarray, *, integers: bool) -> bool:
+    """Say whether loops take an array's dtype as it is."""
+    return is_accepted(row_of(x.dtype), integers=integers) and x.dtype.isnative
+
+
 def _is_weak_beside(weight: Any, x: Any) -> bool:
     """Say whether a weight of Python's numbers goes with a plain array."""
     if type(x) is not ndarray or not _arguments.is_weak(weight):
         return False
-    return is_accepted(row_of(x.dtype), integers=False) and x.dtype.isnative
+    return _is_native(x, integers=False)
+
+
+def _weight_of(weight: Any, x: ndarray) -> ndarray:
+    """Return Python's numbers as an array of x's dtype, rounded once."""
+    (given,) = _arguments.read(cpu, ("weight", weight))
+    slopes: ndarray = _arguments.weakly("weight", given, x.dtype)
+    return slopes
 
 
 class _ByChannel(_Function):
@@ -495,7 +502,7 @@ class _ByChannel(_Function):
     def left(self, x: Any, inplace: Any, out: Any, weight: Any, axis: Any) -> Any:
         if not _is_weak_beside(weight, x):
             return super().left(x, inplace, out, weight, axis)
-        return self.call(x, inplace, out, _arguments.slopes(weight, x), axis)
+        return self.call(x, inplace, out, _weight_of(weight, x), axis)
 
     def long(self, x: Any, *others: Any) -> Any:
         return _prelu(self.spec, x, *others)
@@ -516,7 +523,7 @@ class _ByChannelBackward(_Function):
     ) -> Any:
         if not _is_weak_beside(weight, x) or type(grad) is not ndarray:
             return super().left(grad, inplace, out, x, weight, axis)
-        slopes = _arguments.slopes(weight, x)
+        slopes = _weight_of(weight, x)
         dx, dw = self.call(grad, inplace, out, x, slopes, axis)
         is_given = _arguments.pair(out)[1] is not None
         return dx, dw if is_given else cpu.as_came(dw, weight)

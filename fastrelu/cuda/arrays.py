@@ -142,9 +142,7 @@ class Questions(NamedTuple):
     empty_like: Any  # called with an array
     written: Any  # called with an array of the caller's that was written to, or None
     uint8: Any
-    around: (
-        tuple[Any, str, Any] | None
-    )  # a module, its attribute, and what that must be
+    around: tuple[Any, str, Any] | None  # a module, its attribute, what that must be
     captures: bool  # whether memory that a graph's calls lent must be kept
 
 
@@ -274,9 +272,8 @@ class _Pooled(Library):
         return self.address(memory), functools.partial(id, memory)
 
 
-_captured: list[
-    Any
-] = []  # as long as the process lives, for nobody tells of a graph's end
+# What graphs write to, as long as the process lives: nobody tells of a graph's end.
+_captured: list[Any] = []
 
 
 class _CuPy(_Pooled):

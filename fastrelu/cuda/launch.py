@@ -286,13 +286,11 @@ def current(device: int) -> Iterator[None]:
     if error:
         msg = f"the CUDA driver cannot make device {device} the current one: {error}"
         raise RuntimeError(msg)
-    if stays:
-        yield
-        return
     try:
         yield
     finally:
-        driver.cuCtxPopCurrent()
+        if not stays:
+            driver.cuCtxPopCurrent()
 
 
 def device_of(pointer: int) -> int:

@@ -49,19 +49,17 @@ class Quick:
             compiled.PREDICATE: sys.intern(predicate),
             compiled.MODEL: asked.model,
             compiled.STREAM: asked.stream,
+            compiled.MAKE: asked.make,
             compiled.EMPTY_LIKE: asked.empty_like,
+            compiled.WRITTEN: asked.written,
             compiled.EMPTY_BYTES: library.empty_bytes,
             compiled.REFUSED: launch.refused,
         }
-        if asked.make is not None:
-            held[compiled.MAKE] = asked.make
-        if asked.written is not None:
-            held[compiled.WRITTEN] = asked.written
         if asked.around is not None:
             words = compiled.AROUND, compiled.LEVEL, compiled.OUTSIDE
             held |= dict(zip(words, asked.around, strict=True))
         for word, value in held.items():
-            table[word] = id(value)
+            table[word] = 0 if value is None else id(value)
         table[compiled.UINT8] = _word(asked.uint8)
         names = [asked.owner, asked.start, asked.device, "dtype", "shape", asked.size]
         names += [asked.contiguous, asked.strides, asked.unit]
