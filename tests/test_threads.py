@@ -214,6 +214,37 @@ def test_bits_that_are_dropped_while_they_are_used():
     assert run(PRELUDE + script, **pages) == "True\n"
 
 
+def test_shapes_that_others_change_meanwhile():
+    """The loop has its own copy: what NumPy frees is another array's at once."""
+    script = """
+    import warnings
+    if hasattr(os, "sched_setaffinity"):  # on one processor, they are in each other's way
+        os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+    warnings.simplefilter("ignore")
+    x = np.linspace(-1, 1, 1 << 17).astype(np.float32).reshape(256, 512)[:, ::2]
+    y, expected = np.zeros((256, 256), np.float32), np.maximum(x, 0)
+    F.relu(x, out=y)
+    end, answers = time.monotonic() + 4, []
+    def change():
+        while time.monotonic() < end:
+            x.shape = 256, 256, 1
+            others = [np.zeros((1, 2)) for _ in range(3)]  # which get its place
+            x.shape = 256, 256
+    other = threading.Thread(target=change)
+    other.start()
+    while time.monotonic() < end:
+        y.fill(-1)
+        try:
+            F.relu(x, out=y)
+        except ValueError:  # of another shape at that moment
+            continue
+        answers.append(np.array_equal(y, expected))
+    other.join()
+    print(len(answers) > 10, all(answers))
+    """
+    assert run(PRELUDE + script) == "True True\n"
+
+
 def test_the_interpreter_ends_in_the_midst_of_daemon_threads_loops():
     script = """
     def call():

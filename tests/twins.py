@@ -320,6 +320,7 @@ def interpret(monkeypatch):
         "_lines": buffer((walk.FIELDS - 1) * walk.LINE, np.int64),
         "_long_lines": buffer((1 + loops.MOST_ARRAYS) * walk.LONG_LINE, np.int64),
         "_strides": buffer(64, np.int64),
+        "_layout": buffer(64 * (2 + loops.MOST_ARRAYS), np.int64),
         "_operands": buffer(loops.LENGTH + 5, np.int64),
     }
     vectors = {

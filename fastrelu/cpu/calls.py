@@ -35,14 +35,13 @@ from fastrelu.cpu.objects import (
     ndim_of,
     none,
     number_of,
+    one_of,
     overlap,
     pair_of,
     reference_to,
     release_gil,
     size_of,
     take_gil,
-    tuple_item,
-    tuple_size,
     with_mask,
 )
 from fastrelu.cpu.pool import SMALLEST
@@ -81,7 +80,9 @@ NO_AXIS = -(1 << 63)
 BEYOND_SINGLE = 2.0**128 - 2.0**103  # rounded to float32, an infinity
 
 singles = pointer_to(types.CPointer(types.float32))
-_strides = buffer(64, types.int64)  # NumPy has no more axes
+_MOST_AXES = 64  # of NumPy's arrays
+_strides = buffer(_MOST_AXES, types.int64)
+_layout = buffer((2 + loops.MOST_ARRAYS) * _MOST_AXES, types.int64)
 _call_loop, _call_look = calling(loops.SIGNATURE), calling(LOOK_SIGNATURE)
 _call_sums, _call_view = calling(sums.SIGNATURE), calling(VIEW_SIGNATURE)
 _call_weights = calling(sums.WEIGHTS_SIGNATURE)
@@ -404,6 +405,18 @@ def _plan(table, row, y, fresh, many, w, strides):
     return row + LOOP + body + target
 
 
+@inlined
+def _keep_layout(w, kept):
+    """Copy shape and strides, which others may change while the loop runs."""
+    start = kept.ctypes.data
+    for place in range(loops.SHAPE, loops.BESIDE_STRIDES):
+        if w[place] != 0:
+            for axis in range(w[loops.NDIM]):
+                words(start)[axis] = words(w[place])[axis]
+            w[place] = start
+        start += 8 * _MOST_AXES
+
+
 # Answers ------------------------------------------------------------------------------
 
 
@@ -412,7 +425,7 @@ def call(self, arguments, number):
     own = words(words(self)[DATA])
     table, given = words(own[TABLE]), words(arguments)
     like = array_at(arguments, 1, np.int64)
-    w, strides = _operands(like), _strides(like)
+    w, strides, layout = _operands(like), _strides(like), _layout(like)
     x, row, result = given[0], 0, -1
     table[MISSING] = 0
     if is_plain(table, x):
@@ -440,6 +453,8 @@ def call(self, arguments, number):
     if nbytes != 0:
         place = _plan(table, row, y, result == 0, loops.MANY, w, strides)
         loop = _loop(table, place, w[loops.MOVED])
+        if w[loops.LOOP] != 0:
+            _keep_layout(w, layout)
         if loop != 0 and w[loops.CHANNELS] != 0:
             wide = _widen(table, row, w[_OBJECT], w[loops.CHANNELS])
         if loop == 0 or wide == -1:
@@ -479,18 +494,6 @@ def _round(table, row, total, result, channels, half):
 
 
 @inlined
-def _pair(table, out, which):
-    """Return one of the two arrays to write to, None, or 0 for what is no pair."""
-    if out == table[objects.NONE]:
-        return out
-    if words(out)[TYPE] == table[objects.ARRAY]:
-        return out if which == 0 else table[objects.NONE]
-    if words(out)[TYPE] != table[objects.TUPLE] or tuple_size(out) != 2:
-        return 0
-    return tuple_item(out, which)
-
-
-@inlined
 def _plan_apart(table, row, w, axes):
     """Return the place of the loop for sums of elements that lie apart, or 0."""
     if _call_view(table[WALK], (w.ctypes.data, axes.ctypes.data)) == 0:
@@ -506,7 +509,7 @@ def call_sums(self, arguments, number):
     like = array_at(arguments, 1, np.int64)
     w, strides = _operands(like), _strides(like)
     grad, weight, row, result, total = given[0], given[4], 0, -1, -1
-    first, second = _pair(table, given[2], 0), _pair(table, given[2], 1)
+    first, second = one_of(table, given[2], 0), one_of(table, given[2], 1)
     table[MISSING] = 0
     if is_plain(table, grad) and first != 0:
         row = _row(table, grad)

@@ -115,6 +115,16 @@ def is_plain(table, x):
 
 
 @inlined
+def one_of(table, out, which):
+    """Return one of the two arrays to write to, None, or 0 for what is no pair."""
+    if out == table[NONE]:
+        return out
+    if words(out)[TYPE] != table[TUPLE]:
+        return out if which == 0 else table[NONE]
+    return tuple_item(out, which) if tuple_size(out) == 2 else 0
+
+
+@inlined
 def is_c_order(x):
     return words(x)[FLAGS] & C_ORDER != 0
 

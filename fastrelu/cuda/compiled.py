@@ -49,6 +49,7 @@ from fastrelu.cpu.objects import (
     new_mask,
     none,
     number_of,
+    one_of,
     overlap,
     pair_of,
     restore_thread,
@@ -762,20 +763,10 @@ def _refused(table, result, w):
 
 
 @inlined
-def _one_of(table, out, which):
-    """Return one of the two arrays to write to, None, or 0 for what is no pair."""
-    if out == table[objects.NONE]:
-        return out
-    if words(out)[TYPE] != table[objects.TUPLE]:
-        return out if which == 0 else table[objects.NONE]
-    return tuple_item(out, which) if tuple_size(out) == 2 else 0
-
-
-@inlined
 def _answer_both(table, given, w):
     """Return both gradients, 0 where an error is on its way, or -1."""
     grad, weight = given[0], given[4]
-    out, out_weight = _one_of(table, given[2], 0), _one_of(table, given[2], 1)
+    out, out_weight = one_of(table, given[2], 0), one_of(table, given[2], 1)
     row = _take_both(table, given, w) if out != 0 else 0
     if row == 0 or not _is_current(table, row, w):
         return -1
