@@ -22,7 +22,16 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fastrelu import _torch
-from fastrelu._dtypes import BY_NAME, FLOATS, REALS, Row, is_accepted, name_of, row_of
+from fastrelu._dtypes import (
+    BY_NAME,
+    FLOATS,
+    REALS,
+    Row,
+    is_accepted,
+    name_of,
+    rounded,
+    row_of,
+)
 from fastrelu._layout import is_simple
 from fastrelu._spec import Spec
 from fastrelu.mask import ANSWERS, Mask, is_foreign
@@ -205,13 +214,24 @@ class Number(NamedTuple):
             raise ValueError(msg)
         return value
 
+    def kept_in(self, x: Array) -> float:
+        """Return the number that goes with an array, which can hold it."""
+        row, value = _row(x), self.of(x)
+        if row is not None and abs(value) > _LARGEST.get(row.name, math.inf):
+            msg = f"{self.name} must fit {row.name}, got {self.float64}"
+            raise ValueError(msg)
+        return value
+
+
+_LARGEST = {"float16": 65504.0, "bfloat16": 2.0**128 - 2.0**120}  # computed in float32
+
 
 def number(name: str, value: Any) -> Number:
     """Return a finite real number as it is rounded to float64 and to float32."""
     if type(value) is float:
         nearest = value
     else:
-        value = _real(name, value)
+        value = real_number(name, value)
         try:
             nearest = float(value)
         except OverflowError:
@@ -225,7 +245,7 @@ def number(name: str, value: Any) -> Number:
     return Number(name, nearest, ctypes.c_float(_odd(nearest, value)).value)
 
 
-def _real(name: str, value: Any) -> Any:
+def real_number(name: str, value: Any) -> Any:
     """Return a real number that compares with floats exactly, or refuse it."""
     if _is(value, np.ndarray):
         value = value[()] if value.ndim == 0 else value
@@ -288,22 +308,14 @@ def weakly(name: str, given: Array, dtype: np.dtype[Any]) -> Array:
         msg = f"{name} must be real numbers of at most 64 bits, got {shown(given)}"
         raise TypeError(msg)
     with np.errstate(all="ignore"):
-        if dtype.kind == "V":
-            # bfloat16 is rounded from float32, whose last bit says if something was lost.
-            single = given.astype(np.float32)
-            bits = single.view(np.uint32)
-            bits -= np.abs(single) > np.abs(given)
-            bits |= single != given
-            rounded = single.astype(dtype)
-        else:
-            rounded = given.astype(dtype)
-        fits = np.isfinite(rounded) == np.isfinite(given)
+        value = rounded(given, dtype)
+        fits = np.isfinite(value) == np.isfinite(given)
         if dtype.kind in "iu":
-            fits = rounded == given
+            fits = value == given
     if not np.all(fits):
         msg = f"{name} must fit {dtype}, got {shown(given)}"
         raise ValueError(msg)
-    return rounded
+    return value
 
 
 def spread(name: str, value: Any, model: Array) -> Array:

@@ -38,6 +38,7 @@ from dask.core import flatten
 
 from fastrelu import _arguments, _dispatch, cpu
 from fastrelu._arguments import is_number, is_on_gpu
+from fastrelu._dtypes import rounded
 from fastrelu._layout import added_up
 from fastrelu.mask import Mask
 
@@ -397,7 +398,7 @@ def backward(
         if model.dtype not in (given.dtype, np.bool_):
             # What was active is asked in saved's own dtype: each block rounds to both.
             _numbers(names, numbers, model)
-            rounded = list(map(_arguments._real, names, numbers))
+            rounded = list(map(_arguments.real_number, names, numbers))
     label, call = f"{spec.name}_backward", functools.partial(_call, function)
     return _mapped(label, call, saved, (grad, saved, *rounded), given.dtype)
 
@@ -558,7 +559,7 @@ def _rounded(to: Any, parts: Any, axis: Any = (), keepdims: bool = True) -> Arra
     with np.errstate(all="ignore"):
         total, errors = _added(parts, axis, keepdims)
         # Past an infinity or a NaN the errors are NaN and say nothing.
-        return np.where(np.isfinite(total), total + errors, total).astype(to)
+        return rounded(np.where(np.isfinite(total), total + errors, total), to)
 
 
 # Randomised leaky ReLU ----------------------------------------------------------------

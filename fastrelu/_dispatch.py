@@ -2,8 +2,9 @@
 
 A quick call asks an array the few questions that say that no check could fail.  Each
 public function has one; whatever it does not take, it hands on to the function's `left`
-here: the first call of a kind, which makes something ready, arrays on a GPU, and all
-that needs the long way, with its checks and error messages.
+here: the first call of a kind, which makes something ready, what comes to a quick call
+with other arguments (tensors, memory maps, bools, Python's numbers), arrays on a GPU, and
+all that needs the long way, with its checks and error messages.
 """
 
 import functools
@@ -25,6 +26,8 @@ from fastrelu._spec import ARRAY, BITS, NUMBER, WEIGHT, Operation, Spec
 from fastrelu.cpu.abi import Unproven
 from fastrelu.mask import Mask
 
+HINT = 'pip install "fastrelu[cuda13]", or "fastrelu[cuda12]" for a driver of CUDA 12'
+
 Array = Any
 _ON_GPU: set[type] = set()  # the types of arrays on a GPU that came so far
 
@@ -42,16 +45,12 @@ def engine_of(value: object) -> ModuleType:
 def _cuda() -> ModuleType:
     """Return the engine for arrays on a GPU, imported when the first one comes."""
     if importlib.util.find_spec("numba_cuda") is None:
-        msg = (
-            "fastrelu needs numba-cuda for arrays on a GPU: "
-            'pip install "fastrelu[cuda13]", or "fastrelu[cuda12]" for a driver of '
-            "CUDA 12"
-        )
+        msg = f"fastrelu needs numba-cuda for arrays on a GPU: {HINT}"
         raise ImportError(msg)
     return importlib.import_module(f"{__package__}.cuda")
 
 
-def _lazily(*values: Any) -> ModuleType | None:
+def lazily(*values: Any) -> ModuleType | None:
     """Return what takes Dask's arrays, if one of the values is one.
 
     It is imported when the first one comes.
@@ -289,32 +288,70 @@ class _Function:
     def __dask_tokenize__(self) -> Any:
         return self.names
 
-    def left(self, x: Any, /, *others: Any) -> Any:
+    def left(self, x: Any, inplace: Any, out: Any, /, *operands: Any) -> Any:
         """Take what the quick call does not."""
+        given = x, inplace, out, *operands
         if type(x) is ndarray:
-            y = self._again(x, *others)
+            y = self._quickly(x, inplace, out, *self._plainly(x, *operands))
+        elif cpu.has_array(x):
+            y = self._by_arrays(*given)
         else:
             calls = self.on_gpu.get(type(x)) or self._elsewhere(x)
-            y = calls and getattr(calls, self.way)(x, *others)
+            y = calls and getattr(calls, self.way)(*given)
         if y is not None:
             return y
-        engine = _lazily(x, *others)
+        engine = lazily(x, out, *operands)
         if engine is not None:
-            return getattr(engine, self.way)(self, x, *others)
-        return self.long(x, *others)
+            return getattr(engine, self.way)(self, *given)
+        return self.long(*given)
 
-    def _again(self, x: Any, *others: Any) -> Any:
-        """Make the quick call again if something was missing, or return None."""
+    def _quickly(self, x: ndarray, *others: Any) -> Any:
+        """Make the quick call, and again if something was missing, or return None."""
         if not cpu.is_fast():
             return None
-        try:
-            y = self.quick.again(x, *others, integers=self.spec.integers)
-        except Unproven as error:
-            cpu.give_up(error)
-            return None
+        y = self.quick.call(x, *others)
+        if y is None:
+            try:
+                y = self.quick.again(x, *others, integers=self.spec.integers)
+            except Unproven as error:
+                cpu.give_up(error)
+                return None
         if self.quick.rows and not self.asks_numpy:
             self._chain()
         return y
+
+    def _by_arrays(self, x: Any, inplace: Any, out: Any, *operands: Any) -> Any:
+        """Make the quick call with arrays on tensors in the host's memory, or return None."""
+        came = {}  # arrays, too: one that is gone leaves its id to others
+
+        def array_on(value: Any) -> Any:
+            array = cpu.array_on(value)
+            came[id(array)] = array, value
+            return array
+
+        def back(y: Any, *models: Any) -> Any:
+            if type(y) is not ndarray:  # a mask, or nothing: the call was left
+                return y
+            if id(y) not in came:
+                return cpu.as_came(y, *models)
+            _, given = came[id(y)]
+            cpu.written(given)
+            return given
+
+        array = array_on(x)
+        if type(array) is not ndarray:
+            return None
+        out = tuple(map(array_on, out)) if type(out) is tuple else array_on(out)
+        plain = self._plainly(array, *map(array_on, operands))
+        results = self._quickly(array, inplace, out, *plain)
+        if type(results) is not tuple:
+            return back(results, x)
+        y, other = results  # a mask, or the gradient towards a weight
+        return back(y, x), back(other, *operands[1:2])
+
+    def _plainly(self, x: ndarray, *operands: Any) -> Sequence[Any]:
+        """Return operands as quick calls take them, where that is plain."""
+        return operands
 
     def _elsewhere(self, x: Any) -> Any:
         """Return the calls for a type of arrays on a GPU, from its second array on."""
@@ -414,18 +451,17 @@ class _Backward(_Function):
         )
         self.forward = forward
 
-    def left(self, grad: Any, inplace: Any, out: Any, saved: Any, *numbers: Any) -> Any:
+    def _plainly(self, grad: ndarray, *operands: Any) -> Sequence[Any]:
+        saved, *numbers = operands
         mask = self._mask_of(grad, saved, numbers)
-        if mask is None:
-            return super().left(grad, inplace, out, saved, *numbers)
-        return self.call(grad, inplace, out, mask, *numbers)
+        return operands if mask is None else (mask, *numbers)
 
     def _mask_of(self, grad: Any, saved: Any, numbers: Any) -> Mask | None:
         """Return the mask of a plain saved array of another dtype, or None.
 
         Quick calls take it, where the long way would cost small arrays many times more.
         """
-        if type(saved) is not ndarray or type(grad) is not ndarray:
+        if type(saved) is not ndarray:
             return None
         if saved.dtype == grad.dtype or saved.shape != grad.shape:
             return None
@@ -477,18 +513,14 @@ def _is_native(x: ndarray, *, integers: bool) -> bool:
     return is_accepted(row_of(x.dtype), integers=integers) and x.dtype.isnative
 
 
-def _is_weak_beside(weight: Any, x: Any) -> bool:
-    """Say whether a weight of Python's numbers goes with a plain array."""
-    if type(x) is not ndarray or not _arguments.is_weak(weight):
-        return False
-    return _is_native(x, integers=False)
-
-
-def _weight_of(weight: Any, x: ndarray) -> ndarray:
-    """Return Python's numbers as an array of x's dtype, rounded once."""
+def _weight_of(weight: Any, x: Any) -> Any:
+    """Return a weight; of Python's numbers, as an array of x's dtype, rounded once."""
+    if not _arguments.is_weak(weight) or type(x) is not ndarray:
+        return weight
+    if not _is_native(x, integers=False):
+        return weight
     (given,) = _arguments.read(cpu, ("weight", weight))
-    slopes: ndarray = _arguments.weakly("weight", given, x.dtype)
-    return slopes
+    return _arguments.weakly("weight", given, x.dtype)
 
 
 class _ByChannel(_Function):
@@ -499,10 +531,9 @@ class _ByChannel(_Function):
     def __init__(self, spec: Spec) -> None:
         super().__init__(spec, Operation(spec.formula, (ARRAY, WEIGHT)))
 
-    def left(self, x: Any, inplace: Any, out: Any, weight: Any, axis: Any) -> Any:
-        if not _is_weak_beside(weight, x):
-            return super().left(x, inplace, out, weight, axis)
-        return self.call(x, inplace, out, _weight_of(weight, x), axis)
+    def _plainly(self, x: ndarray, *operands: Any) -> Sequence[Any]:
+        weight, axis = operands
+        return _weight_of(weight, x), axis
 
     def long(self, x: Any, *others: Any) -> Any:
         return _prelu(self.spec, x, *others)
@@ -518,15 +549,16 @@ class _ByChannelBackward(_Function):
             spec, Operation(spec.of_saved, (ARRAY, ARRAY, WEIGHT)), sums=True
         )
 
-    def left(
-        self, grad: Any, inplace: Any, out: Any, x: Any, weight: Any, axis: Any
-    ) -> Any:
-        if not _is_weak_beside(weight, x) or type(grad) is not ndarray:
-            return super().left(grad, inplace, out, x, weight, axis)
-        slopes = _weight_of(weight, x)
-        dx, dw = self.call(grad, inplace, out, x, slopes, axis)
-        is_given = _arguments.pair(out)[1] is not None
-        return dx, dw if is_given else cpu.as_came(dw, weight)
+    def left(self, grad: Any, inplace: Any, out: Any, /, *operands: Any) -> Any:
+        results = super().left(grad, inplace, out, *operands)
+        if type(grad) is not ndarray or not _arguments.is_number(operands[1]):
+            return results
+        dx, dw = results
+        return dx, dw if _arguments.pair(out)[1] is not None else dw[()]
+
+    def _plainly(self, grad: ndarray, *operands: Any) -> Sequence[Any]:
+        x, weight, axis = operands
+        return x, _weight_of(weight, x), axis
 
     def long(self, grad: Any, *others: Any) -> Any:
         if _stands_for_all(grad, others[0], others[2]):
@@ -597,11 +629,11 @@ def slopes(x: Any, lower: Any, upper: Any, training: Any, rng: Any) -> Any:
     fit = all(math.isfinite(bound.float32) for bound in bounds)  # whatever x is
     if fit and rng is None and not draw:
         return middle(low, high)
-    engine, lazy = engine_of(x), _lazily(x)
+    engine, lazy = engine_of(x), lazily(x)
     model = x if lazy else _arguments.read(engine, ("x", x))[0]
     model = _arguments.accepted("x", model)
     for bound in bounds:
-        bound.of(model)
+        bound.kept_in(model) if draw else bound.of(model)
     if not draw:
         if engine is cpu and rng is not None:
             _arguments.generator(rng)

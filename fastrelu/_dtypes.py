@@ -74,3 +74,15 @@ def name_of(dtype: Any) -> str:
 def is_accepted(row: Row | None, *, integers: bool) -> bool:
     """Say whether functions take a dtype; `integers` says that they take those, too."""
     return row is not None and (row.kind == "f" or integers)
+
+
+def rounded(given: Any, dtype: np.dtype[Any]) -> Any:
+    """Return an array of float64 or of integers in a dtype, rounded once."""
+    if dtype.kind != "V":
+        return given.astype(dtype)
+    # bfloat16 is rounded from float32, whose last bit says if something was lost.
+    single = given.astype(np.float32)
+    bits = single.view(np.uint32)
+    bits -= np.abs(single) > np.abs(given)
+    bits |= single != given
+    return single.astype(dtype)

@@ -3,6 +3,7 @@
 PyTorch is not imported here: whoever has a tensor has it.
 """
 
+import functools
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -17,8 +18,14 @@ def forward_mode() -> Any:
 
 def is_tensor(value: Any) -> bool:
     """Ask the type alone."""
+    type_: Any = type(value)
+    return _is_of_tensors(type_)
+
+
+@functools.lru_cache(256)
+def _is_of_tensors(type_: Any) -> bool:
     torch = sys.modules.get("torch")
-    return torch is not None and issubclass(type(value), getattr(torch, "Tensor", ()))
+    return torch is not None and issubclass(type_, getattr(torch, "Tensor", ()))
 
 
 def is_plain(tensor: Any) -> bool:

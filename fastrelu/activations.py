@@ -742,7 +742,7 @@ def squared_relu(x: Any, /, inplace: bool = False, *, out: Any = None) -> Any:
 
         y = 0 if x <= 0 else x * x
 
-    At 0 the value is +0 and the derivative 0.  A NaN stays a NaN.
+    At 0, and at -0, the value is +0 and the derivative 0.  A NaN stays a NaN.
 
     Parameters
     ----------
@@ -945,6 +945,11 @@ def threshold(
         If `threshold` or `value` is not finite once it is rounded, and for `out` as
         `relu` does.
 
+    References
+    ----------
+    .. [1] K. Konda, R. Memisevic and D. Krueger, "Zero-bias autoencoders and the benefits
+       of co-adapting features", ICLR 2015, arXiv:1402.3337; with a `value` of 0.
+
     Examples
     --------
     >>> import numpy as np
@@ -1114,14 +1119,16 @@ def rrelu(
         float16, bfloat16, float32 or float64.  Without `inplace`, also anything
         ``numpy.asarray`` makes such an array of.
     lower, upper : float
-        Any finite numbers, the first not above the second.
+        Any finite numbers, the first not above the second; in training, x's dtype must be
+        able to hold them, as it holds the slopes.
     training : bool
         Draw slopes, and return them.
     inplace : bool
         Overwrite `x` and return it.
     rng : numpy.random.Generator or what ``numpy.random.default_rng`` takes, optional
         What slopes are drawn from, in C order, whatever the layout: None for one that is
-        seeded afresh.  For CuPy arrays, a ``cupy.random.Generator`` or None.
+        seeded afresh.  For CuPy arrays a ``cupy.random.Generator``, for PyTorch's on a
+        GPU a ``torch.Generator``, or None.
     out : array, optional
         Where to write the result; of x's shape and dtype.  It may be `x` and may
         overlap it.
@@ -1219,7 +1226,8 @@ def rrelu_backward(
     TypeError
         For another kind of argument or dtype, a mask among them.
     ValueError
-        If `x` or `slopes` has another shape, and for `out` as `relu` does.
+        If `x` or `slopes` has another shape, if slopes that are a number are not finite
+        once they are rounded, and for `out` as `relu` does.
 
     Examples
     --------

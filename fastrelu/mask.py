@@ -166,7 +166,7 @@ class Mask:
         """
         from fastrelu import _arguments, _dispatch, cpu
 
-        engine = _dispatch._lazily(bools)
+        engine = _dispatch.lazily(bools)
         if engine is not None:
             lazy: Mask = engine.pack(bools, predicate)
             return lazy

@@ -191,7 +191,7 @@ class Parameter:
     array([6., 8.])
     """
 
-    _used = True  # whether a step has used grad, so that the next one replaces it
+    _used = True  # whether a step has used grad, so that the next gradient replaces it
 
     def __init__(self, value: Array, *, decay: bool = True) -> None:
         _check_floats("value", value)
@@ -875,7 +875,7 @@ def dead_units(
         raise TypeError(msg)
     _check_array("x", x)
     batch_size = _count("batch_size", batch_size)
-    if not len(x):
+    if x.ndim == 0 or not len(x):
         msg = f"x must hold at least one sample, got shape {x.shape}"
         raise ValueError(msg)
     dead: list[Array] = []

@@ -18,6 +18,7 @@ from reference import assert_same
 
 import fastrelu as F
 from fastrelu import _dispatch, activations, cpu
+from fastrelu.cpu import build, fast, quick, threads
 
 FLOAT32 = np.dtype(np.float32)
 FUNCTIONS = {
@@ -474,6 +475,28 @@ def test_saved_of_another_type(function, argument, dtype):
     expected = call(function, given | {"saved": wrong.astype(np.float32)})
     for saved in (wrong, np.asfortranarray(wrong), place(wrong, "swapped")[0]):
         assert_same(call(function, given | {"saved": saved}), expected)
+
+
+def test_no_output_is_touched_before_its_loop_is_compiled(monkeypatch):
+    """Memory may end there, or somebody have enough of it."""
+    if not cpu.is_fast():
+        pytest.skip("the portable loops have no quick calls")
+    grad = np.asfortranarray(np.arange(1.0, 7).reshape(2, 3))
+    mask, out, asked = F.Mask.pack(np.arange(6).reshape(2, 3) > 2), np.ones((2, 3)), []
+
+    def no_memory(*_):
+        raise MemoryError
+
+    monkeypatch.setattr(fast, "quick_call", quick.Call)  # with nothing compiled
+    monkeypatch.setattr(threads, "ready", asked.append)
+    with monkeypatch.context() as patch:
+        patch.setattr(build, "compiled", no_memory)
+        with pytest.raises(MemoryError):
+            F.relu_backward(grad, mask, out=out)
+    assert (out == 1).all()
+    F.relu_backward(grad, mask, out=out)
+    assert_same(out, np.where(mask, grad, 0))
+    assert asked == [2 * out.nbytes]  # no threads for so few elements
 
 
 @pytest.mark.parametrize("shape", ["3 2", "6", "2 3 1", "1 6", "2 4", "5", ""])

@@ -13,6 +13,7 @@ import types
 from fractions import Fraction
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 import pytest
 import reference
@@ -156,6 +157,17 @@ def test_half_floats_are_rounded_once_for_all_blocks(dtype):
     for weight in (np.ones(2, dtype), np.ones(2, np.float32)):
         _, dw = F.prelu_backward(lazy(g, 64), lazy(x, 64), weight)
         assert_weight_gradient(dw.compute(), g, x, weight)
+
+
+def test_a_sum_of_blocks_is_rounded_once():
+    """Rounded to float32 first, it would be a tie."""
+    bfloat16 = ml_dtypes.bfloat16
+    x = np.array([-1, -(2**-8), -(2**-20)], bfloat16)
+    g = np.array([-1, -1, -(2**-20)], bfloat16)
+    for size in 1, 3:
+        both = lazy(g, size), lazy(x, size)
+        _, dw = F.prelu_backward(*both, np.ones(1, bfloat16), axis=0)
+        assert dw.compute()[0] == 1 + 2**-7
 
 
 def test_infinities_in_blocks():

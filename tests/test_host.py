@@ -31,8 +31,10 @@ HOSTS = {
     "version 1": (
         {
             "proc/self/cgroup": "2:cpu,cpuacct:/a\n1:memory:/b\n0::/\n",
-            "sys/fs/cgroup/cpu/a/cpu.cfs_quota_us": "400000\n",
+            "sys/fs/cgroup/cpu/a/cpu.cfs_quota_us": "100000\n",
+            "sys/fs/cgroup/cpu/a/cpu.cfs_period_us": "25000\n",
             "sys/fs/cgroup/cpu/cpu.cfs_quota_us": "-1\n",
+            "sys/fs/cgroup/cpu/cpu.cfs_period_us": "100000\n",
         },
         4,
     ),

@@ -721,6 +721,11 @@ WRONG = {
         "labels",
         lambda: nn.softmax_cross_entropy(np.ones((1, 2)), [0]),
     ),
+    "a number for samples": (
+        ValueError,
+        "x",
+        lambda: nn.dead_units(small("relu"), np.array(1.0)),
+    ),
     "no Sequential": (TypeError, "model", lambda: nn.dead_units(dense(), np.ones(3))),
     "samples' kind": (TypeError, "x", lambda: nn.dead_units(small("relu"), [])),
     "parameters' kind": (

@@ -385,6 +385,24 @@ def test_a_sum_is_rounded_once(bits):
     assert_same(result.view(dtype), expected.astype(dtype))
 
 
+@pytest.mark.parametrize("engine", ["fast", "portable"])
+def test_a_sum_is_rounded_once_the_long_way(engine):
+    """Rounded to float32 first, it would be a tie."""
+    script = """
+    import ml_dtypes
+    import numpy as np
+    import fastrelu as F
+    rows = np.zeros((2, 7), "u1")
+    g, x = (row[1:].view(ml_dtypes.bfloat16) for row in rows)  # nothing is aligned
+    g[:], x[:] = [-1, -1, -(2**-20)], [-1, -(2**-8), -(2**-20)]
+    weight = np.ones(1, g.dtype)
+    out = np.zeros(3, g.dtype), np.zeros(1, g.dtype)
+    for y in F.prelu_backward(g, x, weight, axis=0), F.prelu_backward(g, x, weight, axis=0, out=out):
+        print(y[1][0] == 1 + 2**-7, y[0].tolist() == g.tolist(), end=" ")
+    """
+    assert run(script, FASTRELU_ENGINE=engine) == "True True True True "
+
+
 def test_other_threads_find_no_pair_that_is_not_whole():
     """The garbage collector knows every tuple there is while the loop runs."""
     script = """

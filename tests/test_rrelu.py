@@ -1,5 +1,6 @@
 """Randomised leaky ReLU in training: a slope of its own for each element."""
 
+import ml_dtypes
 import numpy as np
 import pytest
 import reference
@@ -82,7 +83,7 @@ def drawn(dtype, lower, upper):
 
 
 @pytest.mark.parametrize(
-    "bounds", [(0.25, 0.5), (0, 1e-8), (1e-45, 1e-40), (1e-60, 1e-50), (0, 1e5)]
+    "bounds", [(0.25, 0.5), (0, 1e-8), (1e-45, 1e-40), (1e-60, 1e-50), (0, 65504)]
 )
 @each_float
 def test_what_a_cast_loses_is_no_error(dtype, bounds):
@@ -109,6 +110,23 @@ def test_bounds_must_be_finite_in_the_type_of_products(dtype, training):
         with pytest.raises(ValueError, match=said):
             F.rrelu(np.ones(3, dtype), lower, upper, training)
         assert np.isfinite(F.rrelu([-1.0, 2.0], lower, upper, training)).all()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "most"), [("float16", 65504.0), ("bfloat16", 3.3895313892515355e38)]
+)
+def test_bounds_must_fit_the_slopes_that_are_drawn(dtype, most):
+    dtype = getattr(ml_dtypes, dtype, dtype)
+    x = np.array([-1, 0], dtype)
+    y, slopes = F.rrelu(x, -most, most, training=True, rng=0)
+    assert np.isfinite(slopes.astype(np.float64)).all()
+    assert y[1] == 0
+    beyond = np.nextafter(np.float32(most), np.float32(np.inf)).item()
+    for lower, upper, name in (0, beyond, "upper"), (-beyond, 0, "lower"):
+        said = rf"{name} must fit {np.dtype(dtype)}"
+        with pytest.raises(ValueError, match=said):
+            F.rrelu(x, lower, upper, training=True)
+        assert F.rrelu(x, lower, upper)[1] == 0  # of which none is kept
 
 
 WRONG = {

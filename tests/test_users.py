@@ -12,7 +12,7 @@ from conftest import FLOATS, sample
 from reference import assert_same
 
 import fastrelu as F
-from fastrelu import _arguments
+from fastrelu import _arguments, activations
 
 X = sample((4, 3, 5), np.dtype(np.float32))
 
@@ -409,6 +409,79 @@ NOT_PLAIN = {
 }
 
 
+# What a user may write with arrays or tensors: of x and a weight of its columns.
+QUICK = {
+    "relu": lambda x, w: F.relu(x),
+    "out": lambda x, w: F.relu(x, out=x[:] * 1),
+    "in place": lambda x, w: F.relu(x[:] * 1, inplace=True),
+    "mask": lambda x, w: F.leaky_relu(x, 0.1, return_mask=True),
+    "backward": lambda x, w: F.relu_backward(x, x),
+    "backward of a mask": lambda x, w: F.relu_backward(
+        x, F.relu(x, return_mask=True)[1]
+    ),
+    "backward of bools": lambda x, w: F.relu_backward(x, x > 0),
+    "weight": lambda x, w: F.prelu(x, w),
+    "both gradients": lambda x, w: F.prelu_backward(x, x, w),
+    "strides": lambda x, w: F.relu(x[:, ::2]),
+    "no dimensions": lambda x, w: F.relu(x[0, :1].reshape(())),
+}
+
+
+def torch_tensor(path, array):
+    return pytest.importorskip("torch").tensor(array)
+
+
+def memory_map(path, array):
+    written = np.memmap(path, array.dtype, "w+", shape=array.shape)
+    written[...] = array
+    return written
+
+
+@pytest.mark.parametrize("kind", [torch_tensor, memory_map])
+def test_results_are_written_to_what_was_given(kind, tmp_path):
+    x = np.linspace(-2, 2, 12, dtype="f4").reshape(4, 3)
+    w, zeros = np.full(3, 0.25, "f4"), np.zeros((4, 3), "f4")
+    made = [kind(tmp_path / str(i), each) for i, each in enumerate((x, w, zeros, w))]
+    given, weight, out, dw = made
+    for target in (out, zeros):
+        assert F.relu(given, out=target) is target
+        assert F.relu(given, return_mask=True, out=target)[0] is target
+        np.testing.assert_array_equal(target, F.relu(x))
+        assert F.relu(x, out=target) is target
+    for pair in ((out, dw), (zeros, w.copy())):
+        results = F.prelu_backward(given, given, weight, out=pair)
+        assert [a is b for a, b in zip(results, pair, strict=True)] == [True, True]
+        for y, expected in zip(pair, F.prelu_backward(x, x, w), strict=True):
+            np.testing.assert_array_equal(y, expected)
+    fresh = type(F.relu(given))
+    assert type(F.prelu_backward(given, given, w)[1]) is np.ndarray
+    assert type(F.prelu_backward(given, given, 0.25)[1]) is np.float32
+    assert type(F.prelu_backward(x, x, weight)[1]) is fresh
+    assert type(F.prelu_backward(x, x, weight)[0]) is np.ndarray
+    assert F.prelu(given, weight, inplace=True) is given
+    np.testing.assert_array_equal(given, F.prelu(x, w))
+
+
+@pytest.mark.parametrize("kind", [torch_tensor, memory_map])
+def test_what_a_signal_handler_raises_is_not_lost(kind, tmp_path, monkeypatch):
+    """Whatever it is; and nothing is done twice."""
+    x, quick = (
+        kind(tmp_path / "x", -np.ones(3, "f4")),
+        activations._leaky_relu_forward.quick,
+    )
+    F.leaky_relu(x, 0.5, inplace=True)
+    call = quick.call
+
+    def interrupted(*given):
+        call(*given)
+        raise ValueError
+
+    monkeypatch.setattr(quick, "call", interrupted)
+    with pytest.raises(ValueError, match=r"^$"):
+        F.leaky_relu(x, 0.5, inplace=True)
+    assert x.tolist() == 3 * [-0.25]
+
+
 class TestTensors:
     @pytest.fixture(autouse=True)
     def torch(self):
@@ -431,6 +504,40 @@ class TestTensors:
         y = F.relu(x, inplace=True)
         assert y is x
         assert bool((x >= 0).all())
+
+    @pytest.mark.parametrize("name", QUICK)
+    def test_cost_little_more_than_arrays(self, torch, name, monkeypatch):
+        """No check that costs time is asked of what is plainly an array"""
+        call = QUICK[name]
+        arrays = (
+            np.linspace(-2, 2, 12, dtype="f4").reshape(4, 3),
+            np.full(3, 0.25, "f4"),
+        )
+        theirs = call(*arrays)
+        tensors = tuple(map(torch.tensor, arrays))
+        call(*tensors)
+        monkeypatch.setattr(_arguments, "read", None)  # the long way's
+        ours = call(*tensors)
+        with torch.no_grad():
+            call(tensors[0].requires_grad_(), tensors[1])
+        if not isinstance(theirs, tuple):
+            ours, theirs = (ours,), (theirs,)
+        for y, expected in zip(ours, theirs, strict=True):
+            assert type(y) is (F.Mask if type(expected) is F.Mask else torch.Tensor)
+            np.testing.assert_array_equal(y, expected)
+
+    def test_are_named_where_something_is_wrong(self, torch):
+        x = torch.ones(2)
+        for call in (
+            lambda: F.relu(x, return_mask=x),
+            lambda: F.relu(x, out=[x]),
+            lambda: F.leaky_relu(x, x),
+        ):
+            with pytest.raises(TypeError, match=r"got (Tensor|list)"):
+                call()
+        with pytest.raises(ValueError, match="saved must have the shape"):
+            F.relu_backward(x, x[:1])
+        assert torch.equal(x, torch.ones(2))
 
     def test_share_their_memory(self, torch):
         x = torch.randn(4)
@@ -500,12 +607,21 @@ class TestTensors:
         [
             lambda x, w: F.relu(x, inplace=True),
             lambda x, w: F.relu(x.clone(), out=x, return_mask=True),
+            lambda x, w: F.relu(x.numpy().copy(), out=x),
             lambda x, w: F.prelu(x, w, out=x),
             lambda x, w: F.relu_backward(x, x > 0, inplace=True),
             lambda x, w: F.prelu_backward(x, x, w, inplace=True),
             lambda x, w: F.prelu_backward(x.clone(), x, w, out=(None, x[0, :1])),
         ],
-        ids=["in place", "out", "weights", "gradient", "both", "a weight's gradient"],
+        ids=[
+            "in place",
+            "out",
+            "an array's",
+            "weights",
+            "gradient",
+            "both",
+            "a weight's gradient",
+        ],
     )
     def test_that_a_backward_pass_needed(self, torch, write):
         """PyTorch is told of what was written, and refuses to go on with it"""

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from fastrelu._arguments import generator, is_on_gpu, kind_of, shown
-from fastrelu._dtypes import row_of
+from fastrelu._dtypes import rounded, row_of
 from fastrelu._layout import added_up, channels_of, memory_order, slopes_of
 from fastrelu.cpu import abi, libraries, portable
 from fastrelu.cpu.shield import alone as alone
@@ -77,6 +77,8 @@ def get_default_memory_pool() -> Any:
     Returns
     -------
     MemoryPool
+        With CuPy's names: `used_bytes`, `free_bytes`, `total_bytes`, `free_all_blocks`,
+        `get_limit` and `set_limit`.
 
     Examples
     --------
@@ -121,7 +123,7 @@ def read(value: Any, *, convert: bool = True) -> Array:
     if theirs is not None:
         return theirs
     if not convert:
-        msg = f"a numpy.ndarray, to be written to, got {kind_of(value)}"
+        msg = f"one that can be written to, got {kind_of(value)}"
         raise TypeError(msg)
     try:
         return np.asarray(value)
@@ -132,6 +134,7 @@ def read(value: Any, *, convert: bool = True) -> Array:
 
 as_came = libraries.as_came
 written = libraries.written
+has_array, array_on = libraries.has_array, libraries.array_on
 
 
 def lend(*arrays: Array) -> None:
@@ -210,9 +213,10 @@ def prelu_backward(
     view = channels_of(out.transpose(order).shape, weight.shape)
     slopes = slopes_of(weight, view, x)
     sums = np.empty((2, view.channels))
-    # Nothing may fail once out is written, so that sums of sums are for another array.
-    finite = None if view.spread else np.empty(view.span, bool)
-    y = _loops.empty_like(out) if view.spread else out
+    # Nothing may fail once out is written: what takes memory later is for another array.
+    apart = view.spread or out_weight.dtype.kind == "V"
+    finite = None if apart else np.empty(view.span, bool)
+    y = _loops.empty_like(out) if apart else out
     operands = grad, x, slopes, y, order, view.inner, sums
     _loops.weight_sums(gradient, *operands)()
     axes = sorted(range(x.ndim), key=order.__getitem__)
@@ -222,6 +226,8 @@ def prelu_backward(
         total, errors = sums[0, ...], sums[1, ...]
         np.add(total, errors, out=total, where=np.isfinite(total, out=finite))
         total = total.reshape(weight.shape).transpose(axes).reshape(out_weight.shape)
+        if out_weight.dtype.kind == "V":
+            total = rounded(total, out_weight.dtype)
         if y is not out:
             np.copyto(out, y)
         out_weight[...] = total  # beyond a half float it is an infinity

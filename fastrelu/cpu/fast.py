@@ -53,9 +53,10 @@ def _run_over(
     call: Call, x: Array, y: Array, waiting: Any, bits: Array, *numbers: float
 ) -> None:
     """Do the same for flat arrays once what waits is copied to y, if anything does."""
-    if waiting:
-        _run(call, x[:0], y[:0], bits[:0], *numbers)
-        threads.ready()
+    if waiting:  # then x is y; for an empty array no loop would be compiled
+        one = np.zeros(1, y.dtype)
+        _run(call, one, one, np.zeros(1, np.uint8), *numbers)
+        threads.ready(2 * y.nbytes)
     for pair in waiting:
         np.copyto(*pair)
     _run(call, x, y, bits, *numbers)
@@ -88,13 +89,13 @@ def elementwise(function: Function, operands: Operands, out: Array) -> None:
     """Write a function of the operands into out."""
     call = quick_call(Operation(function, tuple(kind for kind, _ in operands)))
     arrays, numbers = _of_kind(ARRAY, operands), _of_kind(NUMBER, operands)
-    for bits, axes in _of_kind(BITS, operands):
+    if masks := _of_kind(BITS, operands):
+        [(bits, axes)] = masks
         y, _, (flat_y, x), waiting = lay_flat(out, arrays, empty_like, axes)
         # A copy where they lie on the result, or not one after another.
         own = np.array(bits) if np.may_share_memory(bits, out) else bits
         own = np.ascontiguousarray(own)
         _run_over(call, x, flat_y, waiting, own, *numbers)
-        break
     else:
         y = _taken(out if _is_written_to(out, arrays) else empty_like(out))
         first, *others = [_taken(x, y) for x in arrays]

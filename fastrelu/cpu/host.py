@@ -25,16 +25,16 @@ def processors(most: int) -> int:
     Where `docker run --cpus=2` grants two of 64, 64 threads would use up in a moment
     what they may, and all stand still for the rest of each tenth of a second.
     """
-    for text in _limits("cpu", "cpu.max", "cpu.cfs_quota_us"):
-        with contextlib.suppress(ValueError):  # "max", or -1 for no limit
-            quota, _, period = text.partition(" ")
-            share = int(quota) / (int(period or 0) or 100_000)
+    for text in _limits("cpu", "cpu.max", "cpu.cfs_quota_us", "cpu.cfs_period_us"):
+        with contextlib.suppress(ValueError, ZeroDivisionError):  # "max"; -1: no limit
+            quota, period = map(int, text.split())
+            share = quota / period
             if share > 0:
                 most = min(most, math.ceil(share))
     return most
 
 
-def _limits(kind: str, name: str, old_name: str) -> Iterator[str]:
+def _limits(kind: str, name: str, *old_names: str) -> Iterator[str]:
     """Yield what the files of a kind of limit say in each control group.
 
     Each group is bound by those that it is in.  In a container, the paths may be those
@@ -47,12 +47,14 @@ def _limits(kind: str, name: str, old_name: str) -> Iterator[str]:
     for line in lines:
         _, kinds, path = line.split(":", 2)
         if kinds == "":
-            files = [groups / name, groups / "unified" / name]
+            roots, names = [groups, groups / "unified"], [name]
         elif kind in kinds.split(","):
-            files = [groups / kind / old_name]
+            roots, names = [groups / kind], list(old_names)
         else:
             continue
         group = PurePosixPath(path.lstrip("/"))
-        for file, each in itertools.product(files, (group, *group.parents)):
+        for root, each in itertools.product(roots, (group, *group.parents)):
             with contextlib.suppress(OSError):
-                yield (file.parent / each / file.name).read_text().strip()
+                yield " ".join(
+                    (root / each / file).read_text().strip() for file in names
+                )

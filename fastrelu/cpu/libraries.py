@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 
 from fastrelu import _torch
-from fastrelu._arguments import _is, is_number
+from fastrelu._arguments import is_number, is_on_gpu
 from fastrelu._torch import is_tensor
-from fastrelu.mask import has_gaps
+from fastrelu.mask import Mask, has_gaps
 
 Array = Any
 
@@ -87,8 +87,30 @@ def _namespace_of(value: Any) -> Callable[[Any], Any] | None:
     return found if hasattr(type_, "__dlpack__") else None
 
 
+_AS_THEY_ARE = frozenset((np.ndarray, type(None), bool, float, int, Mask))
+
+
+def has_array(value: Any) -> bool:
+    """Say whether a value is of another class, with an array on memory of the host's."""
+    return type(value) is np.memmap or (is_tensor(value) and not is_on_gpu(value))
+
+
+def array_on(value: Any) -> Any:
+    """Return the array on what is plainly of another class; all else as it came."""
+    if type(value) in _AS_THEY_ARE:  # nearly all
+        return value
+    if type(value) is np.memmap:
+        return np.ndarray.view(value, np.ndarray)
+    if not (is_tensor(value) and _torch.is_plain(value) and value.is_cpu):
+        return value
+    array = None if _is_lazily_negative(value) else _on_tensor(value)
+    return value if array is None else array
+
+
 def as_came(y: Array, *given: Any) -> Any:
     """Return a result as what the arguments were: a number, or of their library."""
+    if given and type(given[0]) is np.ndarray:
+        return y
     if all(map(is_number, given)):
         return y[()]
     return _giving_back(given[0])(y)
@@ -101,7 +123,7 @@ def written(value: Any) -> None:
 
 
 def _giving_back(value: Any) -> Callable[[Array], Any]:
-    if _is(value, np.ndarray):
+    if issubclass(type(value), np.ndarray):
         return np.asarray
     if is_tensor(value):
         return _tensor
@@ -116,19 +138,32 @@ def _giving_back(value: Any) -> Callable[[Array], Any]:
 
 
 def _read_tensor(value: Any, to_write: bool) -> Array:
-    torch: Any = sys.modules["torch"]
     _torch.refuse(value)
-    if to_write and (value.is_conj() or value.is_neg()):
+    if to_write and _is_lazily_negative(value):
         msg = "got a tensor of the negatives of its memory: take its .resolve_neg()"
         raise TypeError(msg)
-    value = value.detach().resolve_conj().resolve_neg()
-    if value.dtype == torch.bfloat16:
-        with contextlib.suppress(ImportError):
-            bfloat16 = importlib.import_module("ml_dtypes").bfloat16
-            return value.view(torch.int16).numpy().view(bfloat16)
+    array = _on_tensor(value.resolve_conj().resolve_neg())
+    if array is None:
         msg = "got a tensor of bfloat16, for which NumPy needs the package ml_dtypes"
         raise TypeError(msg)
-    return value.numpy()
+    return array
+
+
+def _is_lazily_negative(tensor: Any) -> bool:
+    return bool(tensor.is_neg() or tensor.is_conj())
+
+
+def _on_tensor(tensor: Any) -> Array | None:
+    """Return the array on a tensor's memory, or None where NumPy has no such dtype."""
+    torch: Any = sys.modules["torch"]
+    if tensor.requires_grad:
+        tensor = tensor.detach()
+    if tensor.dtype is not torch.bfloat16:
+        return tensor.numpy()
+    with contextlib.suppress(ImportError):
+        bfloat16 = importlib.import_module("ml_dtypes").bfloat16
+        return tensor.view(torch.int16).numpy().view(bfloat16)
+    return None
 
 
 def _tensor(y: Array) -> Any:

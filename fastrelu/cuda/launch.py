@@ -18,11 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from fastrelu._digest import digest, settings, sources, user_folder
+from fastrelu._dispatch import HINT
 from fastrelu._functions import bound  # with it kernels take in what a formula calls
 from fastrelu.cpu.shield import shielded
 from fastrelu.cuda.config import SIMULATED, THREADS
-
-HINT = 'pip install "fastrelu[cuda13]", or "fastrelu[cuda12]" for a driver of CUDA 12'
 
 # Errors that another toolkit may not have: none, an old one, or one that is too new.
 _NOT_FOR_THIS = "DynamicLibNotFoundError", "NvvmSupportError", "CCSupportError"
