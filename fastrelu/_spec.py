@@ -21,8 +21,8 @@ NUMBER = "number"
 class Operation:
     """A function of scalars, and the kinds of its operands in their order.
 
-    Arrays come first, then bits or a weight, then numbers.  With `active`, which gets the
-    first array and so many numbers, a mask's bits are written, too.
+    Arrays come first, then bits or a weight, then numbers.  With `active`, a mask's bits are
+    written, too: it gets the first array and the first `kept` numbers.
     """
 
     function: Function

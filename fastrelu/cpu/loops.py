@@ -393,7 +393,7 @@ def each(a, b, y, s, inner, start):
 
 # The driver for flat arrays -----------------------------------------------------------
 #
-# A C function, called without the interpreter's lock.  The words MOVED says how many
+# A C function, called without the interpreter's lock.  The word MOVED says how many
 # bytes it will read and write in all.  A part allocates nothing, so that nothing in it
 # can fail.
 

@@ -63,13 +63,14 @@ from fastrelu.cpu.shield import (
 
 def _cache_size(level: int, default: int) -> int:
     """Return the bytes of a level of cache, or a usual size where nothing tells."""
-    sizes = [default]
+    size = default
     for folder in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*"):
         with contextlib.suppress(OSError, ValueError):
             if int((folder / "level").read_text()) == level:
-                size = (folder / "size").read_text().strip()
-                sizes = [int(size.removesuffix("K")) << 10]
-    return max(sizes)
+                size = (
+                    int((folder / "size").read_text().strip().removesuffix("K")) << 10
+                )
+    return size
 
 
 def _last_level(size: int, private: int, processors: int) -> int:
@@ -88,7 +89,7 @@ CACHE = _last_level(_cache_size(3, 1 << 25), PRIVATE_CACHE, os.cpu_count() or 1)
 
 # In bytes read and written.  A loop over less than two shares stays with one thread:
 # the others' caches would first have to fetch it.  Waking somebody who sleeps takes
-# some 10 microseconds of the waker and 50 until he is there; that pays in any case for
+# some 10 microseconds of the waker and 50 until it is there; that pays in any case for
 # a loop over much, 100 to 300 microseconds on one thread, and otherwise if more loops
 # follow soon.
 SHARE = PRIVATE_CACHE // 4

@@ -208,18 +208,17 @@ def elementwise(function: Function, operands: Operands, out: Array) -> None:
 def elementwise_mask(
     function: Function,
     active: Function,
-    kept: int | None,
+    kept: int,
     operands: Operands,
     out: Array,
 ) -> tuple[Any, Axes]:
     """Also return the bits of what is active, in the order of the result's memory.
 
-    The operands are an array and numbers: so many as are kept decide, or all.
+    The operands are an array and numbers, of which the first `kept` decide.
     """
-    (_, x), *numbers = operands
+    _, x = operands[0]
     with _work(x, out) as work:
         operands, y = _lay(work, operands, out)
-        kept = len(numbers) if kept is None else kept
         bits, order = x.library.empty_bytes(-(-x.size // 8), x.given), _order(out)
         to = y, x.library.address(bits)
         _run_mask(work, function, active, kept, operands, order, *to)
