@@ -497,7 +497,7 @@ def weight(value: Any, given: Array, x: Array, position: int) -> tuple[Array, Ar
         expected = f"{x.dtype} or float32" if x.itemsize == 2 else str(x.dtype)
         msg = (
             f"weight must have the dtype of x, {expected}, got {given.dtype}: "
-            f"take weight.astype(x.dtype)"
+            f"take weight.{'to' if _torch.is_tensor(value) else 'astype'}(x.dtype)"
         )
         raise TypeError(msg)
     if given.ndim > 1:

@@ -395,7 +395,7 @@ def backward(
         _arguments.like(name, model, "grad_output", given)
     else:
         _arguments.active(name, model, "grad_output", given)
-        if model.dtype not in (given.dtype, np.bool_):
+        if spec.numbers_decide and model.dtype not in (given.dtype, np.bool_):
             # What was active is asked in saved's own dtype: each block rounds to both.
             _numbers(names, numbers, model)
             rounded = list(map(_arguments.real_number, names, numbers))

@@ -170,7 +170,10 @@ def _active_bits(
     if is_bool:
         scratch = _arguments.as_bytes(scratch)
     else:
-        operands += [(NUMBER, number.of(saved)) for number in rounded]
+        decide = spec.numbers_decide
+        operands += [
+            (NUMBER, number.of(saved) if decide else 0.0) for number in rounded
+        ]
     given, axes = engine.elementwise_mask(_itself, active, kept, operands, scratch)
     bits = engine.read(given)
     engine.lend(scratch, bits)
@@ -292,7 +295,9 @@ class _Function:
         """Take what the quick call does not."""
         given = x, inplace, out, *operands
         if type(x) is ndarray:
-            y = self._quickly(x, inplace, out, *self._plainly(x, *operands))
+            plain = self._plainly(x, operands)
+            again = self._again if plain is operands else self._quickly
+            y = again(x, inplace, out, *plain)
         elif cpu.has_array(x):
             y = self._by_arrays(*given)
         else:
@@ -307,15 +312,18 @@ class _Function:
 
     def _quickly(self, x: ndarray, *others: Any) -> Any:
         """Make the quick call, and again if something was missing, or return None."""
+        y = self.quick.call(x, *others)
+        return self._again(x, *others) if y is None else y
+
+    def _again(self, x: ndarray, *others: Any) -> Any:
+        """Make ready what the last quick call missed, and make it again, or return None."""
         if not cpu.is_fast():
             return None
-        y = self.quick.call(x, *others)
-        if y is None:
-            try:
-                y = self.quick.again(x, *others, integers=self.spec.integers)
-            except Unproven as error:
-                cpu.give_up(error)
-                return None
+        try:
+            y = self.quick.again(x, *others, integers=self.spec.integers)
+        except Unproven as error:
+            cpu.give_up(error)
+            return None
         if self.quick.rows and not self.asks_numpy:
             self._chain()
         return y
@@ -342,14 +350,14 @@ class _Function:
         if type(array) is not ndarray:
             return None
         out = tuple(map(array_on, out)) if type(out) is tuple else array_on(out)
-        plain = self._plainly(array, *map(array_on, operands))
+        plain = self._plainly(array, tuple(map(array_on, operands)))
         results = self._quickly(array, inplace, out, *plain)
         if type(results) is not tuple:
             return back(results, x)
         y, other = results  # a mask, or the gradient towards a weight
         return back(y, x), back(other, *operands[1:2])
 
-    def _plainly(self, x: ndarray, *operands: Any) -> Sequence[Any]:
+    def _plainly(self, x: ndarray, operands: tuple[Any, ...]) -> tuple[Any, ...]:
         """Return operands as quick calls take them, where that is plain."""
         return operands
 
@@ -385,10 +393,12 @@ class _Function:
         self, name: str, grad: Any, inplace: Any, out: Any, saved: Any, *others: Any
     ) -> Any:
         """Take one number for the gradient of each element, without an array of them."""
+        came = saved
         if issubclass(type(saved), Mask):
             model = np.broadcast_to(True, _arguments.unchanged(saved).shape)
         else:
-            (model,) = _arguments.read(cpu, (name, saved))
+            (saved,) = _arguments.read(cpu, (name, saved))  # once
+            model = saved
             if model.dtype != np.bool_:
                 model = _arguments.accepted(name, model, integers=True)
         spread = _arguments.spread("grad_output", grad, model)
@@ -397,7 +407,7 @@ class _Function:
         y = cpu.empty_like(model if model.dtype == spread.dtype else spread)
         y[...] = spread
         result = self.call(y, True, None, saved, *others)
-        y = cpu.as_came(y, saved)
+        y = cpu.as_came(y, came)
         return (y, result[1]) if type(result) is tuple else y
 
 
@@ -451,7 +461,7 @@ class _Backward(_Function):
         )
         self.forward = forward
 
-    def _plainly(self, grad: ndarray, *operands: Any) -> Sequence[Any]:
+    def _plainly(self, grad: ndarray, operands: tuple[Any, ...]) -> tuple[Any, ...]:
         saved, *numbers = operands
         mask = self._mask_of(grad, saved, numbers)
         return operands if mask is None else (mask, *numbers)
@@ -474,8 +484,9 @@ class _Backward(_Function):
             return Mask._make(bits, saved.shape, None, self.spec.predicate)
         if not _is_native(saved, integers=self.spec.integers):
             return None
-        more = len(self.spec.numbers) - len(numbers)
-        given = *numbers, *(more * (0.0,))  # of which a mask does not depend
+        kept = numbers if self.spec.numbers_decide else ()
+        more = len(self.spec.numbers) - len(kept)
+        given = *kept, *(more * (0.0,))  # of which a mask does not depend
         mask: Mask = self.forward.call(saved, False, None, True, *given)[1]
         return mask
 
@@ -531,9 +542,10 @@ class _ByChannel(_Function):
     def __init__(self, spec: Spec) -> None:
         super().__init__(spec, Operation(spec.formula, (ARRAY, WEIGHT)))
 
-    def _plainly(self, x: ndarray, *operands: Any) -> Sequence[Any]:
+    def _plainly(self, x: ndarray, operands: tuple[Any, ...]) -> tuple[Any, ...]:
         weight, axis = operands
-        return _weight_of(weight, x), axis
+        slopes = _weight_of(weight, x)
+        return operands if slopes is weight else (slopes, axis)
 
     def long(self, x: Any, *others: Any) -> Any:
         return _prelu(self.spec, x, *others)
@@ -556,9 +568,10 @@ class _ByChannelBackward(_Function):
         dx, dw = results
         return dx, dw if _arguments.pair(out)[1] is not None else dw[()]
 
-    def _plainly(self, grad: ndarray, *operands: Any) -> Sequence[Any]:
+    def _plainly(self, grad: ndarray, operands: tuple[Any, ...]) -> tuple[Any, ...]:
         x, weight, axis = operands
-        return x, _weight_of(weight, x), axis
+        slopes = _weight_of(weight, x)
+        return operands if slopes is weight else (x, slopes, axis)
 
     def long(self, grad: Any, *others: Any) -> Any:
         if _stands_for_all(grad, others[0], others[2]):

@@ -62,6 +62,11 @@ class Spec:
         return self.numbers[: self.kept]
 
     @property
+    def numbers_decide(self) -> bool:
+        """Whether it depends on numbers what is active."""
+        return any(name in self.predicate for name in self.numbers)
+
+    @property
     def to_bits(self) -> Operation:
         """The formula, with the bits of a mask."""
         kinds = ARRAY, *(NUMBER for _ in self.numbers)

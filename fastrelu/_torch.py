@@ -90,7 +90,7 @@ def _is_recorded() -> bool:
 def _address(tensor: Any) -> int:
     try:
         return int(tensor.data_ptr())
-    except RuntimeError:  # where PyTorch transforms functions
+    except (RuntimeError, Warning):  # where PyTorch transforms functions
         return 0
 
 

@@ -252,6 +252,8 @@ class Mask:
 
         Raises
         ------
+        TypeError
+            If `axis` is no integer, nor a tuple of them.
         ValueError
             If `axis` is none of the array's.
 
@@ -262,6 +264,8 @@ class Mask:
         >>> mask.count(), mask.count(axis=0)
         (3, array([2, 0, 1]))
         """
+        if axis is not None:
+            axis = _integers("axis", axis)
         if axis is not None or not isinstance(self.bits, np.ndarray):
             return self.unpack().sum(axis)
         whole, rest = divmod(math.prod(self.shape), 8)
@@ -302,6 +306,9 @@ def _unless_c_order(
 def _integers(name: str, value: Any) -> tuple[int, ...]:
     try:
         items = value if issubclass(type(value), tuple) else (value,)
+        if any(issubclass(type(item), (bool, np.bool_)) for item in items):
+            msg = "a bool is none"
+            raise TypeError(msg)
         return tuple(operator.index(item) for item in items)
     except ANSWERS as error:
         msg = f"{name} must be an integer or a tuple of integers: {error}"

@@ -42,7 +42,6 @@ from fastrelu._arguments import (
     generator,
     index,
     kind_of,
-    like,
     number,
     shown,
     weakly,
@@ -109,12 +108,6 @@ def _check_shape(name: str, x: Array, shape: tuple[int, ...]) -> None:
         raise ValueError(msg)
 
 
-def _check_floats(name: str, x: Array) -> None:
-    """Refuse what is no array of floats."""
-    _check_array(name, x)
-    accepted(name, x)
-
-
 def _check_library(name: str, x: Array, other_name: str, other: Array) -> None:
     """Refuse arrays of two libraries."""
     _check_array(name, x)
@@ -122,6 +115,29 @@ def _check_library(name: str, x: Array, other_name: str, other: Array) -> None:
     if ours != others:
         msg = f"{name} must be an array of {others} as {other_name} is, got {ours}'s"
         raise TypeError(msg)
+
+
+def _check_output(out: Array, x: Array, shape: tuple[int, ...]) -> None:
+    """Refuse an output that is not of x's library and dtype, or has another shape."""
+    _check_library("out", out, "x", x)
+    if out.dtype != x.dtype:
+        msg = f"out must have the dtype of x, {x.dtype}, got {out.dtype}"
+        raise TypeError(msg)
+    _check_shape("out", out, shape)
+    if not getattr(out.flags, "writeable", True):  # CuPy's all are
+        msg = "out must be writeable, got a read-only array"
+        raise ValueError(msg)
+
+
+def _check_kept(x: Array, training: bool, out: Array | None) -> None:
+    """Refuse an output that lies on an input which the backward pass needs."""
+    if not flag("training", training) or out is None:
+        return
+    shares_memory = getattr(get_array_module(x), "shares_memory", None)
+    both = shares_memory and type(out) is type(x) and shares_memory(x, out)
+    if out is x or both:
+        msg = "out must not be x, nor lie on it: the backward pass needs x"
+        raise ValueError(msg)
 
 
 def _count(name: str, value: Any) -> int:
@@ -164,7 +180,7 @@ class Parameter:
     Parameters
     ----------
     value : float array
-        The start value, updated in place by `SGD`.
+        The start value, updated in place by `SGD`; a copy, if its bytes are swapped.
     decay : bool
         Whether weight decay applies.
 
@@ -194,9 +210,9 @@ class Parameter:
     _used = True  # whether a step has used grad, so that the next gradient replaces it
 
     def __init__(self, value: Array, *, decay: bool = True) -> None:
-        _check_floats("value", value)
-        self.value = value
-        self.grad = get_array_module(value).zeros_like(value)
+        _check_array("value", value)
+        self.value = accepted("value", value)
+        self.grad = get_array_module(value).zeros_like(self.value)
         self.decay = flag("decay", decay)
 
     def __repr__(self) -> str:
@@ -225,9 +241,13 @@ class Parameter:
 
         Raises
         ------
+        TypeError
+            If it is no array of floats of ``value``'s library.
         ValueError
             If it has another shape: nothing is broadcast.
         """
+        _check_library("grad", grad, "value", self.value)
+        accepted("grad", grad)
         _check_shape("grad", grad, self.value.shape)
         if not self._used:
             self.grad += grad
@@ -408,14 +428,16 @@ class Dense(Layer):
         training : bool
             Whether to keep ``x`` for ``backward``.
         out : array of shape (batch, out_features), optional
-            Where to write the result.
+            Where to write the result; when training, no memory of ``x``'s.
 
         Raises
         ------
         ValueError
-            If ``x`` has another shape.
+            If ``x`` or ``out`` has another shape, ``out`` is read-only, or lies on an
+            ``x`` that is needed for ``backward``.
         TypeError
-            If ``x`` has another dtype, or is of another library.
+            If ``x`` or ``out`` has another dtype, or is of another library, or
+            ``training`` is no bool.
         """
         _check_library("x", x, "the weight", self.weight.value)
         if x.ndim != 2 or x.shape[1] != self.in_features:
@@ -425,8 +447,10 @@ class Dense(Layer):
             msg = f"x must have dtype {self.weight.value.dtype}, got {x.dtype}"
             raise TypeError(msg)
         xp = get_array_module(x)
+        _check_kept(x, training, out)
         if out is None:  # a product of bfloat16 would be float32
             out = xp.empty((len(x), self.out_features), dtype=x.dtype)
+        _check_output(out, x, (len(x), self.out_features))
         y = xp.matmul(x, self.weight.value.T, out=out)
         y += self.bias.value
         if training:
@@ -452,7 +476,7 @@ class Dense(Layer):
             xp = get_array_module(x)
             if out is None:
                 out = xp.empty(x.shape, dtype=x.dtype)
-            like("out", out, "x", x)
+            _check_output(out, x, x.shape)
             weight.add_grad(xp.matmul(grad_output.T, x, out=weight._grad_out()))
             sums = {"dtype": _sum_dtype(bias.value.dtype), "out": bias._grad_out()}
             bias.add_grad(xp.sum(grad_output, axis=0, **sums))
@@ -495,7 +519,7 @@ class ReLU(Activation):
         self, x: Array, /, *, training: bool = True, out: Array | None = None
     ) -> Array:
         """Return ``relu(x)``, in place if ``out`` is ``x``."""
-        if not training:
+        if not flag("training", training):
             return relu(x, out=out)
         y, self._saved = relu(x, out=out, return_mask=True)
         return y
@@ -559,7 +583,7 @@ class LeakyReLU(Activation):
         self, x: Array, /, *, training: bool = True, out: Array | None = None
     ) -> Array:
         """Return ``leaky_relu(x, negative_slope)``, in place if ``out`` is ``x``."""
-        if not training:
+        if not flag("training", training):
             return leaky_relu(x, self.negative_slope, out=out)
         y, self._saved = leaky_relu(x, self.negative_slope, out=out, return_mask=True)
         return y
@@ -657,16 +681,14 @@ class PReLU(Activation):
     def forward(
         self, x: Array, /, *, training: bool = True, out: Array | None = None
     ) -> Array:
-        """Return ``prelu(x, weight)``; when training, ``out`` must not be ``x``.
+        """Return ``prelu(x, weight)``; when training, ``out`` must not lie on ``x``.
 
         Raises
         ------
         ValueError
-            If ``out`` is ``x`` although ``x`` is needed for ``backward``.
+            If ``out`` has memory of ``x``'s although ``x`` is needed for ``backward``.
         """
-        if training and out is x:
-            msg = "out must not be x: PReLU.backward needs the input, got out is x"
-            raise ValueError(msg)
+        _check_kept(x, training, out)
         y = prelu(x, self.weight.value, axis=self.axis, out=out)
         if training:
             self._saved = x
@@ -784,7 +806,7 @@ class Sequential(Layer):
         out : array, optional
             Where to write the result; may not share memory with ``x``.
         """
-        if training:
+        if flag("training", training):
             self._saved = None
         # The buffer that each layer read from; the first read from the caller's.
         inputs: list[Array | None] = []
@@ -932,7 +954,8 @@ def softmax_cross_entropy(logits: Array, labels: Array, /) -> tuple[Any, Array]:
     >>> grad
     array([[ 0.25,  0.25, -0.75,  0.25]])
     """
-    _check_floats("logits", logits)
+    _check_array("logits", logits)
+    accepted("logits", logits)
     _check_library("labels", labels, "logits", logits)
     if logits.ndim != 2 or not logits.size:
         msg = f"logits must have shape (n, classes), got {logits.shape}"

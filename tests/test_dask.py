@@ -159,6 +159,14 @@ def test_half_floats_are_rounded_once_for_all_blocks(dtype):
         assert_weight_gradient(dw.compute(), g, x, weight)
 
 
+def test_a_slope_goes_with_the_gradient_and_not_with_what_was_saved():
+    grad, signs = (lazy(each, 2) for each in (np.ones(4), np.float32([-1, 0, 1, 2])))
+    expected = np.array([1e39, 1e39, 1, 1])
+    assert_same(F.leaky_relu_backward(grad, signs, 1e39).compute(), expected)
+    with pytest.raises(ValueError, match="threshold must be finite in float32"):
+        F.threshold_backward(grad, signs, 1e39)
+
+
 def test_a_sum_of_blocks_is_rounded_once():
     """Rounded to float32 first, it would be a tie."""
     bfloat16 = ml_dtypes.bfloat16

@@ -49,6 +49,17 @@ def test_how_many_were_active():
         mask.count(3)
 
 
+@pytest.mark.parametrize("axis", [1.5, "a", [0], True, (0, 0.5)])
+def test_axes_to_count_along_are_integers(axis):
+    with pytest.raises(TypeError, match="axis must be an integer or a tuple"):
+        F.Mask.pack(np.ones((2, 3), bool)).count(axis)
+
+
+def test_a_shape_is_no_bool():
+    with pytest.raises(TypeError, match="shape must be an integer"):
+        F.Mask(np.zeros(1, np.uint8), True)
+
+
 def test_bits_behind_the_last_element_are_not_counted():
     assert F.Mask(np.array([0xFF, 0xFF], np.uint8), 13).count() == 13
     assert F.Mask(np.array([0xFF], np.uint8), ()).count() == 1

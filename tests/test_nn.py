@@ -240,7 +240,7 @@ def test_a_target_that_does_not_fit_is_told_before_gradients_are_added():
     layer, (x, _) = nn.Dense(5, 4, dtype=np.float64), data()
     g = layer.forward(x)
     for out, error in ((x[1:], ValueError), (x.astype("f4"), TypeError)):
-        with pytest.raises(error, match="out must have the"):
+        with pytest.raises(error, match="out must have"):
             layer.backward(g, out=out)
     layer.backward(g)
     np.testing.assert_array_equal(layer.bias.grad, g.sum(0))
@@ -702,7 +702,42 @@ WRONG = {
             "grad",
             lambda grad=grad: parameter().add_grad(grad),
         )
-        for grad in (1.0, np.ones(1), np.ones((1, 3)))
+        for grad in (np.array(1.0), np.ones(1), np.ones((1, 3)))
+    },
+    **{
+        f"a gradient that is {shown}": (
+            TypeError,
+            "grad",
+            lambda grad=grad: parameter().add_grad(grad),
+        )
+        for shown, grad in {
+            "none": None,
+            "a list": [1.0, 2.0],
+            "complex": np.ones(2, complex),
+            "text": np.array(["a", "b"]),
+        }.items()
+    },
+    **{
+        f"an output that is {shown}": (
+            error,
+            "out",
+            lambda out=out: dense().forward(np.ones((2, 3), "f4"), out=out),
+        )
+        for shown, (error, out) in {
+            "double": (TypeError, np.ones((2, 2))),
+            "longer": (ValueError, np.ones((3, 2), "f4")),
+            "of integers": (TypeError, np.ones((2, 2), int)),
+            "a list": (TypeError, [1]),
+            "read-only": (ValueError, np.broadcast_to(np.float32(1), (2, 2))),
+        }.items()
+    },
+    **{
+        f"whether {layer} is training": (
+            TypeError,
+            "training",
+            lambda layer=layer: layer.forward(np.ones((2, 3), "f4"), training="no"),
+        )
+        for layer in (dense(), nn.ReLU(), nn.LeakyReLU(), nn.PReLU(), small("relu"))
     },
     "a layer's kind": (TypeError, "layers", lambda: nn.Sequential([nn.ReLU()])),
     "a layer's class": (TypeError, "layers", lambda: nn.Sequential(nn.ReLU)),
@@ -740,6 +775,9 @@ WRONG = {
         lambda: nn.SGD(small("relu").parameters, "0.1"),
     ),
     "PReLU in place": (ValueError, "out", lambda: in_place(nn.PReLU())),
+    "PReLU on a view": (ValueError, "out", lambda: in_place(nn.PReLU(), np.s_[:])),
+    "PReLU on a row": (ValueError, "out", lambda: in_place(nn.PReLU(), np.s_[1:], 1)),
+    "Dense in place": (ValueError, "out", lambda: in_place(nn.Dense(2, 2, rng=0))),
     "no parameters": (ValueError, "parameters", lambda: nn.SGD([], 0.1)),
     **{
         f"{name} {number}": (
@@ -759,9 +797,10 @@ def twice(layer):
     return nn.Sequential(layer, nn.PReLU(), nn.Sequential(layer))
 
 
-def in_place(layer):
-    x = np.ones((2, 2), np.float32)
-    return layer.forward(x, out=x)
+def in_place(layer, part=None, start=0):
+    x = np.ones((3, 2), np.float32)
+    given = x[: len(x) - start]
+    return layer.forward(given, out=given if part is None else x[part])
 
 
 @pytest.mark.parametrize("what", WRONG)
@@ -769,6 +808,27 @@ def test_wrong_arguments_are_named(what):
     error, name, call = WRONG[what]
     with pytest.raises(error, match=rf"\b{name}\b"):
         call()
+
+
+def test_an_output_may_lie_on_an_input_that_nobody_keeps():
+    x = -np.ones((2, 4), np.float32)
+    columns = np.ones((2, 8), np.float32)
+    for layer in nn.PReLU(), nn.Dense(4, 4, rng=0):
+        columns[:, ::2] = x
+        y = layer.forward(x)
+        layer.forward(columns[:, ::2], out=columns[:, 1::2])  # beside each other
+        np.testing.assert_array_equal(columns[:, 1::2], y)
+    given = x.copy()
+    y = nn.PReLU().forward(given, training=False, out=given)
+    assert y is given
+    assert (y == -0.25).all()
+
+
+def test_a_parameter_is_native():
+    p = nn.Parameter(np.ones(2, ">f4"))
+    assert p.value.dtype.isnative
+    p.add_grad(np.ones(2, np.float32))
+    assert p.grad.dtype.isnative
 
 
 def test_text_is_told_from_what_it_names():

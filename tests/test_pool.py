@@ -727,7 +727,7 @@ def test_a_janitor_has_a_sufficient_stack(empty_pool, monkeypatch):
 # The limit ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("wrong", [1.0, "1", None, [1]])
+@pytest.mark.parametrize("wrong", [1.0, "1", None, [1], True])
 def test_a_limit_is_an_integer(wrong, empty_pool):
     with pytest.raises(TypeError, match="size must be an integer, got"):
         empty_pool.set_limit(wrong)

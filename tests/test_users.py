@@ -185,6 +185,45 @@ def test_nothing_is_dropped_in_silence(value, remedy):
             F.relu(*([X] if "out" in given else [value]), **given)
 
 
+def test_nothing_in_a_list_is_dropped_in_silence():
+    gaps = np.ma.array([1.0, 2.0], mask=[False, True])
+    for given in ([gaps], (gaps,), [[1.0, 2.0], gaps], [[gaps], [gaps]]):
+        with pytest.raises(TypeError, match=r"x must be .* fill its gaps first"):
+            F.relu(given)
+    assert_same(F.relu([[1.0], (-2.0,)]), np.array([[1.0], [0.0]]))
+    assert_same(F.relu([X[0], X[1]]), F.relu(X[:2]))
+
+
+class Once:
+    """An object that has an array once"""
+
+    def __array__(self, dtype=None, copy=None):
+        assert not vars(self).setdefault("asked", [])
+        self.asked.append(True)
+        return np.array([[-1.0, 2.0]])
+
+
+def test_what_was_saved_is_read_once():
+    expected = np.array([[0.0, 1.0]])
+    assert_same(F.relu_backward(1.0, Once()), expected)
+    out = np.empty((1, 2))
+    assert_same(F.relu_backward(1.0, Once(), out=out), expected)
+    dx, dw = F.prelu_backward(1.0, Once(), 0.5)
+    assert_same(dx, np.array([[0.5, 1.0]]))
+    assert dw == -1
+
+
+def test_a_slope_goes_with_the_gradient_and_not_with_what_was_saved():
+    grad, signs = np.ones(3), np.array([-1, 0, 1])
+    for dtype in (np.float16, np.float32, np.float64, np.int8, bool):
+        saved = (signs > 0) if dtype is bool else signs.astype(dtype)
+        for g in (grad, grad.tolist(), grad.astype(">f8")):
+            dx = F.leaky_relu_backward(g, saved, 1e39)
+            assert_same(dx, np.array([1e39, 1e39, 1.0]))
+    with pytest.raises(ValueError, match="threshold must be finite in float32"):
+        F.threshold_backward(grad, signs.astype("f4"), 1e39)  # where it is asked
+
+
 def test_a_subclass_that_says_nothing_is_an_array():
     plain = type("Plain", (np.ndarray,), {})
     assert_same(F.relu(X.view(plain)), F.relu(X))
@@ -538,6 +577,34 @@ class TestTensors:
         with pytest.raises(ValueError, match="saved must have the shape"):
             F.relu_backward(x, x[:1])
         assert torch.equal(x, torch.ones(2))
+
+    def test_of_dtypes_that_numpy_has_not(self, torch):
+        x, strange = torch.ones(3), torch.ones(3).to(torch.float8_e4m3fn)
+        for name, call in {
+            "x": lambda: F.relu(strange),
+            "out": lambda: F.relu(x, out=strange),
+            "saved": lambda: F.relu_backward(x, strange),
+            "weight": lambda: F.prelu(x[None], strange),
+        }.items():
+            said = f"{name} must be .* got a tensor of float8_e4m3fn"
+            with pytest.raises(TypeError, match=said):
+                call()
+        both = torch.ones(1), strange
+        with pytest.raises(TypeError, match=r"out\[1\] must be .* float8_e4m3fn"):
+            F.prelu_backward(x[:1, None], x[:1, None], x[:1], out=both)
+
+    def test_of_another_dtype_for_a_weight(self, torch):
+        with pytest.raises(TypeError, match=r"take weight\.to\(x\.dtype\)"):
+            F.prelu(torch.ones(1, 2), torch.ones(2, dtype=torch.float64))
+
+    @pytest.mark.filterwarnings("error")
+    def test_without_memory_where_warnings_are_errors(self, torch):
+        from torch._subclasses.fake_tensor import FakeTensorMode
+
+        with FakeTensorMode():
+            x = torch.ones(3)
+        with pytest.raises(TypeError, match="x must be"):
+            F.relu(x)
 
     def test_share_their_memory(self, torch):
         x = torch.randn(4)

@@ -126,6 +126,8 @@ def read(value: Any, *, convert: bool = True) -> Array:
         msg = f"one that can be written to, got {kind_of(value)}"
         raise TypeError(msg)
     try:
+        if type(value) in libraries.LISTS:
+            libraries.refuse_within(value)
         return np.asarray(value)
     except ANSWERS as error:
         msg = f"got {kind_of(value)}: {shown(error)}"

@@ -14,6 +14,7 @@ import numpy as np
 
 from fastrelu import _torch
 from fastrelu._arguments import is_number, is_on_gpu
+from fastrelu._dtypes import name_of
 from fastrelu._torch import is_tensor
 from fastrelu.mask import Mask, has_gaps
 
@@ -43,7 +44,24 @@ _REMEDIES = {
 
 def refuse(value: Any) -> None:
     """Refuse what carries more than numbers, which a result would not have."""
-    type_ = type(value)
+    _refuse(type(value))
+
+
+def refuse_within(items: Any) -> None:
+    """Refuse it in lists, of which NumPy would take the numbers alone."""
+    types = set(map(type, items))
+    for type_ in types:
+        _refuse(type_)
+    if not types.isdisjoint(LISTS):
+        for each in items:
+            if type(each) in LISTS:
+                refuse_within(each)
+
+
+LISTS = list, tuple
+
+
+def _refuse(type_: Any) -> None:
     package = str(type_.__module__).partition(".")[0]
     remedy = _REMEDIES.get(f"{package}.{type_.__name__}", _REMEDIES.get(package))
     if has_gaps(type_):
@@ -69,13 +87,9 @@ def read(value: Any, to_write: bool) -> Array | None:
     if is_tensor(value):
         return _read_tensor(value, to_write)
     if _namespace_of(value) is not None:
-        try:
+        with contextlib.suppress(BufferError, RuntimeError, TypeError):
             return np.from_dlpack(value)
-        except (
-            BufferError,
-            RuntimeError,
-            TypeError,
-        ):  # of a dtype that has no such name
+        with contextlib.suppress(RuntimeError):  # a dtype that has no such name
             return np.asarray(value)
     return None
 
@@ -144,7 +158,9 @@ def _read_tensor(value: Any, to_write: bool) -> Array:
         raise TypeError(msg)
     array = _on_tensor(value.resolve_conj().resolve_neg())
     if array is None:
-        msg = "got a tensor of bfloat16, for which NumPy needs the package ml_dtypes"
+        needed = ", for which NumPy needs the package ml_dtypes"
+        more = needed if value.dtype is sys.modules["torch"].bfloat16 else ""
+        msg = f"got a tensor of {name_of(value.dtype)}{more}"
         raise TypeError(msg)
     return array
 
@@ -159,7 +175,9 @@ def _on_tensor(tensor: Any) -> Array | None:
     if tensor.requires_grad:
         tensor = tensor.detach()
     if tensor.dtype is not torch.bfloat16:
-        return tensor.numpy()
+        with contextlib.suppress(TypeError):
+            return tensor.numpy()
+        return None
     with contextlib.suppress(ImportError):
         bfloat16 = importlib.import_module("ml_dtypes").bfloat16
         return tensor.view(torch.int16).numpy().view(bfloat16)

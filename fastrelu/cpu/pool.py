@@ -303,6 +303,8 @@ class MemoryPool:
 def _checked(name: str, size: Any) -> int:
     """Return a number of bytes that is one, and fits a word."""
     try:
+        if type(size) is bool:
+            raise TypeError
         number: int = operator.index(size)
     except TypeError:
         msg = f"{name} must be an integer, got {size!r} ({type(size).__name__})"
