@@ -296,6 +296,7 @@ class _Function:
         given = x, inplace, out, *operands
         if type(x) is ndarray:
             plain = self._plainly(x, operands)
+            # What the call has just missed it may not miss twice: threads, for one.
             again = self._again if plain is operands else self._quickly
             y = again(x, inplace, out, *plain)
         elif cpu.has_array(x):

@@ -428,9 +428,9 @@ REFUSED = [
     (lambda x: F.relu(x > 0), TypeError, "x must have dtype"),
     (lambda x: F.leaky_relu(x, 1e39), ValueError, "negative_slope must be finite"),
     (
-        lambda x: F.leaky_relu_backward(x.astype("f8"), x, 1e39),
+        lambda x: F.threshold_backward(x.astype("f8"), x, 1e39),
         ValueError,
-        "negative_slope must be finite in float32",
+        "threshold must be finite in float32",
     ),
     (lambda x: F.leaky_relu(x, "a"), TypeError, "negative_slope must be a real"),
     (lambda x: F.relu(x, 2), TypeError, "inplace must be True or False"),
