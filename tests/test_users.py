@@ -192,6 +192,8 @@ def test_nothing_in_a_list_is_dropped_in_silence():
             F.relu(given)
     assert_same(F.relu([[1.0], (-2.0,)]), np.array([[1.0], [0.0]]))
     assert_same(F.relu([X[0], X[1]]), F.relu(X[:2]))
+    doubles = X.astype(float)
+    assert_same(F.relu([doubles[0], doubles[1].tolist()]), F.relu(doubles[:2]))
 
 
 class Once:
@@ -474,6 +476,12 @@ def memory_map(path, array):
     written = np.memmap(path, array.dtype, "w+", shape=array.shape)
     written[...] = array
     return written
+
+
+def test_numbers_of_python_for_a_weight_of_swapped_bytes():
+    assert_same(F.prelu(X.astype(">f4"), 0.25), F.prelu(X, 0.25))
+    with pytest.raises(TypeError, match="x must have dtype"):
+        F.prelu(np.ones((2, 3), int), 0.25)
 
 
 @pytest.mark.parametrize("kind", [torch_tensor, memory_map])
