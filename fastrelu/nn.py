@@ -448,9 +448,11 @@ class Dense(Layer):
             raise TypeError(msg)
         xp = get_array_module(x)
         _check_kept(x, training, out)
+        shape = len(x), self.out_features
         if out is None:  # a product of bfloat16 would be float32
-            out = xp.empty((len(x), self.out_features), dtype=x.dtype)
-        _check_output(out, x, (len(x), self.out_features))
+            out = xp.empty(shape, dtype=x.dtype)
+        else:
+            _check_output(out, x, shape)
         y = xp.matmul(x, self.weight.value.T, out=out)
         y += self.bias.value
         if training:
@@ -476,7 +478,8 @@ class Dense(Layer):
             xp = get_array_module(x)
             if out is None:
                 out = xp.empty(x.shape, dtype=x.dtype)
-            _check_output(out, x, x.shape)
+            else:
+                _check_output(out, x, x.shape)
             weight.add_grad(xp.matmul(grad_output.T, x, out=weight._grad_out()))
             sums = {"dtype": _sum_dtype(bias.value.dtype), "out": bias._grad_out()}
             bias.add_grad(xp.sum(grad_output, axis=0, **sums))

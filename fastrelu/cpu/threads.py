@@ -67,9 +67,8 @@ def _cache_size(level: int, default: int) -> int:
     for folder in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*"):
         with contextlib.suppress(OSError, ValueError):
             if int((folder / "level").read_text()) == level:
-                size = (
-                    int((folder / "size").read_text().strip().removesuffix("K")) << 10
-                )
+                text = (folder / "size").read_text().strip()
+                size = int(text.removesuffix("K")) << 10
     return size
 
 
