@@ -238,6 +238,46 @@ def test_a_child_leaves_them_alone():
     ) == ("2\n0 2\n")
 
 
+def test_a_child_that_is_forked_while_threads_end():
+    """It can compile: nobody held the lock that is taken to find a thread's frames.
+
+    Half a million were made known just before, so that to sort them takes a while.
+    """
+    script = """
+    import ctypes, warnings
+    from fastrelu.cpu import openmp
+    warnings.simplefilter("ignore")
+    common = bytes.fromhex("1000000000000000017a5200017810010000000000")[:20]
+    frames = np.zeros(500_000, "u4, u4, (2,)u8, u4")
+    frames["f0"] = frames.itemsize - 4
+    frames["f1"] = 20 + 4 + frames.itemsize * np.arange(frames.size)  # back to common
+    frames["f2"] = 16  # somewhere: nobody's code is there
+    known = ctypes.create_string_buffer(common + frames.tobytes() + bytes(4))
+    compiler = ctypes.CDLL("libgcc_s.so.1")
+    pause, ready = openmp.functions()[-2], threading.Event()
+    F.relu(x)
+    def end():
+        torch.mm(weights, weights)
+        compiler.__register_frame(known)
+        ready.set()
+        openmp.dismiss(pause)
+    for _ in range(4):
+        thread = threading.Thread(target=end)
+        thread.start()
+        ready.wait()
+        ready.clear()
+        time.sleep(0.001)
+        child = os.fork()
+        if child == 0:
+            F.relu(x.astype(np.float64))
+            os._exit(0)
+        print(os.waitpid(child, 0)[1])
+        thread.join()
+        compiler.__deregister_frame(known)
+    """
+    assert ask(script) == "0\n" * 4
+
+
 def test_from_many_threads_meanwhile():
     script = """
     print(until(know))

@@ -17,6 +17,8 @@ import sys
 import time
 from pathlib import Path
 
+from fastrelu.cpu.shield import no_fork
+
 ASKED = 4  # of their clocks, at most: the others are taken to be like these
 WALL = getattr(time, "CLOCK_MONOTONIC", 1)  # the clock that always goes
 _GOMP = (
@@ -50,8 +52,13 @@ def threads() -> set[int]:
 
 
 def dismiss(pause: int) -> None:
-    """Have OpenMP's threads for this one end, by its function for that."""
-    ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_int)(pause)(_SOFT)
+    """Have OpenMP's threads for this one end, by its function for that.
+
+    Who ends a thread takes a lock of the compiler's library.  A child that was forked
+    meanwhile would wait for it for ever, as soon as it compiles or loads anything.
+    """
+    with no_fork:
+        ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_int)(pause)(_SOFT)
 
 
 def clock_of(thread: int) -> int:

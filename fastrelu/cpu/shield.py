@@ -30,13 +30,15 @@ except ImportError:  # then a fork waits for no compilation but ours
 Function = Callable[..., Any]
 
 _STACK = 1 << 24  # bytes, twice what threads have by default on Linux
-_stack = threading.RLock()
 
-if hasattr(os, "register_at_fork"):  # a child needs both the lock and the usual size
+# A fork waits for whoever holds this, who waits for nobody.
+no_fork = threading.RLock()
+
+if hasattr(os, "register_at_fork"):
     os.register_at_fork(
-        before=_stack.acquire,
-        after_in_parent=_stack.release,
-        after_in_child=_stack.release,
+        before=no_fork.acquire,
+        after_in_parent=no_fork.release,
+        after_in_child=no_fork.release,
     )
 
 
@@ -46,7 +48,7 @@ def sufficient_stack(size: int = _STACK) -> Iterator[None]:
 
     Whatever the host has set is there again afterwards.
     """
-    with _stack:
+    with no_fork:  # a child needs the usual size
         before = threading.stack_size(size)  # to ask alone would set it to 0
         try:
             threading.stack_size(max(before, size))
