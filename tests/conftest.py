@@ -42,6 +42,7 @@ PAST_CACHE = 1 << 25  # bytes of one array: with another more than most caches h
 
 PATIENCE = 600  # seconds: nothing takes so long on a busy machine; it hangs
 SOON = 10  # seconds: for what is about to end by itself
+os.environ["PYTHONFAULTHANDLER"] = "1"  # whoever crashes says where
 
 # Where this is ignored, as by nohup or after a shell's &, it is in what tests start, too.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
@@ -69,9 +70,18 @@ def started(command, **more):
 
 
 def run_command(command, *, timeout=PATIENCE, **more):
-    """What a process printed and how it ended; with it ends what it started."""
+    """What a process printed and how it ended; with it ends what it started.
+
+    If it hangs, a note of the error says where each of these processes was.
+    """
     with started(command, **more) as process:
-        output, errors = process.communicate(timeout=timeout)
+        try:
+            output, errors = process.communicate(timeout=timeout)
+        except subprocess.TimeoutExpired as hangs:
+            if os.name == "posix":
+                os.killpg(process.pid, signal.SIGABRT)
+                hangs.add_note(process.communicate(timeout=SOON)[1])
+            raise
     return subprocess.CompletedProcess(command, process.returncode, output, errors)
 
 

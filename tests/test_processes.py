@@ -645,3 +645,11 @@ def test_a_process_that_a_test_leaves(tmp_path):
     assert done.stdout.count("processes that a test has left") >= 2
     with pytest.raises(subprocess.TimeoutExpired):  # and both are gone, or this fails
         run_command(["sh", "-c", "sleep 1000 & sleep 1000"], timeout=0.1)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs SIGABRT")
+def test_a_process_that_hangs_says_where():
+    script = "import time\ndef wait():\n    time.sleep(1000)\nwait()"
+    with pytest.raises(subprocess.TimeoutExpired) as caught:
+        run_command([sys.executable, "-S", "-c", script], timeout=3)
+    assert "in wait" in caught.value.__notes__[0]
