@@ -15,12 +15,12 @@ import numpy as np
 import pytest
 from llvmlite import ir
 from numba.extending import intrinsic
-from test_paths import LOOPS
+from test_paths import LOOPS, assembly
 from test_threads import run
 
 from fastrelu import _digest
 from fastrelu._digest import digest, sources
-from fastrelu.cpu import build, calls, jit, threads, vector
+from fastrelu.cpu import build, calls, handler, jit, threads, vector
 
 # What each makes of a limit is called as formula(x).
 FORMULAS = {
@@ -540,3 +540,21 @@ def test_where_code_is_kept(monkeypatch, tmp_path):
         assert [*jit._folders()] == [beside]
     monkeypatch.setattr(jit.config, "CACHE_DIR", str(tmp_path))
     assert [*jit._folders()] == [tmp_path / "fastrelu"]
+
+
+@pytest.mark.parametrize("target", [build.PLAIN, build.PAST_CACHE])
+@pytest.mark.parametrize("which", ["to_bits", "from_bits"])
+def test_loops_that_no_disk_has(which, target):
+    """Others find them on the disk, and what Numba is extended by does not run."""
+    assert assembly(*LOOPS[which], np.float16, target)
+
+
+def test_all_else_that_no_disk_has(monkeypatch):
+    monkeypatch.setattr(jit, "_folders", tuple)
+    word = numba.int64
+    team = {
+        threads._share: numba.void(*[word] * 5),
+        **dict.fromkeys((threads._member, threads._join), numba.void(word)),
+    }
+    for function, signature in {**team, **handler._SIGNATURES}.items():
+        assert jit.compile_and_keep(function, signature).address
