@@ -6,6 +6,7 @@ import ctypes
 import importlib
 import sys
 import threading
+import time
 import types
 
 import llvmlite.binding as llvm
@@ -180,6 +181,11 @@ def test_what_is_compiled_elsewhere(which, monkeypatch):
         threading.stack_size(before)
     assert [key[0] for key in tasks] == [1] * (which == "child")  # the parent's
     shield._finish()
+
+
+def test_what_is_compiled_elsewhere_may_take_long():
+    """Whoever waits looks every second whether it is a child's, which has nobody."""
+    assert shield.shielded(lambda: time.sleep(1.1) or "done")() == "done"
 
 
 def test_what_is_compiled_elsewhere_can_be_debugged(monkeypatch):
