@@ -32,9 +32,10 @@ from fastrelu._dtypes import (
     rounded,
     row_of,
 )
+from fastrelu._foreign import ANSWERS, is_foreign
 from fastrelu._layout import is_simple
 from fastrelu._spec import Spec
-from fastrelu.mask import ANSWERS, Mask, is_foreign
+from fastrelu.mask import Mask
 
 Array = Any
 

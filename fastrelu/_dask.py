@@ -39,7 +39,7 @@ from dask.core import flatten
 from fastrelu import _arguments, _dispatch, cpu
 from fastrelu._arguments import is_number, is_on_gpu
 from fastrelu._dtypes import rounded
-from fastrelu._layout import added_up
+from fastrelu._sums import added_up
 from fastrelu.mask import Mask
 
 Array = Any

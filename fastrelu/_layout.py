@@ -218,16 +218,3 @@ def slopes_of(weight: Array, view: Channels, x: Array) -> Array:
     row = row_of(x.dtype)
     assert row is not None
     return np.array(weight, row.product, order="C").reshape(-1)
-
-
-def added_up(sums: Array, spread: Sequence[int]) -> Array:
-    """Return compensated sums, (2, ...), added up along the axes in `spread`."""
-    for axis in sorted(spread, reverse=True):
-        parts = np.moveaxis(sums, 1 + axis, 0)
-        total, errors = parts[0]
-        for more, error in parts[1:]:
-            before, total = total, total + more
-            shadow = total - before
-            errors = errors + ((before - (total - shadow)) + (more - shadow) + error)
-        sums = np.stack([total, errors])
-    return sums

@@ -38,6 +38,7 @@ from fastrelu import _arguments, _dispatch, cpu
 from fastrelu._dtypes import BY_NAME
 from fastrelu._functions import rebuild
 from fastrelu._spec import ARRAY, WEIGHT, Operation, Spec
+from fastrelu._sums import lost
 from fastrelu.activations import ACTIVATIONS, Row
 from fastrelu.cpu import portable, templates
 
@@ -541,7 +542,7 @@ def _both_body(spec: Spec, given: dict[str, Any]) -> Any:
     _arguments.like("x", _stand_in(x), "grad_output", _stand_in(g))
     _checked_weight(weight, x)
     names = _of(dtype) | {"gradient": _made(spec.gradient)}
-    names["share"] = _made(portable.share_of)
+    names |= {"share": _made(portable.share_of), "lost": _made(lost)}
     if not _is_array(g) and not _is_array(x) and not _is_array(weight):
         names["passes"] = _passes(spec, False, dtype, 0)
         names["value_of"] = _value_of(weight)

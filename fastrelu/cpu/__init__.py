@@ -16,10 +16,11 @@ import numpy as np
 
 from fastrelu._arguments import generator, is_on_gpu, kind_of, shown
 from fastrelu._dtypes import rounded, row_of
-from fastrelu._layout import added_up, channels_of, memory_order, slopes_of
+from fastrelu._foreign import ANSWERS
+from fastrelu._layout import channels_of, memory_order, slopes_of
+from fastrelu._sums import added_up
 from fastrelu.cpu import abi, libraries, portable
 from fastrelu.cpu.shield import alone as alone
-from fastrelu.mask import ANSWERS
 
 Array = Any  # numpy.ndarray of any dtype; its own generic type says nothing more here
 Function = Callable[..., Any]

@@ -15,8 +15,9 @@ import numpy as np
 from fastrelu import _torch
 from fastrelu._arguments import is_number, is_on_gpu
 from fastrelu._dtypes import name_of
+from fastrelu._foreign import has_gaps
 from fastrelu._torch import is_tensor
-from fastrelu.mask import Mask, has_gaps
+from fastrelu.mask import Mask
 
 Array = Any
 

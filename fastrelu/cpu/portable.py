@@ -22,6 +22,7 @@ from fastrelu._dtypes import Row, row_of
 from fastrelu._functions import bound, rebuild
 from fastrelu._layout import channels_of, lay_flat, slopes_of
 from fastrelu._spec import ARRAY, BITS, NUMBER, WEIGHT, Operation
+from fastrelu._sums import lost
 from fastrelu.cpu import halves
 from fastrelu.cpu.shield import is_alone, shielded
 
@@ -105,8 +106,7 @@ def _prelu_backward(g, x, weights, y, sums, inner, rows, start, stop):
                 product = share(grad, value)
                 before = total
                 total = before + product
-                shadow = total - before
-                error += (before - (total - shadow)) + (product - shadow)
+                error += lost(before, product, total)
                 y[i] = store(formula(grad, value, w))
             sums[0, part, channel], sums[1, part, channel] = total, error
 
@@ -118,8 +118,7 @@ def _add_up(parts, sums):
         for part in range(parts.shape[1]):
             before, more = total, parts[0, part, channel]
             total = before + more
-            shadow = total - before
-            error += (before - (total - shadow)) + (more - shadow)
+            error += lost(before, more, total)
             error += parts[1, part, channel]
         sums[0, channel], sums[1, channel] = total, error
 
@@ -221,6 +220,7 @@ _inlined = functools.cache(functools.partial(numba.njit, **_OPTIONS))
 _BY_BITS = {
     name: _inlined(getattr(halves, name)) for name in ("float_bits", "bits_float")
 }
+_LOST = {"lost": _inlined(lost)}
 _HALVES = {
     "float16": (halves.half_to_float, halves.float_to_half),
     "bfloat16": (halves.bfloat16_to_float, halves.float_to_bfloat16),
@@ -234,7 +234,7 @@ def _names(row: Row) -> dict[str, Any]:
         _inlined(rebuild(template, template.__name__, _BY_BITS))
         for template in _HALVES.get(row.name, (_itself, _itself))
     )
-    return {"load": load, "store": store, "share": _inlined(share_of)}
+    return {"load": load, "store": store, "share": _inlined(share_of), **_LOST}
 
 
 @functools.cache
@@ -263,7 +263,7 @@ def _loop(
 
 @functools.cache
 def _adder(*kinds: Any) -> Any:
-    return _compile(_add_up, kinds)
+    return _compile(rebuild(_add_up, "_add_up", _LOST), kinds)
 
 
 _forked: list[bool] = []  # not empty in a child: GNU OpenMP ends it if it goes parallel

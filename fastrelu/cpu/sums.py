@@ -22,6 +22,7 @@ import numba
 import numpy as np
 from numba import types
 
+from fastrelu._sums import lost
 from fastrelu.cpu.jit import array_at, inlined, larger, piece, smaller
 from fastrelu.cpu.loops import (
     before_line,
@@ -69,18 +70,14 @@ compute: Any
 storage: Any
 
 
-@inlined
-def _error(a, b, total):
-    """Return what was lost in total = a + b."""
-    shadow = total - a
-    return (a - (total - shadow)) + (b - shadow)
+_lost = inlined(lost)
 
 
 @inlined
 def _add(sums, errors, i, value, error):
     """Add a sum and its error to sum i; an error of -0.0 costs nothing."""
     total = sums[i] + value
-    errors[i] += _error(sums[i], value, total) + error
+    errors[i] += _lost(sums[i], value, total) + error
     sums[i] = total
 
 
@@ -261,7 +258,7 @@ def prelu_backward_columns(g, x, w, y, total, axes, size, channels, inner, moved
         for column in range(first + 1, first + inner):
             before = value
             value += totals[column]
-            error += _error(before, totals[column], value) + lost[column]
+            error += _lost(before, totals[column], value) + lost[column]
         answer[channel], answer[channels + channel] = value, error
     _free(memory)
     return 0

@@ -17,6 +17,7 @@ import numpy as np
 
 from fastrelu import cpu
 from fastrelu._dtypes import BY_NAME, is_accepted, name_of
+from fastrelu._foreign import ANSWERS
 from fastrelu._layout import Axes, c_strides, memory_order, parts_of
 from fastrelu._spec import ARRAY, BITS, NUMBER, WEIGHT, Spec
 from fastrelu.cpu.abi import Unproven
@@ -40,7 +41,7 @@ from fastrelu.cuda.work import (
     split_flat,
     weight_layout,
 )
-from fastrelu.mask import ANSWERS, Mask
+from fastrelu.mask import Mask
 
 _View = tuple[int, int, int]  # (outer, channels, inner)
 _Plan = tuple[launch.Kernel, Any, int]  # with numbers' type and an element's bytes

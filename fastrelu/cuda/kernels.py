@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from numba import cuda, types
 
+from fastrelu import _sums
 from fastrelu._spec import ARRAY, BITS, NUMBER, WEIGHT
 from fastrelu.cuda.config import DOWN, THREADS
 from fastrelu.cuda.vector import (
@@ -328,12 +329,6 @@ def _add(a, b):
     return a + b
 
 
-def _lost(a, b, total):
-    """What rounding lost of the exact sum of a and b [Knuth, TAOCP 4.2.2]."""
-    of_b = total - a
-    return (a - (total - of_b)) + (b - of_b)
-
-
 def _share(fmt):
     """Return the formula of an element's share in its channel's gradient."""
     product = multiply(fmt)
@@ -348,7 +343,7 @@ def _adder(fmt: Format, width: int) -> Any:
     """Return `add(pair, g, x)` for vectors."""
     share = each(_share(fmt), fmt.compute, width)
     plus = each(_add, fmt.compute, width)
-    lost = each(_lost, fmt.compute, width)
+    lost = each(_sums.lost, fmt.compute, width)
 
     def add(pair, g, x):
         terms = share((g, x))
@@ -363,7 +358,7 @@ def _folder(fmt: Format, width: int) -> Any:
     if width == 1:
         return inlined(lambda pair: (pair[0][0], pair[1][0]))
     half, rest = width // 2, _folder(fmt, width // 2)
-    plus, lost = (each(of, fmt.compute, half) for of in (_add, _lost))
+    plus, lost = (each(of, fmt.compute, half) for of in (_add, _sums.lost))
 
     def fold(pair):
         a, b = pair[0][:half], pair[0][half:]
@@ -375,7 +370,7 @@ def _folder(fmt: Format, width: int) -> Any:
 
 def _reducer(fmt: Format, length: int) -> Any:
     """Return a tree over so many pairs of a block, until `remain` are left."""
-    lost = each(_lost, fmt.compute, 1)
+    lost = each(_sums.lost, fmt.compute, 1)
 
     def reduce(totals, losses, remain):
         thread = cuda.threadIdx.x
@@ -610,7 +605,7 @@ def finish(fmt: Format) -> Kernel:
     """Add up the pairs of each channel, with a team of 1, 2, 4 ... threads for each."""
     pairs = _sum_format(fmt)
     get, put = load(pairs, 1), store(fmt, 1)
-    lost = each(_lost, fmt.compute, 1)
+    lost = each(_sums.lost, fmt.compute, 1)
     compute, zero = fmt.compute, fmt.scalar(0)
 
     def finish(sums, weight, splits, channels, inner, team):
