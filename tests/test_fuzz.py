@@ -581,7 +581,7 @@ def main(first, count, path):
 
 
 def fuzz(first, count, path):
-    command = [sys.executable, "-X", "faulthandler", __file__, str(first), str(count)]
+    command = [sys.executable, __file__, str(first), str(count)]
     done = run_command([*command, path], timeout=3600)
     number = np.fromfile(path, np.int64)
     assert done.returncode == 0, f"case {number}:\n{done.stderr[-3000:]}"

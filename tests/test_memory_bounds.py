@@ -318,7 +318,7 @@ def main(step, path, dtypes):
 @pytest.mark.parametrize("step", [59, pytest.param(1, marks=pytest.mark.long)])
 def test_beside_guarded_pages(step, tmp_path):
     note = tmp_path / "note"
-    command = [sys.executable, "-X", "faulthandler", __file__, str(step), str(note)]
+    command = [sys.executable, __file__, str(step), str(note)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     where = note.read_bytes().partition(b"\0")[0].decode()
     assert done.returncode == 0, f"at {where}:\n{done.stderr}"

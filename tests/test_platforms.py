@@ -147,7 +147,7 @@ def test_a_fork_has_the_locks_of_compilers(monkeypatch):
             log.append("given back")
 
     monkeypatch.setattr(threads, "_memory", memory)
-    monkeypatch.setattr(shield, "_compiling", (Lock(), Lock()))
+    monkeypatch.setattr(shield, "_waited_for", (Lock(), Lock()))
     shield._before_fork()
     shield._after_fork()
     assert log == ["taken"] * 2 + ["given back"] * 2

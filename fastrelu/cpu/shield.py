@@ -34,13 +34,6 @@ _STACK = 1 << 24  # bytes, twice what threads have by default on Linux
 # A fork waits for whoever holds this, who waits for nobody.
 no_fork = threading.RLock()
 
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(
-        before=no_fork.acquire,
-        after_in_parent=no_fork.release,
-        after_in_child=no_fork.release,
-    )
-
 
 @contextlib.contextmanager
 def sufficient_stack(size: int = _STACK) -> Iterator[None]:
@@ -222,19 +215,20 @@ def shielded(function: Function) -> Function:
 # A child that was forked while another thread compiled, or made something ready, would
 # wait for ever for these locks of Numba and llvmlite at its first new function.
 _llvmlite = getattr(ffi, "lib", None)
-_compiling = (
+_waited_for = (
     global_compiler_lock,
     getattr(_llvmlite, "_lock", contextlib.nullcontext()),
+    no_fork,  # the last: whoever compiles may take it
 )
 
 
 def _before_fork() -> None:
-    for lock in _compiling:
+    for lock in _waited_for:
         lock.__enter__()
 
 
 def _after_fork() -> None:
-    for lock in reversed(_compiling):
+    for lock in reversed(_waited_for):
         lock.__exit__(None, None, None)
 
 
